@@ -1,0 +1,28 @@
+# The two commands: `make sandbox` shows the tool at work, `make test` proves it.
+
+PYTHON := .venv/bin/python
+DOCUMENTED_RUN := --dataset-directory dataset-composite_0123/validation \
+	--model-id segmentation-model-composite_0123_20200321T154533Z --batch-size 16 \
+	--optimizing-class-metric iou_score --dataset-downsample-factor 0.1
+
+.PHONY: sandbox test lint bucket clean
+
+sandbox: bucket
+	$(PYTHON) train_segmentation_model_prediction_thresholds.py --gcp-bucket sandbox $(DOCUMENTED_RUN)
+
+test: bucket lint
+	$(PYTHON) -m pytest
+
+lint: .venv/installed
+	$(PYTHON) -m ruff check .
+
+bucket: .venv/installed
+	$(PYTHON) tests/build_sandbox.py
+
+.venv/installed: requirements.txt tests/requirements.txt
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv sandbox tmp

@@ -1,0 +1,348 @@
+"""The two figures of a result: the metric over all thresholds, and slices with hits, misses and false alarms.
+
+Matplotlib is imported where it is used, since it takes a good part of a rerun's time; pyplot never, since it
+looks for a screen. The same input gives the same bytes.
+"""
+
+import io
+import math
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Okabe-Ito colours, which the colour-blind tell apart. Each also differs from its neighbours in lightness or
+# line style, for print without colour.
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+OUTCOMES = {  # colour and its opacity over the slice: hits may be large, errors are thin
+    "hit: predicted and in the mask": ((86, 180, 233), 0.6),
+    "miss: in the mask only": ((240, 228, 66), 0.8),
+    "false alarm: predicted only": ((213, 94, 0), 0.8),
+}
+
+GREYS = 64  # a palette of 256 colours: so many greys, plain and tinted by each of the three outcomes
+SHOWN_PIXELS = 4_900_000  # of all panels of slices together; keeps the file below 4 MB even for noisy images
+PANEL_SIDE = 384  # pixels, the most that a panel of slices is wide or high
+
+DPI = 150
+STYLE = {
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib, so that the figure is the same on every machine
+    "font.size": 8,
+    "text.usetex": False,
+    "text.parse_math": False,  # a folder's name may hold a $
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+}
+
+
+class ClassCurve(NamedTuple):
+    """What `draw_curves` shows of one class. Thresholds, metrics, precision and recall are in [0, 1]."""
+
+    name: str
+    folder: str
+    thresholds: np.ndarray  # (n,) float, increasing
+    metric: np.ndarray  # (n,) float
+    precision: np.ndarray  # (n,) float
+    recall: np.ndarray  # (n,) float
+    band_thresholds: np.ndarray  # (k,) float, increasing
+    band_low: np.ndarray  # (k,) float, lower limit of the metric's 95 % confidence band
+    band_high: np.ndarray  # (k,) float
+    x: float  # the trained threshold
+    x_interval: tuple  # (low, high), 95 %
+    metric_at_x: float
+    metric_interval: tuple  # (low, high), 95 %
+    metric_at_half: float
+    positive_pixels: int
+
+
+class Slice(NamedTuple):
+    """What `draw_slices` shows of one slice."""
+
+    name: str
+    image: np.ndarray  # (height, width) uint8
+    truth: np.ndarray  # (height, width, classes) bool
+    prediction: np.ndarray  # (height, width, classes) bool
+
+
+def draw_curves(curves, metric_name, title):
+    """Draw the metric of every class over the threshold, with its confidence band, and the trained threshold.
+
+    Parameters
+    ----------
+    curves : list of ClassCurve, at least one
+        A panel each.
+    metric_name : str
+        The metric's name, for labels. Where it is precision or recall, that is not drawn a second time.
+    title : str
+
+    Returns
+    -------
+    bytes
+        A PNG.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with matplotlib.rc_context(STYLE):
+        figure = _curves_figure(curves, metric_name, title)
+        canvas = FigureCanvasAgg(figure)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box takes its place
+            canvas.draw()
+        return _png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+
+
+def _curves_figure(curves, metric_name, title):
+    """The matplotlib figure of `draw_curves`. Its margins are in inches: automatic ones are slow."""
+    from matplotlib.figure import Figure
+
+    columns = len(curves) if len(curves) <= 3 else min(4, math.ceil(math.sqrt(len(curves))))
+    rows = math.ceil(len(curves) / columns)
+    wide, high = (3.0, 2.1) if len(curves) > 1 else (6.3, 3.2)
+    left, right, above, below, head, foot = 0.68, 0.12, 0.7, 0.45, 0.35, 0.3 if columns > 2 else 0.48
+    cell_width, cell_height = left + wide + right, above + high + below
+    width, height = columns * cell_width, head + rows * cell_height + foot
+
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    figure.text(left / width, 1 - 0.12 / height, _shortened(title, 8, width - left - right), va="top")
+    for i, curve in enumerate(curves):
+        bottom = height - head - (i // columns + 1) * cell_height + below
+        axes = figure.add_axes(
+            ((i % columns * cell_width + left) / width, bottom / height, wide / width, high / height)
+        )
+        _draw_panel(axes, curve, metric_name, wide, high)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="lower center",
+        ncols=len(labels) if columns > 2 else 4,
+        frameon=False,
+        handlelength=2.6,
+        columnspacing=1.6,
+    )
+    return figure
+
+
+def _draw_panel(axes, curve, metric_name, wide, high):
+    # A threshold close to 0 or 1 could not be told from the frame: there, the logit spreads the thresholds.
+    spread = not 0.02 <= curve.x <= 0.98
+    position = _logit if spread else np.asarray
+    ends = position(0.0), position(1.0)
+
+    axes.plot(
+        *_drawable(position(curve.thresholds), curve.metric), color=BLUE, lw=1.8, zorder=3, label=metric_name
+    )
+    axes.fill_between(
+        position(curve.band_thresholds),
+        curve.band_low,
+        curve.band_high,
+        color=BLUE,
+        alpha=0.25,
+        linewidth=0,
+        label="its 95 % confidence band",
+    )
+    axes.axvline(position(curve.x), color=VERMILLION, linewidth=1.1, label="trained threshold")
+    axes.axvspan(
+        *position(curve.x_interval), color=VERMILLION, alpha=0.15, linewidth=0, label="its 95 % interval"
+    )
+    axes.axvline(position(0.5), color="0.45", linewidth=0.9, linestyle=(0, (1, 1.5)), label="threshold 0.5")
+    for name, color, style in (("precision", GREEN, (0, (5, 2))), ("recall", PURPLE, (0, (6, 1.5, 1, 1.5)))):
+        if name != metric_name:
+            values = getattr(curve, name)
+            axes.plot(
+                *_drawable(position(curve.thresholds), values), color=color, lw=0.9, ls=style, label=name
+            )
+    axes.plot(
+        position(curve.x), curve.metric_at_x, "o", color=VERMILLION, mec="black", mew=0.6, ms=4.5, zorder=4
+    )
+
+    margin = 0.02 * (ends[1] - ends[0])
+    axes.set_xlim(ends[0] - margin, ends[1] + margin)
+    bottom, top = _shown_range(curve)
+    margin = 0.02 * (top - bottom)
+    axes.set_ylim(bottom - margin * (bottom > 0), top + margin)
+    levels = np.linspace(bottom, top, 6)
+    axes.set_yticks(levels, [f"{level:g}" for level in levels])
+    ticks = ["0.0001", "0.01", "0.5", "0.99", "0.9999"] if spread else ["0", "0.25", "0.5", "0.75", "1"]
+    axes.set_xticks(position(np.array(ticks, float)), ticks)
+    axes.set_xlabel("threshold (logit scale)" if spread else "threshold", labelpad=2)
+    axes.set_ylabel(metric_name)
+
+    axes.annotate(
+        _shortened(f"{curve.name} ({curve.folder})", 9, wide, bold=True),
+        (0, 1),
+        (0, 38),
+        "axes fraction",
+        "offset points",
+        size=9,
+        weight="bold",
+    )
+    axes.annotate(
+        f"threshold {curve.x:.5f} [{curve.x_interval[0]:.5f}, {curve.x_interval[1]:.5f}]\n"
+        f"{metric_name} {curve.metric_at_x:.4f} "
+        f"[{curve.metric_interval[0]:.4f}, {curve.metric_interval[1]:.4f}]\n"
+        f"{curve.metric_at_half:.4f} at 0.5; {curve.positive_pixels:,} positive pixels",
+        (0, 1),
+        (0, 5.5),
+        "axes fraction",
+        "offset points",
+        size=7.5,
+    )
+
+
+def _shown_range(curve):
+    """The range of the vertical axis: 0 to 1, or only its bottom or top where that is where the metric is."""
+    highest = max(curve.metric_at_x, curve.metric_interval[1])
+    lowest = min(np.median(curve.metric), curve.metric_interval[0])
+
+    def room_for(span):
+        steps = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1)
+        return next(step for step in steps if step >= min(1.1 * span, 1))
+
+    return 1 - room_for(1 - lowest) if lowest > 0.9 else 0, room_for(highest)
+
+
+def _logit(thresholds):
+    """Thresholds on the logit scale, which spreads those close to 0 and 1; these count as half a step off."""
+    inside = np.clip(thresholds, 2.0**-17, 1 - 2.0**-17)
+    return np.log(inside / (1 - inside))
+
+
+def _drawable(x, y, columns=1500):
+    """The curve with the lowest and highest value of each of so many columns, more than its panel has pixels.
+
+    Parameters
+    ----------
+    x, y : arrays, shape (n,)
+        x increases.
+
+    Returns
+    -------
+    x, y : arrays, shape (m,), m <= 2 * columns + 3
+    """
+    column = np.floor((x - x[0]) * (columns / (x[-1] - x[0])))
+    starts = np.flatnonzero(np.diff(column, prepend=-1))
+    extremes = np.stack([np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)], axis=1)
+    return np.append(np.repeat(x[starts], 2), x[-1]), np.append(extremes, y[-1])
+
+
+def draw_slices(slices, classes, title):
+    """Draw slices side by side, class below class, with the hits, misses and false alarms over them.
+
+    Parameters
+    ----------
+    slices : list of Slice, at least one, all of the same shape
+    classes : list of str, at least one
+        The name of each class.
+    title : str
+
+    Returns
+    -------
+    bytes
+        A PNG.
+    """
+    height, width = slices[0].image.shape
+    side = min(PANEL_SIDE, math.isqrt(SHOWN_PIXELS // (len(slices) * len(classes))))
+    shrink, grow = math.ceil(max(height, width) / side), max(side // max(height, width), 1)
+    high, wide = (math.ceil(length / shrink) * grow for length in (height, width))
+
+    gap, line = 8, 20
+    top = gap + 3 * line + gap  # title, legend, names of the slices
+    row = line + high + gap
+    # Text needs the room even if there are few slices.
+    size = max(len(slices) * (wide + gap) + gap, 900), top + len(classes) * row
+    page = Image.new("L", size, 255)
+    draw = ImageDraw.Draw(page)
+    regular, bold = _font(13), _font(13, bold=True)
+
+    def write(x, y, text, font, room):
+        draw.text((x, y + line / 2), _cut(text, font, room), fill=0, font=font, anchor="lm")
+
+    write(gap, gap, title, _font(15), size[0] - 2 * gap)
+    legend = []
+    x = gap
+    for outcome in OUTCOMES:
+        legend.append((x, gap + line + 4))
+        write(x + 20, gap + line, outcome, regular, 400)
+        x += 20 + math.ceil(regular.getlength(outcome)) + 24
+    lefts = [gap + i * (wide + gap) for i in range(len(slices))]
+    tops = [top + i * row + line for i in range(len(classes))]
+    for x, shown in zip(lefts, slices, strict=True):
+        write(x, gap + 2 * line, shown.name, regular, wide)
+    for y, name in zip(tops, classes, strict=True):
+        write(gap, y - line, name, bold, size[0] - 2 * gap)
+
+    canvas = np.array(page) // (256 // GREYS)
+    for i, (x, y) in enumerate(legend):
+        canvas[y : y + 12, x : x + 12] = (i + 1) * GREYS + GREYS // 2
+    for x, shown in zip(lefts, slices, strict=True):
+        image = np.asarray(Image.fromarray(shown.image).reduce(shrink)) // (256 // GREYS)
+        for i, y in enumerate(tops):
+            panel = image + GREYS * _outcomes(shown.truth[..., i], shown.prediction[..., i], shrink)
+            canvas[y : y + high, x : x + wide] = panel.repeat(grow, axis=0).repeat(grow, axis=1)
+    picture = Image.fromarray(canvas)
+    picture.putpalette(_palette())
+    return _png(picture)
+
+
+def _outcomes(truth, prediction, shrink):
+    """The outcome that a cell of shrink x shrink pixels has most of; none only where no pixel of it has any.
+
+    So thin cracks stay visible. Of equally many, a miss comes before a false alarm, and that before a hit.
+
+    Parameters
+    ----------
+    truth, prediction : bool arrays, shape (height, width)
+    shrink : int
+
+    Returns
+    -------
+    uint8 array, shape (ceil(height / shrink), ceil(width / shrink))
+        0 for none, then in the order of OUTCOMES.
+    """
+    # Three counts of 20 bits each, so that the cells are summed up once.
+    packed = np.array([0, 1 << 40, 1 << 20, 1]).take(prediction + 2 * truth.astype(np.uint8))
+    packed = np.pad(packed, [(0, -length % shrink) for length in truth.shape])
+    packed = sum(packed[i::shrink] for i in range(shrink))
+    packed = sum(packed[:, i::shrink] for i in range(shrink))
+    hits, misses, false_alarms = (packed >> bits & 0xFFFFF for bits in (0, 20, 40))
+    outcome = np.where(hits > np.maximum(misses, false_alarms), 1, np.where(misses >= false_alarms, 2, 3))
+    return np.where(packed, outcome, 0).astype(np.uint8)
+
+
+def _palette():
+    """The palette, as a flat list: GREYS greys, then the same under the colour of each of the OUTCOMES."""
+    greys = np.repeat(np.linspace(0, 255, GREYS)[:, None], 3, axis=1)
+    tinted = [greys * (1 - opacity) + np.array(color) * opacity for color, opacity in OUTCOMES.values()]
+    return np.rint(np.concatenate([greys, *tinted])).astype(int).ravel().tolist()
+
+
+def _shortened(text, points, inches, bold=False):
+    return _cut(text, _font(points * DPI / 72, bold), inches * DPI)
+
+
+def _cut(text, font, room):
+    """The text in `room` pixels at most: one too long loses its middle. A mark replaces the unprintable."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    cut, kept = text, len(text)
+    while font.getlength(cut) > room and kept > 1:
+        kept -= 1
+        cut = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
+    return cut
+
+
+def _font(size, bold=False):
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf")
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)  # up to four times faster than the default, up to 10 % larger
+    return file.getvalue()

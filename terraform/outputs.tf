@@ -1,0 +1,33 @@
+output "ssh" {
+  description = "The command that logs in to each VM; null for a VM that is not there."
+  value = {
+    for i, name in local.names :
+    name => try("ssh -i ${var.ssh_private_key_file} ${local.linux_user}@${google_compute_instance.vm[i].network_interface[0].access_config[0].nat_ip}", null)
+  }
+}
+
+output "one_of_several" {
+  description = "The command that creates each VM, and leaves the others alone; with destroy for apply it removes it."
+  depends_on  = [google_compute_instance.vm] # else -target leaves it out
+  value = {
+    for i, name in local.names :
+    name => "terraform apply -lock=false -target='google_compute_instance.vm[${i}]'"
+  }
+}
+
+output "run" {
+  description = "The command to run on each VM. With several VMs, TF_CONFIG makes them work on one job together."
+  depends_on  = [google_compute_instance.vm] # else -target leaves it out
+  value = {
+    for i, name in local.names :
+    name => join("", [
+      var.number_of_machines == 1 ? "" : "TF_CONFIG='${jsonencode({
+        cluster = { worker = [for address in local.addresses : "${address}:${var.cluster_port}"] }
+        task    = { type = "worker", index = i }
+      })}' ",
+      "python3 train_segmentation_model_prediction_thresholds.py --gcp-bucket ${var.gcp_bucket}",
+      " --dataset-directory <dataset_directory> --model-id <model_id>",
+      " --optimizing-class-metric <optimizing_class_metric> --dataset-downsample-factor <dataset_downsample_factor>",
+    ])
+  }
+}

@@ -1,0 +1,354 @@
+# Plans alone, against a mock of Google Cloud: an apply would run the provisioners for real.
+
+mock_provider "google" {}
+
+variables {
+  project_name         = "damage-123456"
+  user_name            = "jane"
+  gcp_bucket           = "gs://damage-data/stacks"
+  ssh_source_ranges    = ["203.0.113.7/32"]
+  ssh_private_key_file = "tests/key"
+}
+
+run "one_machine_by_default" {
+  command = plan
+
+  assert {
+    condition     = google_compute_instance.vm[*].name == ["damage-123456-jane"]
+    error_message = "Not one VM named <project_name>-<user_name>: ${jsonencode(google_compute_instance.vm[*].name)}"
+  }
+  assert {
+    condition     = google_compute_instance.vm[0].zone == "us-central1-c" && google_compute_subnetwork.vm.region == "us-central1"
+    error_message = "The subnetwork is not in the region of the VM's zone"
+  }
+  assert {
+    condition     = google_compute_instance.vm[0].boot_disk[0].initialize_params[0].image == "projects/deeplearning-platform-release/global/images/family/common-cu129-ubuntu-2404-nvidia-580"
+    error_message = "Not the image with the driver in it"
+  }
+  assert {
+    condition     = length(google_compute_firewall.cluster) == 0
+    error_message = "One machine has nobody to talk to, yet there is a rule for it"
+  }
+  assert {
+    condition     = output.run == { damage-123456-jane = "python3 train_segmentation_model_prediction_thresholds.py --gcp-bucket gs://damage-data/stacks --dataset-directory <dataset_directory> --model-id <model_id> --optimizing-class-metric <optimizing_class_metric> --dataset-downsample-factor <dataset_downsample_factor>" }
+    error_message = "Not the document's command: ${jsonencode(output.run)}"
+  }
+}
+
+run "several_machines" {
+  command = plan
+
+  variables {
+    number_of_machines = 3
+    cluster_port       = 3333
+  }
+
+  assert {
+    condition     = google_compute_instance.vm[*].name == ["damage-123456-jane", "damage-123456-jane-1", "damage-123456-jane-2"]
+    error_message = "Not numbered from the second machine on: ${jsonencode(google_compute_instance.vm[*].name)}"
+  }
+  assert {
+    condition     = google_compute_instance.vm[*].network_interface[0].network_ip == ["10.0.0.10", "10.0.0.11", "10.0.0.12"]
+    error_message = "Not the addresses that TF_CONFIG names"
+  }
+  assert {
+    condition = [for name in google_compute_instance.vm[*].name : jsondecode(regex("^TF_CONFIG='([^']+)' python3 ", output.run[name])[0])] == [
+      for i in range(3) : {
+        cluster = { worker = ["10.0.0.10:3333", "10.0.0.11:3333", "10.0.0.12:3333"] }
+        task    = { type = "worker", index = i }
+      }
+    ]
+    error_message = "Not TF_CONFIG as TensorFlow reads it: ${jsonencode(output.run)}"
+  }
+  assert {
+    condition     = output.one_of_several["damage-123456-jane-2"] == "terraform apply -lock=false -target='google_compute_instance.vm[2]'"
+    error_message = "Not the -target form: ${jsonencode(output.one_of_several)}"
+  }
+}
+
+run "machines_talk_to_each_other_alone" {
+  command = plan
+
+  variables {
+    number_of_machines = 2
+    cluster_port       = 3333
+  }
+
+  assert {
+    condition = alltrue([
+      one(google_compute_firewall.cluster).source_tags == toset(["damage-123456-jane"]),
+      one(google_compute_firewall.cluster).target_tags == toset(["damage-123456-jane"]),
+      alltrue([for vm in google_compute_instance.vm : vm.tags == toset(["damage-123456-jane"])]),
+    ])
+    error_message = "The rule is not from these VMs to these VMs"
+  }
+  assert {
+    condition     = try(length(one(google_compute_firewall.cluster).source_ranges), 0) == 0
+    error_message = "The rule lets in addresses, not these VMs alone"
+  }
+  assert {
+    condition     = [for allow in one(google_compute_firewall.cluster).allow : "${allow.protocol} ${join(",", allow.ports)}"] == ["tcp 3333"]
+    error_message = "The rule is not for the one port"
+  }
+}
+
+run "ssh_from_the_callers_ranges_only" {
+  command = plan
+
+  variables {
+    ssh_source_ranges = ["203.0.113.7/32", "198.51.100.0/24"]
+  }
+
+  assert {
+    condition     = google_compute_firewall.ssh.source_ranges == toset(["203.0.113.7/32", "198.51.100.0/24"])
+    error_message = "Not the given ranges"
+  }
+  assert {
+    condition     = [for allow in google_compute_firewall.ssh.allow : "${allow.protocol} ${join(",", allow.ports)}"] == ["tcp 22"]
+    error_message = "More or less than SSH"
+  }
+  assert {
+    condition     = google_compute_firewall.ssh.target_tags == google_compute_instance.vm[0].tags
+    error_message = "The rule does not reach the VM"
+  }
+  assert {
+    condition     = google_compute_network.vm.auto_create_subnetworks == false && google_compute_network.vm.name != "default"
+    error_message = "Not a network of its own"
+  }
+  assert {
+    condition = alltrue([
+      google_compute_instance.vm[0].metadata["enable-oslogin"] == "FALSE",
+      google_compute_instance.vm[0].metadata["block-project-ssh-keys"] == "TRUE",
+      google_compute_instance.vm[0].metadata["ssh-keys"] == "jane:${trimspace(file("tests/key.pub"))}",
+    ])
+    error_message = "Others than the caller's key may log in, or not even that"
+  }
+}
+
+run "the_bucket_and_nothing_else" {
+  command = plan
+
+  assert {
+    condition     = { for role, member in google_storage_bucket_iam_member.vm : role => "${member.role} ${member.bucket}" } == { for role in ["roles/storage.objectViewer", "roles/storage.objectCreator"] : role => "${role} damage-data" }
+    error_message = "Not reading and creating objects in the one bucket"
+  }
+  assert {
+    condition     = can(regex("^[a-z][a-z0-9-]{4,28}[a-z0-9]$", google_service_account.vm.account_id))
+    error_message = "Not a valid ID of a service account: ${google_service_account.vm.account_id}"
+  }
+}
+
+run "stops_by_itself" {
+  command = plan
+
+  variables {
+    max_run_hours = 1.5
+  }
+
+  assert {
+    condition = alltrue([
+      google_compute_instance.vm[0].scheduling[0].max_run_duration[0].seconds == 5400,
+      google_compute_instance.vm[0].scheduling[0].instance_termination_action == "STOP",
+      google_compute_instance.vm[0].scheduling[0].automatic_restart == false,
+    ])
+    error_message = "A forgotten VM would go on"
+  }
+  assert {
+    condition     = google_compute_instance.vm[0].scheduling[0].provisioning_model == "STANDARD" && !google_compute_instance.vm[0].scheduling[0].preemptible
+    error_message = "Spot without being asked for"
+  }
+}
+
+run "spot" {
+  command = plan
+
+  variables {
+    spot = true
+  }
+
+  assert {
+    condition = alltrue([
+      google_compute_instance.vm[0].scheduling[0].provisioning_model == "SPOT",
+      google_compute_instance.vm[0].scheduling[0].preemptible,
+      google_compute_instance.vm[0].scheduling[0].instance_termination_action == "STOP",
+      google_compute_instance.vm[0].scheduling[0].automatic_restart == false,
+      google_compute_instance.vm[0].scheduling[0].max_run_duration[0].seconds == 24 * 3600,
+    ])
+    error_message = "Not a Spot VM that stops"
+  }
+}
+
+run "gpu_in_the_machine_type" {
+  command = plan
+
+  variables {
+    gpu_type  = "A100"
+    gpu_count = 2
+  }
+
+  assert {
+    condition     = google_compute_instance.vm[0].machine_type == "a2-highgpu-2g" && length(google_compute_instance.vm[0].guest_accelerator) == 0
+    error_message = "Not two A100 by machine type alone"
+  }
+  assert {
+    condition     = google_compute_instance.vm[0].scheduling[0].on_host_maintenance == "TERMINATE"
+    error_message = "A VM with a GPU cannot migrate"
+  }
+}
+
+run "gpu_by_default" {
+  command = plan
+
+  assert {
+    condition     = google_compute_instance.vm[0].machine_type == "g2-standard-8" && length(google_compute_instance.vm[0].guest_accelerator) == 0
+    error_message = "Not one L4 by machine type alone"
+  }
+}
+
+run "gpu_attached" {
+  command = plan
+
+  variables {
+    gpu_type  = "P100"
+    gpu_count = 4
+  }
+
+  assert {
+    condition     = google_compute_instance.vm[0].machine_type == "n1-standard-32"
+    error_message = "Not a machine type that takes four GPUs: ${google_compute_instance.vm[0].machine_type}"
+  }
+  assert {
+    condition     = [for gpu in google_compute_instance.vm[0].guest_accelerator : "${gpu.count} ${gpu.type}"] == ["4 nvidia-tesla-p100"]
+    error_message = "Not four P100 attached"
+  }
+  assert {
+    condition     = google_compute_instance.vm[0].scheduling[0].on_host_maintenance == "TERMINATE"
+    error_message = "A VM with a GPU cannot migrate"
+  }
+}
+
+run "gpu_attached_t4" {
+  command = plan
+
+  variables {
+    gpu_type = "T4"
+  }
+
+  assert {
+    condition     = [for gpu in google_compute_instance.vm[0].guest_accelerator : "${gpu.count} ${gpu.type}"] == ["1 nvidia-tesla-t4"] && google_compute_instance.vm[0].machine_type == "n1-standard-8"
+    error_message = "Not one T4 attached"
+  }
+}
+
+run "gpu_attached_v100" {
+  command = plan
+
+  variables {
+    gpu_type  = "V100"
+    gpu_count = 8
+  }
+
+  assert {
+    condition     = [for gpu in google_compute_instance.vm[0].guest_accelerator : "${gpu.count} ${gpu.type}"] == ["8 nvidia-tesla-v100"] && google_compute_instance.vm[0].machine_type == "n1-standard-64"
+    error_message = "Not eight V100 attached"
+  }
+}
+
+run "names_made_valid" {
+  command = plan
+
+  variables {
+    project_name       = "a-very-long-project-1234567890"
+    user_name          = "Jane.van_der-Doe-Smythe-Featherstonehaugh@example.org"
+    number_of_machines = 12
+  }
+
+  assert {
+    condition     = google_compute_instance.vm[0].name == "a-very-long-project-1234567890-jane-van-der-doe-smythe"
+    error_message = "Not the name in lower-case letters, digits and hyphens: ${google_compute_instance.vm[0].name}"
+  }
+  assert {
+    condition = alltrue([
+      for name in concat(google_compute_instance.vm[*].name, [google_compute_network.vm.name, google_compute_subnetwork.vm.name, google_compute_firewall.ssh.name, google_compute_firewall.cluster[0].name]) :
+      can(regex("^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$", name))
+    ])
+    error_message = "Google Cloud would refuse a name"
+  }
+  assert {
+    condition     = length(distinct(google_compute_instance.vm[*].name)) == 12
+    error_message = "Two VMs have the same name"
+  }
+  assert {
+    condition     = can(regex("^[a-z][a-z0-9-]{4,28}[a-z0-9]$", google_service_account.vm.account_id))
+    error_message = "Not a valid ID of a service account: ${google_service_account.vm.account_id}"
+  }
+  assert {
+    condition     = startswith(google_compute_instance.vm[0].metadata["ssh-keys"], "jane-van-der-doe-smy:ssh-ed25519 ")
+    error_message = "Not a Linux user name: ${google_compute_instance.vm[0].metadata["ssh-keys"]}"
+  }
+}
+
+run "short_names_made_valid" {
+  command = plan
+
+  variables {
+    project_name = "p1"
+    user_name    = "J_"
+  }
+
+  assert {
+    condition     = google_compute_instance.vm[0].name == "p1-j" && can(regex("^[a-z][a-z0-9-]{4,28}[a-z0-9]$", google_service_account.vm.account_id))
+    error_message = "Not valid: ${google_compute_instance.vm[0].name}, ${google_service_account.vm.account_id}"
+  }
+}
+
+# What is missing from a targeted plan makes Terraform 1.11 end with a crash instead of the message below.
+run "one_target_brings_what_it_needs" {
+  command = plan
+
+  variables {
+    number_of_machines = 2
+  }
+
+  plan_options {
+    target = [google_compute_instance.vm[0]]
+  }
+
+  assert {
+    condition     = google_compute_instance.vm[*].name == ["damage-123456-jane"]
+    error_message = "Not the one VM: ${jsonencode(google_compute_instance.vm[*].name)}"
+  }
+  assert {
+    condition     = google_compute_firewall.ssh.name == "damage-123456-jane-ssh" && google_compute_firewall.cluster[0].name == "damage-123456-jane-cluster"
+    error_message = "Not the firewall rules"
+  }
+  assert {
+    condition     = length(google_storage_bucket_iam_member.vm) == 2 && google_service_account.vm.account_id != ""
+    error_message = "Not the access to the bucket"
+  }
+  assert {
+    condition     = google_compute_subnetwork.vm.name == "damage-123456-jane" && google_compute_network.vm.name == "damage-123456-jane"
+    error_message = "Not the network"
+  }
+}
+
+run "one_target_in_the_middle" {
+  command = plan
+
+  variables {
+    number_of_machines = 3
+  }
+
+  plan_options {
+    target = [google_compute_instance.vm[1]]
+  }
+
+  assert {
+    condition     = google_compute_instance.vm[1].name == "damage-123456-jane-1" && google_compute_firewall.ssh.name == "damage-123456-jane-ssh"
+    error_message = "Not the one VM with its firewall rule"
+  }
+  assert {
+    condition     = output.one_of_several["damage-123456-jane-1"] == "terraform apply -lock=false -target='google_compute_instance.vm[1]'"
+    error_message = "Not the -target form: ${jsonencode(output.one_of_several)}"
+  }
+}

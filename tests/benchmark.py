@@ -1,0 +1,252 @@
+"""Measure what the README claims: each figure a ratio, both sides measured side by side in this run.
+
+.venv/bin/python tests/benchmark.py [--repeats 5]
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import yaml
+from conftest import ROOT, SCRIPT, arguments, blobs_and_masks, write_split
+
+MODEL_ID = "segmentation-model-benchmark"
+SPLIT = "datasets/dataset-benchmark/validation"
+NETWORK = {"model_name": "Unet", "model_parameters": {"backbone_name": "resnet18", "activation": "sigmoid"}}
+SIZE, CLASSES = 128, 3
+
+# What people think of as the floor: load the model, read the images, predict once.
+BARE_PREDICT = """
+import os, sys
+os.environ.update(TF_USE_LEGACY_KERAS="1", TF_CPP_MIN_LOG_LEVEL="3")
+from pathlib import Path
+import numpy as np
+from PIL import Image
+import tensorflow as tf
+network = tf.keras.models.load_model(sys.argv[2], compile=False)
+paths = sorted(Path(sys.argv[1], "images").iterdir())
+images = np.stack([np.asarray(Image.open(path)) for path in paths])
+network.predict((images * (1 / 255)).astype("float32")[..., None], batch_size=16, verbose=0)
+"""
+
+# The way that runs the network for every candidate threshold, as fast as that way can be: one model, compiled once,
+# the threshold a variable of one compiled metric a class, all images in memory. It gets the candidates for free.
+RE_EVALUATION = """
+import os, sys, time
+os.environ.update(TF_USE_LEGACY_KERAS="1", TF_CPP_MIN_LOG_LEVEL="3")
+from pathlib import Path
+import numpy as np
+from PIL import Image
+import tensorflow as tf
+network = tf.keras.models.load_model(sys.argv[2], compile=False)
+split, thresholds = Path(sys.argv[1]), eval(sys.argv[3])
+names = sorted(path.name for path in (split / "images").iterdir())
+images = np.stack([np.asarray(Image.open(split / "images" / name)) for name in names])
+images = (images * (1 / 255)).astype("float32")[..., None]
+folders = sorted((split / "masks").iterdir())
+masks = np.stack([np.stack([np.asarray(Image.open(folder / name)) for folder in folders], -1) for name in names])
+threshold = tf.Variable(0.5)
+class IoU(tf.keras.metrics.Metric):
+    def __init__(self, i):
+        super().__init__(name=f"class{i}_iou_score")
+        self.i = i
+        self.both, self.either = self.add_weight("both", dtype="int64"), self.add_weight("either", dtype="int64")
+    def update_state(self, truth, probability, sample_weight=None):
+        truth, predicted = truth[..., self.i] > 0, probability[..., self.i] > threshold
+        self.both.assign_add(tf.math.count_nonzero(truth & predicted))
+        self.either.assign_add(tf.math.count_nonzero(truth | predicted))
+    def result(self):
+        return self.both / self.either
+for i, candidates in enumerate(thresholds):
+    network.compile(metrics=[IoU(i)])
+    for candidate in candidates:
+        threshold.assign(candidate)
+        network.evaluate(images, masks, batch_size=16, verbose=0)
+"""
+
+
+def seconds(*command, cwd):
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *map(str, command)], cwd=cwd, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def peak_kilobytes(*command, cwd):
+    """Peak resident memory of a process."""
+    pid = os.posix_spawn(
+        sys.executable,
+        [sys.executable, *map(str, command)],
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
+    )
+    _, status, usage = os.wait4(pid, 0)
+    assert status == 0
+    return usage.ru_maxrss
+
+
+def make_bucket(bucket, images):
+    """A bucket with a network of random weights and so many images."""
+    dataset, model = bucket / "datasets/dataset-benchmark", bucket / "models" / MODEL_ID
+    write_split(bucket / SPLIT, *blobs_and_masks(images, SIZE, SIZE, CLASSES))
+    (dataset / "config.yaml").write_text(yaml.safe_dump({"dataset_config": {"target_size": [SIZE, SIZE]}}))
+    model.mkdir(parents=True)
+    (model / "config.yaml").write_text(yaml.safe_dump({"train_config": {"segmentation_model": NETWORK}}))
+    make = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import models
+tf = models.import_tensorflow()
+import segmentation_models
+tf.keras.utils.set_random_seed(1)
+network = segmentation_models.Unet("resnet18", encoder_weights=None, input_shape=(None, None, 1), classes={CLASSES})
+network.compile("adam", "binary_crossentropy")
+network.save({str(model / "model.hdf5")!r})
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", make], check=True, stdout=subprocess.DEVNULL)
+    return bucket / SPLIT, model / "model.hdf5"
+
+
+def tool(bucket, **others):
+    return [SCRIPT, *arguments(bucket, "dataset-benchmark/validation", MODEL_ID, **others)]
+
+
+def multiply(bucket, source, times, split=SPLIT):
+    """A bucket with each image of `source` so many times, as links to the same files."""
+    shutil.copytree(source, bucket, copy_function=os.link)
+    for path in list((bucket / split).rglob("*.png")):
+        for i in range(1, times):
+            os.link(path, path.with_name(f"copy_{i:04d}_{path.name}"))
+    return bucket
+
+
+def ratio_of_medians(first, second, repeats):
+    """Median of first() over median of second(), the two taking turns."""
+    pairs = [(first(), second()) for _ in range(repeats)]
+    ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return ours, theirs, ours / theirs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement; medians are shown")
+    repeats = parser.parse_args().repeats
+    rows = []
+
+    def row(what, ours, theirs, ratio, unit="s"):
+        rows.append((what, f"{ours:,.3g} {unit}", f"{theirs:,.3g} {unit}", f"{ratio:.2g}"))
+        print("| " + " | ".join(rows[-1]) + " |", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        split, weights = make_bucket(folder / "400", 400)
+        make_bucket(folder / "100", 100)
+        print("| what | ours | the other | ratio |\n| --- | --- | --- | --- |")
+
+        def first_run(bucket="400"):
+            shutil.rmtree(folder / "tmp", ignore_errors=True)
+            return seconds(*tool(bucket), cwd=folder)
+
+        row(
+            "whole job, 400 images / bare `model.predict`, once",
+            *ratio_of_medians(first_run, lambda: seconds("-c", BARE_PREDICT, split, weights, cwd=folder), repeats),
+        )
+        row(
+            "rerun with another metric / first run, 400 images",
+            *ratio_of_medians(
+                lambda: seconds(*tool("400", optimizing_class_metric="f1_score"), cwd=folder), first_run, repeats
+            ),
+        )
+
+        first_run("100")
+        result = max((folder / "100/models" / MODEL_ID).glob("model_thresholds_*.yaml"))
+        history = yaml.safe_load(result.read_text())["metadata"]["thresholds_training_history"]
+        # nine a class, as many as a tolerance of 0.01 takes
+        candidates = [[point[0] for point in list(of_class.values())[:9]] for of_class in history.values()]
+        row(
+            "whole job, 100 images / the network again for each of 9 thresholds a class",
+            *ratio_of_medians(
+                lambda: first_run("100"),
+                lambda: seconds(
+                    "-c",
+                    RE_EVALUATION,
+                    folder / "100" / SPLIT,
+                    folder / "100/models" / MODEL_ID / "model.hdf5",
+                    candidates,
+                    cwd=folder,
+                ),  # fmt: skip
+                min(repeats, 3),
+            ),
+        )
+        for name, other in (
+            ("`sklearn.metrics.precision_recall_curve`", sorted_curve),
+            ("200 binned thresholds, numpy", binned_curve),
+        ):
+            row(f"one class, 4 million pixels: optimum from counts / {name}", *curve_ratio(other, repeats))
+
+        multiply(folder / "2000", folder / "100", 20)
+
+        def peak(bucket):
+            shutil.rmtree(folder / "tmp", ignore_errors=True)
+            return peak_kilobytes(*tool(bucket), cwd=folder) / 1024
+
+        row(
+            "peak memory, 2,000 images / 100 images",
+            *ratio_of_medians(lambda: peak("2000"), lambda: peak("100"), min(repeats, 3)),
+            unit="MiB",
+        )
+    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}")
+
+
+def pixels(number=4_000_000):
+    rng = np.random.default_rng(0)
+    truth = rng.random(number) < 0.1
+    return truth, np.where(truth, rng.beta(3, 2, number), rng.beta(1, 6, number)).astype(np.float32)
+
+
+def sorted_curve(truth, p):
+    from sklearn.metrics import precision_recall_curve
+
+    precision, recall, thresholds = precision_recall_curve(truth, p)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return thresholds[f1[:-1].argmax()]
+
+
+def binned_curve(truth, p):
+    thresholds = np.linspace(0, 1, 200, dtype=np.float32)
+    bins = np.searchsorted(thresholds, p)
+    tp, fp = (np.bincount(bins[truth == side], minlength=201)[::-1].cumsum()[::-1][1:] for side in (True, False))
+    return thresholds[(2 * tp / (tp + fp + truth.sum())).argmax()]
+
+
+def curve_ratio(other, repeats):
+    sys.path.insert(0, str(ROOT))
+    import models
+    from counts import GRID, Counts
+
+    truth, p = pixels()
+    counts = Counts.empty(1, 1, 1)
+    for side in (0, 1):
+        counts.histogram[0, side] = np.bincount(np.ceil(p[truth == side] * GRID).astype(int), minlength=GRID + 1)
+    counts.images = 1
+
+    def timed(function, *arguments):
+        start = time.perf_counter()
+        function(*arguments)
+        return time.perf_counter() - start
+
+    return ratio_of_medians(
+        lambda: timed(models.train_prediction_threshold, counts, 0, "class0", "f1_score", lambda *_: None),
+        lambda: timed(other, truth, p),
+        repeats,
+    )
+
+
+if __name__ == "__main__":
+    main()

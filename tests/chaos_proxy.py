@@ -1,0 +1,190 @@
+"""A real HTTP proxy that stands in front of a storage server and behaves badly, as asked, from a seed."""
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import socket
+import struct
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+FAULTS = ("reset", "lost", "delay", "429", "500", "503", "cut", "wrong")
+
+
+class Request(NamedTuple):
+    """What was asked (see `operation`), the path with its query, and the fault it met, or None."""
+
+    operation: str
+    path: str
+    fault: str | None
+
+
+def operation(method, path):
+    """Tell which permission a request needs: "get", "list", "create", or "other" (an overwriting upload, too)."""
+    parts = urlsplit(path)
+    if method == "GET" and re.fullmatch(r"/storage/v1/b/[^/]+/o", parts.path):
+        return "list"
+    if method == "GET" and re.fullmatch(r"(/download)?/storage/v1/b/[^/]+/o/[^/]+", parts.path):
+        return "get"
+    guarded = parse_qs(parts.query).get("ifGenerationMatch") == ["0"]
+    if method == "POST" and guarded and re.fullmatch(r"/upload/storage/v1/b/[^/]+/o", parts.path):
+        return "create"
+    return "other"
+
+
+class ChaosProxy:
+    """A proxy at `url`. Its settings may be changed while it runs; `requests` is its log.
+
+    Parameters
+    ----------
+    server : str
+        Where the storage server is, as "http://host:port".
+    rate : float
+        Share of the requests that meet a fault, in [0, 1].
+    faults : sequence of str
+        Which: "reset" (the connection, before the request reaches the server), "lost" (the connection is reset once the
+        server has done its work), "delay" (for `delay` seconds), "429", "500", "503", "cut" (half a body), "wrong" (a
+        whole body of the right length, of other bytes), "hang" (no answer as long as the proxy lives).
+    seed : int
+    bandwidth : float
+        Of the line back, shared by all connections, in bytes/s; None: no limit.
+    latency : float
+        Of each answer, in seconds.
+    permissions : collection of str
+        Operations that are not refused.
+    refusal : int
+        The status of a refusal: 403, 401.
+    token : str
+        The access token without which a request is refused with 401; None: any will do.
+    """
+
+    def __init__(
+        self, server, rate=0.0, faults=FAULTS, seed=0, delay=0.5, bandwidth=None, latency=0.0,
+        permissions=("get", "list", "create", "other"), refusal=403, token=None,
+    ):  # fmt: skip
+        self.server, self.rate, self.faults, self.delay = server, rate, faults, delay
+        self.bandwidth, self.latency, self.permissions, self.refusal = bandwidth, latency, permissions, refusal
+        self.token = token
+        self.requests = []
+        self.closing = threading.Event()
+        self.line = threading.Lock()
+        self._random, self._lock = random.Random(seed), threading.Lock()
+        self._listener = _Listener(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
+        self.url = f"http://127.0.0.1:{self._listener.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self._listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.closing.set()
+        self._listener.shutdown()
+        self._listener.server_close()
+
+    def count(self, *operations):
+        return sum(request.operation in operations for request in list(self.requests))
+
+    def draw(self, method, path):
+        """Log a request and choose its fault."""
+        with self._lock:
+            fault = self._random.choice(self.faults) if self._random.random() < self.rate else None
+            self.requests.append(Request(operation(method, path), path, fault))
+        return fault
+
+
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 256
+
+    def handle_error(self, request, client_address):
+        """Connections break here all the time: no traceback for it."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    proxy: ChaosProxy
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+    upstream = None
+
+    def log_message(self, *_):
+        pass
+
+    def finish(self):
+        if self.upstream:
+            self.upstream.close()
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
+
+    def _handle(self):
+        proxy = self.proxy
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = proxy.draw(self.command, self.path)
+        time.sleep(proxy.latency)
+        if fault == "hang":
+            proxy.closing.wait()
+        if fault in ("reset", "hang"):
+            return self._reset()
+        if operation(self.command, self.path) not in proxy.permissions:
+            return self._refuse(proxy.refusal, f"someone@example.com does not have access to {self.path}")
+        if proxy.token and self.headers.get("Authorization") != f"Bearer {proxy.token}":
+            return self._refuse(401, "Invalid Credentials")
+        if fault in ("429", "500", "503"):
+            return self._refuse(int(fault), "Try again")
+        if fault == "delay":
+            time.sleep(proxy.delay)
+
+        self.upstream = self.upstream or http.client.HTTPConnection(urlsplit(proxy.server).netloc)
+        headers = {key: value for key, value in self.headers.items() if key.lower() not in ("host", "connection")}
+        self.upstream.request(self.command, self.path, body, headers)
+        answer = self.upstream.getresponse()
+        content = answer.read()
+        if fault == "lost":
+            return self._reset()
+        if fault == "wrong":
+            is_json = answer.getheader("Content-Type", "").startswith("application/json")
+            content = b" " * len(content) if is_json else bytes(byte ^ 1 for byte in content)
+        self.send_response(answer.status)
+        for key, value in answer.getheaders():
+            if key.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self._send(content[: len(content) // 2] if fault == "cut" else content)
+        if fault == "cut":
+            self._reset()
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = _handle
+
+    def _send(self, content):
+        for start in range(0, len(content), 1 << 14) if self.proxy.bandwidth else ():
+            chunk = content[start : start + (1 << 14)]
+            with self.proxy.line:
+                time.sleep(len(chunk) / self.proxy.bandwidth)
+            self.wfile.write(chunk)
+            self.wfile.flush()
+        if not self.proxy.bandwidth:
+            self.wfile.write(content)
+        self.wfile.flush()
+
+    def _refuse(self, status, message):
+        content = json.dumps({"error": {"code": status, "message": message}}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self._send(content)
+
+    def _reset(self):
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())  # at once, with RST: the handler's files still refer to the socket

