@@ -291,9 +291,9 @@ def count_share(
             )
             saved = time.monotonic()
             try:
-                for images in batches:
+                for number, images in enumerate(batches):
                     cluster.check()
-                    if not bar.n - bar.initial:
+                    if number == 0:
                         threading.Thread(target=import_what_follows, daemon=True).start()
                     bar.update(images)
                     if time.monotonic() - saved > CHECKPOINT_SECONDS:

@@ -399,7 +399,8 @@ def test_runs_from_nothing_at_once_share_a_folder(make_bucket, many_images, copi
         assert process.returncode == 0, process.stderr
         assert all(line.startswith("warning: ") for line in process.stderr.splitlines())
     found = whole_results(bucket)
-    assert sorted(r["metadata"]["thresholds_training_configuration"]["opt_class_metric"] for r in found) == sorted(metrics)
+    configurations = [result["metadata"]["thresholds_training_configuration"] for result in found]
+    assert sorted(configuration["opt_class_metric"] for configuration in configurations) == sorted(metrics)
     assert all(thresholds(result) == expected for result in found)  # IoU and F1 have the same optimum
     assert len({result["metadata"]["run_id"] for result in found}) == 3
     assert not list((work / "tmp/results").iterdir())
@@ -578,4 +579,5 @@ def test_an_error_that_nobody_can_read_keeps_its_exit_code(tmp_path):
 
 def test_the_exit_codes_are_documented(tmp_path):
     text = " ".join(run_tool("--help", cwd=tmp_path, COLUMNS=100).stdout.split())
-    assert "0 done, 2 usage, 3 input, 4 bucket, 5 not converged, 130 and 143 interrupted" in text
+    codes = "0 done, 2 usage, 3 input, 4 bucket, 5 not converged, 6 another worker is missing, 130 and 143 interrupted"
+    assert codes in text
