@@ -80,7 +80,7 @@ def _native_noise_held_back():
         os.dup2(held.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except Exception:
             held.seek(0)
             os.write(screen, held.read())
             raise

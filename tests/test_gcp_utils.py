@@ -925,6 +925,7 @@ def test_interrupting_a_fetch_ends_it_and_leaves_nothing(proxy, bucket_name, tmp
     proxy.bandwidth = 1e5
     code = """
 import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 bucket = open_bucket(sys.argv[1], Path(sys.argv[2]))
 try:
     bucket.fetch(bucket.stat("model.hdf5"))

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -11,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from urllib.parse import unquote
@@ -251,7 +251,7 @@ def open_bucket_of(bucket, work):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", bucket.server)
         opened = open_bucket(bucket.address, work / "tmp/objects")
-    blobs = opened.list("")
+        blobs = opened.list("")
     return lambda: {blob.name for blob in blobs if opened.is_here(blob)}
 
 
@@ -437,25 +437,15 @@ def test_a_change_in_the_bucket_during_the_run_is_an_error(make_bucket, tiny_buc
 # The disk and the screen
 
 
-@pytest.fixture
-def nobody():
-    """What makes a process one of somebody whom permissions stop."""
-    return {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+def obey_permissions():
+    """Give up, as root, what lets root pass over them; a process that runs this before its program keeps it so."""
+    if os.geteuid() == 0:
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            assert ctypes.CDLL(None).prctl(24, capability, 0, 0, 0) == 0  # PR_CAPBSET_DROP
 
 
-@pytest.fixture
-def open_folder():
-    """A folder that has no closed folder above it."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        os.chmod(folder, 0o777)
-        yield Path(folder)
-        for path in [Path(folder), *Path(folder).rglob("*")]:
-            if path.is_dir():
-                path.chmod(0o777)
-
-
-def as_nobody(nobody, *given, cwd, **environment):
-    return finish(start(*given, cwd=cwd, environment=environment | {"HOME": cwd}, **nobody))
+def run_as_others_do(*given, cwd, **environment):
+    return finish(start(*given, cwd=cwd, environment=environment, preexec_fn=obey_permissions))
 
 
 def assert_warnings(process, *words):
@@ -467,45 +457,36 @@ def assert_warnings(process, *words):
         assert line.startswith("warning: ") and word in line
 
 
-def readable(folder):
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o777 if path.is_dir() else 0o666)
-
-
-def test_a_read_only_folder_is_no_reason_to_lose_a_result(tiny_bucket_template, counted_template, nobody, open_folder):
+def test_a_read_only_folder_is_no_reason_to_lose_a_result(tiny_bucket, counted_template, tmp_path):
     """Nothing can be kept in ./tmp; a directory bucket needs nothing there."""
     expected = thresholds(results(counted_template[0] / "bucket")[0])
-    bucket = DirectoryBucket(Path(shutil.copytree(tiny_bucket_template, open_folder / "bucket")))
-    readable(open_folder)
-    (open_folder / "work").mkdir(0o555)
-    process = as_nobody(nobody, *arguments("../bucket", batch_size=4), cwd=open_folder / "work")
+    bucket = DirectoryBucket(tiny_bucket)
+    (tmp_path / "work").mkdir(0o555)
+    process = run_as_others_do(*arguments("../bucket", batch_size=4), cwd=tmp_path / "work")
     assert_warnings(process, "tmp/counts (Permission denied)", "tmp/results (Permission denied)")
     (result,) = whole_results(bucket)
     assert thresholds(result) == expected
-    assert not list((open_folder / "work").iterdir())
+    assert not list((tmp_path / "work").iterdir())
 
 
-def test_a_read_only_cache_is_named(tiny_bucket_template, server, proxy, nobody, open_folder):
+def test_a_read_only_cache_is_named(tiny_bucket_template, server, proxy, tmp_path):
     bucket = GoogleBucket(server, proxy, tiny_bucket_template, "read-only-cache")
-    (open_folder / "tmp/objects").mkdir(parents=True)
-    (open_folder / "tmp/objects").chmod(0o555)
-    process = as_nobody(nobody, *arguments(bucket.address), cwd=open_folder, **bucket.environment)
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp/objects").mkdir(0o555)
+    process = run_as_others_do(*arguments(bucket.address), cwd=tmp_path, **bucket.environment)
     assert_one_error_line(process, 4, "tmp/objects", "Permission denied", "make the folder writable")
     assert not bucket.contents()
 
 
-def test_a_read_only_bucket_leaves_the_result_here(counted, no_tensorflow, nobody, open_folder):
-    folder = Path(shutil.copytree(counted, open_folder / "work", copy_function=os.link))
-    readable(folder)
-    kept_before = len(results(folder / "bucket"))
-    (folder / "bucket" / MODEL).chmod(0o555)
-    # The links are other paths to the very files whose counts are cached.
-    process = as_nobody(nobody, *arguments("bucket"), cwd=folder)
+def test_a_read_only_bucket_leaves_the_result_here(counted):
+    kept_before = len(results(counted / "bucket"))
+    (counted / "bucket" / MODEL).chmod(0o555)
+    process = run_as_others_do(*arguments("bucket"), cwd=counted)
     assert_one_error_line(process, 4, f"bucket/{MODEL}/model_thresholds_", "Permission denied", "kept in tmp/results/")
-    assert len(results(folder / "bucket")) == kept_before
-    (folder / "bucket" / MODEL).chmod(0o777)
-    subprocess.run(process.stderr.partition("upload it with: ")[2], shell=True, cwd=folder, check=True)
-    assert len(results(folder / "bucket")) == kept_before + 1
+    assert len(results(counted / "bucket")) == kept_before
+    (counted / "bucket" / MODEL).chmod(0o777)
+    subprocess.run(process.stderr.partition("upload it with: ")[2], shell=True, cwd=counted, check=True)
+    assert len(results(counted / "bucket")) == kept_before + 1
 
 
 @contextlib.contextmanager
