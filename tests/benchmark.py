@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import os
 import platform
 import shutil
@@ -16,7 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from conftest import ROOT, SCRIPT, arguments, blobs_and_masks, write_split
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conftest import ROOT, SCRIPT, arguments, blobs_and_masks, write_split  # noqa: E402
+from fake_gcs import free_port  # noqa: E402
+
+import models  # noqa: E402
+from counts import GRID, Counts  # noqa: E402
 
 MODEL_ID = "segmentation-model-benchmark"
 SPLIT = "datasets/dataset-benchmark/validation"
@@ -75,28 +83,30 @@ for i, candidates in enumerate(thresholds):
 
 def seconds(*command, cwd):
     start = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, command)], cwd=cwd, check=True, stdout=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    subprocess.run([sys.executable, *map(str, command)], cwd=cwd, check=True, **quiet)
     return time.perf_counter() - start
 
 
-def peak_kilobytes(*command, cwd):
-    """Peak resident memory of a process."""
-    pid = os.posix_spawn(
-        sys.executable,
-        [sys.executable, *map(str, command)],
-        os.environ,
-        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
-    )
-    _, status, usage = os.wait4(pid, 0)
-    assert status == 0
-    return usage.ru_maxrss
+# A process begins with its parent's peak, so a small one stands between: this one may be large.
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+"""
 
 
-def make_bucket(bucket, images):
+def peak_megabytes(*command, cwd):
+    """Peak resident memory of a process, in MiB."""
+    words = [sys.executable, "-c", PEAK, sys.executable, *map(str, command)]
+    return float(subprocess.run(words, cwd=cwd, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def make_bucket(bucket, images, size=SIZE):
     """A bucket with a network of random weights and so many images."""
     dataset, model = bucket / "datasets/dataset-benchmark", bucket / "models" / MODEL_ID
-    write_split(bucket / SPLIT, *blobs_and_masks(images, SIZE, SIZE, CLASSES))
-    (dataset / "config.yaml").write_text(yaml.safe_dump({"dataset_config": {"target_size": [SIZE, SIZE]}}))
+    write_split(bucket / SPLIT, *blobs_and_masks(images, size, size, CLASSES))
+    (dataset / "config.yaml").write_text(yaml.safe_dump({"dataset_config": {"target_size": [size, size]}}))
     model.mkdir(parents=True)
     (model / "config.yaml").write_text(yaml.safe_dump({"train_config": {"segmentation_model": NETWORK}}))
     make = f"""
@@ -194,14 +204,94 @@ def main():
 
         def peak(bucket):
             shutil.rmtree(folder / "tmp", ignore_errors=True)
-            return peak_kilobytes(*tool(bucket), cwd=folder) / 1024
+            return peak_megabytes(*tool(bucket), cwd=folder)
 
         row(
             "peak memory, 2,000 images / 100 images",
             *ratio_of_medians(lambda: peak("2000"), lambda: peak("100"), min(repeats, 3)),
             unit="MiB",
         )
+        row(
+            "2,000 images in two processes of half the cores each / in one of all cores",
+            *ratio_of_medians(lambda: two_workers(folder, "2000"), lambda: first_run("2000"), min(repeats, 3)),
+        )
+
+        make_bucket(folder / "small 100", 100, size=32)
+        for number in (1000, 10_000):
+            multiply(folder / f"small {number}", folder / "small 100", number // 100)
+
+        def each_further_image(fewer, more):
+            return (first_run(f"small {more}") - first_run(f"small {fewer}")) / (more - fewer) * 1000
+
+        row(
+            "each image from the 1,000th to the 10,000th / from the 100th to the 1,000th, 32 x 32",
+            *ratio_of_medians(
+                lambda: each_further_image(1000, 10_000), lambda: each_further_image(100, 1000), min(repeats, 3)
+            ),
+            unit="ms",
+        )
+        gpu = bool(models.import_tensorflow().config.list_physical_devices("GPU"))
+        backbone, images = ("vgg16", 512) if gpu else ("resnet18", 32)
+        row(
+            f"forward pass with counting and bootstrap / alone, Unet/{backbone}, 512 x 512, batch 16",
+            *pass_ratio(backbone, images, repeats),
+            unit="images/s",
+        )
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}")
+
+
+def two_workers(folder, bucket):
+    """Seconds that two workers take, each held to its half of the cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    cluster = {"worker": [f"127.0.0.1:{free_port()}" for _ in range(2)]}
+    start = time.perf_counter()
+    processes = []
+    for index in (0, 1):
+        (folder / f"worker {index}").mkdir(exist_ok=True)
+        shutil.rmtree(folder / f"worker {index}/tmp", ignore_errors=True)
+        config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *tool(folder / bucket)],
+                cwd=folder / f"worker {index}",
+                env={**os.environ, "TF_CONFIG": json.dumps(config)},
+                stdout=subprocess.DEVNULL,
+                preexec_fn=lambda index=index: os.sched_setaffinity(0, cores[index::2]),
+            )
+        )
+    assert [process.wait() for process in processes] == [0, 0]
+    return time.perf_counter() - start
+
+
+def pass_ratio(backbone, images, repeats):
+    """Images per second of `count_probabilities` and of the network alone on the same batches; the ratio of times."""
+    import segmentation_models
+
+    tf = models.import_tensorflow()
+    network = segmentation_models.Unet(backbone, encoder_weights=None, input_shape=(None, None, 1), classes=CLASSES)
+    pictures, masks = blobs_and_masks(16, 512, 512, CLASSES)
+    samples = [(f"slice {i}", pictures[i % 16], masks[i % 16]) for i in range(images)]
+    forward = tf.function(lambda x: network(x, training=False))
+    batch = tf.constant((pictures * (1 / 255)).astype(np.float32)[..., None])
+
+    def with_counts():
+        counts = Counts.empty(CLASSES, 512, 512)
+        batches = models.count_probabilities(network, samples, counts, ["class"] * CLASSES, 16, set(), print)
+        next(batches)  # which compiles it
+        return timed(lambda: list(batches)) / (images - 16)
+
+    def alone():
+        forward(batch).numpy()
+        return timed(lambda: [forward(batch) for _ in range(images // 16 - 1)][-1].numpy()) / (images - 16)
+
+    ours, theirs, ratio = ratio_of_medians(with_counts, alone, repeats)
+    return 1 / ours, 1 / theirs, ratio
+
+
+def timed(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
 
 
 def pixels(number=4_000_000):
@@ -226,21 +316,11 @@ def binned_curve(truth, p):
 
 
 def curve_ratio(other, repeats):
-    sys.path.insert(0, str(ROOT))
-    import models
-    from counts import GRID, Counts
-
     truth, p = pixels()
     counts = Counts.empty(1, 1, 1)
     for side in (0, 1):
         counts.histogram[0, side] = np.bincount(np.ceil(p[truth == side] * GRID).astype(int), minlength=GRID + 1)
     counts.images = 1
-
-    def timed(function, *arguments):
-        start = time.perf_counter()
-        function(*arguments)
-        return time.perf_counter() - start
-
     return ratio_of_medians(
         lambda: timed(models.train_prediction_threshold, counts, 0, "class0", "f1_score", lambda *_: None),
         lambda: timed(other, truth, p),

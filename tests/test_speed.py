@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmark import multiply, peak_kilobytes, seconds
+from benchmark import multiply, peak_megabytes, seconds
 from chaos_proxy import ChaosProxy
 from conftest import SCRIPT, arguments, blobs_and_masks, run_tool, write_split
 from fake_gcs import fake_gcs_server
@@ -50,7 +50,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tiny_bucket, tmp_path):
     write_split(tiny_bucket / SPLIT, *blobs_and_masks(50, 64, 96, 2))
     multiply(tmp_path / "large", tiny_bucket, 20, SPLIT)
     once, twenty_times = (
-        peak_kilobytes(SCRIPT, *arguments(bucket), cwd=tmp_path) for bucket in (tiny_bucket, tmp_path / "large")
+        peak_megabytes(SCRIPT, *arguments(bucket), cwd=tmp_path) for bucket in (tiny_bucket, tmp_path / "large")
     )
     assert twenty_times < 1.1 * once
 
