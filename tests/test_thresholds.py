@@ -1,10 +1,12 @@
-"""The trained threshold is the optimum, proved against independent truth; no network is needed here."""
+"""The trained threshold is the optimum, proved against independent truth."""
 
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import sklearn.metrics
+import yaml
+from build_sandbox import DATASET_ID, MODEL_ID, read_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -244,35 +246,39 @@ def test_degenerate_optima_warn(metric, warns):
     assert bool(train(counts_of([p], [truth]), metric).warnings) == warns
 
 
-def test_intervals_match_a_plain_bootstrap_over_images():
-    """Against resampling with replacement, all probabilities in memory, each resample optimised on its own."""
-    rng = np.random.default_rng(5)
-    truth, probabilities = [], []
-    for _ in range(40):
-        t = (rng.random(900) < rng.uniform(0.05, 0.3)).astype(int)
-        shift = rng.normal(0, 0.6)  # images differ: without this there is nothing to be unsure of
-        logit = rng.normal(np.where(t, 1.2, -1.6) + shift, 1.0)
-        truth.append(t)
-        probabilities.append((1 / (1 + np.exp(-logit))).astype(np.float32))
-    trained = train(counts_of(probabilities, truth))
+def test_intervals_match_a_plain_bootstrap_over_images(sandbox):
+    """The sandbox's network on its validation images, against resampling with replacement: all probabilities in
+    memory, each resample optimised on its own."""
+    model, split = sandbox / "models" / MODEL_ID, sandbox / "datasets" / DATASET_ID / "validation"
+    train_config = yaml.safe_load((model / "config.yaml").read_text())["train_config"]
+    network = models.build_network(train_config, 3, model / "model.hdf5")
+    images, masks = read_split(split)
+    data = [
+        (f"slice {i}", np.rint(255 * image[..., 0]).astype(np.uint8), mask.astype(np.uint8))
+        for i, (image, mask) in enumerate(zip(images, masks, strict=True))
+    ]
+    counts = Counts.empty(3, *images.shape[1:3])
+    list(models.count_probabilities(network, data, counts, ["class"] * 3, 10, set(), print))
+    probabilities = network.predict(images, batch_size=10, verbose=0)
 
+    rng = np.random.default_rng(5)
+    resamples = rng.multinomial(len(images), np.full(len(images), 1 / len(images)), 2000)  # how often each image
     thresholds = np.arange(0, GRID + 1, 64) / GRID
-    per_image = np.array(
-        [
-            [[np.sum(p[t == v] > x) for x in thresholds] for v in (0, 1)]
-            for p, t in zip(probabilities, truth, strict=True)
-        ]
-    )
-    positives = np.array([t.sum() for t in truth])
-    best, at_x = [], []
-    for _ in range(2000):
-        chosen = rng.integers(0, 40, 40)
-        fp, tp = per_image[chosen].sum(axis=0)
-        iou = tp / (positives[chosen].sum() + fp)
-        best.append(thresholds[iou.argmax()])
-        at_x.append(np.interp(trained.x, thresholds, iou))
-    low, high = np.quantile(best, [0.025, 0.975])
-    width = high - low
-    assert trained.x_interval == pytest.approx((low, high), abs=0.2 * width)
-    low, high = np.quantile(at_x, [0.025, 0.975])
-    assert trained.metric_interval == pytest.approx((low, high), abs=0.2 * (high - low))
+    for c in range(3):
+        above = np.array(
+            [
+                [len(x) - np.searchsorted(np.sort(x), thresholds, side="right") for x in (p[~m], p[m])]
+                for p, m in zip(probabilities[..., c], masks[..., c] == 1, strict=True)
+            ]
+        )
+        fp, tp = np.tensordot(resamples, above, axes=(1, 0)).transpose(1, 0, 2)
+        positives = resamples @ masks[..., c].sum(axis=(1, 2))
+        iou = tp / (positives[:, None] + fp)
+        trained = models.train_prediction_threshold(counts, c, "class", "iou_score", lambda *_: None)[0]
+        at_x = [np.interp(trained.x, thresholds, row) for row in iou]
+        for ours, plain in (
+            (trained.x_interval, thresholds[iou.argmax(axis=1)]),
+            (trained.metric_interval, at_x),
+        ):
+            low, high = np.quantile(plain, [0.025, 0.975])
+            assert ours == pytest.approx((low, high), abs=0.25 * (high - low)), c
