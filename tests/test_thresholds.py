@@ -276,9 +276,9 @@ def test_intervals_match_a_plain_bootstrap_over_images(sandbox):
         iou = tp / (positives[:, None] + fp)
         trained = models.train_prediction_threshold(counts, c, "class", "iou_score", lambda *_: None)[0]
         at_x = [np.interp(trained.x, thresholds, row) for row in iou]
-        for ours, plain in (
-            (trained.x_interval, thresholds[iou.argmax(axis=1)]),
-            (trained.metric_interval, at_x),
+        for ours, plain, tolerance in (
+            (trained.x_interval, thresholds[iou.argmax(axis=1)], 0.2),  # on the coarse grid
+            (trained.metric_interval, at_x, 0.12),
         ):
             low, high = np.quantile(plain, [0.025, 0.975])
-            assert ours == pytest.approx((low, high), abs=0.25 * (high - low)), c
+            assert ours == pytest.approx((low, high), abs=tolerance * (high - low)), c
