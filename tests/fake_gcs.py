@@ -27,6 +27,22 @@ def free_port():
 @contextlib.contextmanager
 def fake_gcs_server(filesystem_root=None):
     """Run the server, with its objects in memory, or below `filesystem_root`. Yields its "http://host:port"."""
+    with tempfile.TemporaryFile() as log:
+        for _ in range(5):  # now and then the port is taken after all
+            process, url = _start(log, filesystem_root)
+            if _answers(process, url):
+                break
+        else:
+            log.seek(0)
+            raise RuntimeError(f"fake-gcs-server did not start: {log.read().decode()}")
+        with process:
+            try:
+                yield url
+            finally:
+                process.terminate()
+
+
+def _start(log, filesystem_root):
     (binary,) = BINARIES.glob("fake-gcs-server-*")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -35,22 +51,23 @@ def fake_gcs_server(filesystem_root=None):
         command += ["-backend", "filesystem", "-filesystem-root", filesystem_root]
     else:
         command += ["-backend", "memory"]
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    return subprocess.Popen(command, stdout=log, stderr=log), url
+
+
+def _answers(process, url):
+    """Wait until the server answers; False if it ended, or does not within 20 s."""
+    deadline = time.monotonic() + 20
+    while process.poll() is None:
         try:
-            deadline = time.monotonic() + 20
-            while True:
-                try:
-                    list_objects(url, "none")
-                except urllib.error.HTTPError:  # no such bucket: the server is up
-                    break
-                except OSError as error:
-                    if process.poll() is not None or time.monotonic() > deadline:
-                        log.seek(0)
-                        raise RuntimeError(f"fake-gcs-server did not start: {log.read().decode()}") from error
-                    time.sleep(0.02)
-            yield url
-        finally:
-            process.terminate()
+            list_objects(url, "none")
+        except urllib.error.HTTPError:  # no such bucket: the server is up
+            return True
+        except OSError:
+            if time.monotonic() > deadline:
+                process.kill()
+                process.wait()
+            time.sleep(0.02)
+    return False
 
 
 def create_bucket(url, bucket):
