@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -157,7 +158,8 @@ def main():
     rows = []
 
     def row(what, ours, theirs, ratio, unit="s"):
-        rows.append((what, f"{ours:,.3g} {unit}", f"{theirs:,.3g} {unit}", f"{ratio:.2g}"))
+        shown = f"{ratio:.2f}" if ratio > 0.1 else f"{ratio:.2g}"
+        rows.append((what, f"{ours:,.3g} {unit}", f"{theirs:,.3g} {unit}", shown))
         print("| " + " | ".join(rows[-1]) + " |", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -275,8 +277,8 @@ def two_workers(folder, bucket):
 def pass_ratio(backbone, images, repeats):
     """Images per second of `count_probabilities` and of the network alone on the same batches; the ratio of times."""
     tf = models.import_tensorflow()
-    import segmentation_models
-
+    with contextlib.redirect_stdout(None):  # it announces its framework
+        import segmentation_models
     network = segmentation_models.Unet(backbone, encoder_weights=None, input_shape=(None, None, 1), classes=CLASSES)
     pictures, masks = blobs_and_masks(16, 512, 512, CLASSES)
     samples = [(f"slice {i}", pictures[i % 16], masks[i % 16]) for i in range(images)]
