@@ -17,7 +17,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as in the tool
+if __name__ == "__main__":
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as in the tool
 
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
@@ -91,8 +92,7 @@ for i, candidates in enumerate(thresholds):
 
 def seconds(*command, cwd):
     start = time.perf_counter()
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    subprocess.run([sys.executable, *map(str, command)], cwd=cwd, check=True, **quiet)
+    subprocess.run([sys.executable, *map(str, command)], cwd=cwd, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 

@@ -65,11 +65,6 @@ def training(result):
     return result["final_trained_prediction_thresholds"], *(metadata[name] for name in about)
 
 
-def figures(bucket):
-    """The slices drawn last: they come from the workers that counted them."""
-    return max((bucket / MODEL).glob("*_slices.png")).read_bytes()
-
-
 @pytest.mark.parametrize(("number", "factor", "shares"), [(2, 1.0, [6, 5]), (3, 1.0, [4, 4, 3]), (3, 0.1, [1, 1, 0])])
 def test_the_result_is_that_of_one_process(tiny_bucket, tmp_path, number, factor, shares):
     """Also where the images cannot be divided, and where there are fewer of them than workers."""
@@ -77,14 +72,13 @@ def test_the_result_is_that_of_one_process(tiny_bucket, tmp_path, number, factor
     alone = run_tool(*given, cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
     job = Job(tmp_path, given, number)
-    chief, *rest = job.finish()
-    for index, (process, share) in enumerate(zip([chief, *rest], shares, strict=True)):
+    for index, (process, share) in enumerate(zip(job.finish(), shares, strict=True)):
         assert process.returncode == 0, process.stderr
         assert f"This is worker {index} ({job.addresses[index]}) of {number}" in process.stdout
         counting = re.search(r"Counting the probabilities of (\d+) images", process.stdout)
         assert (int(counting[1]) if counting else 0) == share
-        assert ("Result: " in process.stdout) == (process is chief)
-        assert ("is done: its share is counted" in process.stdout.splitlines()[-1]) == (process is not chief)
+        assert ("Result: " in process.stdout) == (index == 0)
+        assert ("is done: its share is counted" in process.stdout.splitlines()[-1]) == (index > 0)
     first, second = results(tiny_bucket)
     assert training(first) == training(second)
     pictures = sorted((tiny_bucket / MODEL).glob("*_slices.png"))
@@ -150,7 +144,6 @@ def test_a_worker_that_never_comes_is_named(tiny_bucket, copied_script, tmp_path
     for process in job.finish():
         missing = f"worker 2 ({job.addresses[2]}) does not answer (Connection refused)"
         assert_one_error_line(process, LOST, "not all workers came within 10 s", missing)
-        assert missing.count("does not answer") == 1
     assert time.monotonic() - began < 10 + 20
     assert not results(tiny_bucket)
 
