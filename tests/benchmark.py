@@ -247,6 +247,10 @@ def main():
             *pass_ratio(backbone, images, repeats),
             unit="images/s",
         )
+        row(
+            "an image of 512 x 512 through Unet/vgg16 / of 572 x 572 through the original U-Net",
+            *network_ratio(repeats),
+        )
         print_rates(folder)
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}")
 
@@ -297,6 +301,56 @@ def pass_ratio(backbone, images, repeats):
 
     ours, theirs, ratio = ratio_of_medians(with_counts, alone, repeats)
     return 1 / ours, 1 / theirs, ratio
+
+
+def network_ratio(repeats):
+    """Seconds an image of Unet/vgg16 and of the original U-Net, whose speed on GPUs is published; their ratio."""
+    tf = models.import_tensorflow()
+    with contextlib.redirect_stdout(None):
+        import segmentation_models
+    images, seconds_an_image = 2, []
+    for network, size in (
+        (segmentation_models.Unet("vgg16", encoder_weights=None, input_shape=(512, 512, 1), classes=CLASSES), 512),
+        (original_unet(tf.keras), 572),
+    ):
+        print(f"{network.name}: {multiply_adds(tf.keras, network) / 1e9:.1f} billion multiply-adds an image")
+        forward = tf.function(lambda x, network=network: network(x, training=False))
+        batch = tf.zeros((images, size, size, 1))
+        forward(batch)
+        seconds_an_image.append(lambda forward=forward, batch=batch: timed(lambda: forward(batch).numpy()) / images)
+    return ratio_of_medians(*seconds_an_image, repeats)
+
+
+def original_unet(keras):
+    """Ronneberger et al. 2015 (arXiv 1505.04597), with the 3 x 3 up-convolutions of the published measurements."""
+    layers = keras.layers
+    first = x = layers.Input((572, 572, 1))
+    skipped = []
+    for filters in (64, 128, 256, 512, 1024):
+        if skipped:
+            x = layers.MaxPool2D()(x)
+        for _ in range(2):
+            x = layers.Conv2D(filters, 3, activation="relu")(x)
+        skipped.append(x)
+    skipped.pop()
+    for filters in (512, 256, 128, 64):
+        x = layers.Conv2DTranspose(filters, 3, strides=2, padding="same", activation="relu")(x)
+        across = skipped.pop()
+        x = layers.Concatenate()([layers.Cropping2D((across.shape[1] - x.shape[1]) // 2)(across), x])
+        for _ in range(2):
+            x = layers.Conv2D(filters, 3, activation="relu")(x)
+    return keras.Model(first, layers.Conv2D(2, 1)(x), name="original_unet")
+
+
+def multiply_adds(keras, network):
+    """Of the convolutions, an image: next to them, nothing else counts."""
+    total = 0
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            # each weight is used once a pixel of the output, or of the input where that is the smaller
+            grid = layer.input if isinstance(layer, keras.layers.Conv2DTranspose) else layer.output
+            total += layer.kernel.shape.num_elements() * grid.shape[1] * grid.shape[2]
+    return total
 
 
 def print_rates(folder):
