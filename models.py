@@ -1,14 +1,18 @@
 """The science: the network, the one inference pass, the class metrics, and the training of thresholds.
 
 TensorFlow is imported only by the functions that run the network: a rerun from cached counts does without it.
+It works in a thread of its own. Python runs signal handlers in the main thread, and what they raise amid TensorFlow's
+native code comes out of it as another error, or crashes it; amid the wait for that thread it does no harm.
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import os
 import reprlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -70,6 +74,18 @@ class NotConvergedError(Exception):
 # ---------------------------------------------------------------------------------------------------------------
 # The network
 
+_tensorflow_thread = ThreadPoolExecutor(1, "TensorFlow")
+
+
+def _in_tensorflow_thread(function):
+    """A function that does there what this one does, and waits for it."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return _tensorflow_thread.submit(function, *args, **kwargs).result()
+
+    return call
+
 
 @contextlib.contextmanager
 def _native_noise_held_back():
@@ -95,17 +111,31 @@ def import_tensorflow():
     os.environ["SM_FRAMEWORK"] = "tf.keras"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.modules.setdefault("pandas", None)  # where it is installed Keras would import it, for nothing that is used here
-    with _native_noise_held_back():
-        import tensorflow as tf
+    with _native_noise_held_back():  # by the main thread: when that is interrupted, its error line is no noise
+        return _start_tensorflow()
 
-        for gpu in tf.config.list_physical_devices("GPU"):
-            # Two runs share a GPU only if neither takes all of its memory at once.
-            with contextlib.suppress(RuntimeError):  # already in use: this process set it before
-                tf.config.experimental.set_memory_growth(gpu, True)
-        tf.config.list_logical_devices()
+
+@_in_tensorflow_thread
+def _start_tensorflow():
+    import tensorflow as tf
+
+    for gpu in tf.config.list_physical_devices("GPU"):
+        # Two runs share a GPU only if neither takes all of its memory at once.
+        with contextlib.suppress(RuntimeError):  # already in use: this process set it before
+            tf.config.experimental.set_memory_growth(gpu, True)
+    tf.config.list_logical_devices()
     return tf
 
 
+@_in_tensorflow_thread
+def set_seed(seed):
+    """The seed of TensorFlow's random numbers."""
+    import tensorflow as tf
+
+    tf.random.set_seed(seed)
+
+
+@_in_tensorflow_thread
 def build_network(train_config, num_classes, weights_path):
     """Rebuild the network that was trained and give it its weights. Nothing in the weights file is executed.
 
@@ -128,7 +158,8 @@ def build_network(train_config, num_classes, weights_path):
     ModelError
         The configuration does not describe such a network, or the weights do not fit it.
     """
-    tf = import_tensorflow()
+    import tensorflow as tf
+
     with contextlib.redirect_stdout(None):  # it announces its framework
         import segmentation_models
 
@@ -248,6 +279,7 @@ def _strategy(tf):
     return tf.distribute.MirroredStrategy([device.name for device in devices])
 
 
+@_in_tensorflow_thread
 def device_names():
     """Names of the GPUs that the network runs on, joined by commas; empty for a CPU."""
     import tensorflow as tf
@@ -256,6 +288,7 @@ def device_names():
     return ", ".join(detail.get("device_name", "GPU") for detail in details)
 
 
+@_in_tensorflow_thread
 def _counting_step(network, height, width, num_classes):
     """Compile forward pass and histogram into one function, so that only counts leave the device."""
     import tensorflow as tf
@@ -352,6 +385,7 @@ def count_probabilities(network, samples, counts, class_names, batch_size, shown
     replicas = strategy.num_replicas_in_sync
     distributed_step = tf.function(lambda *shares: strategy.run(step.python_function, shares), reduce_retracing=True)
 
+    @_in_tensorflow_thread
     def start(batch):
         """Hand a batch to the devices, a share to each; on a GPU this does not wait for the results."""
         shares = [batch[i : i + batch_size] for i in range(0, batch_size * replicas, batch_size)]
@@ -367,18 +401,28 @@ def count_probabilities(network, samples, counts, class_names, batch_size, shown
         results = map(strategy.experimental_local_results, distributed_step(*distributed))
         return list(zip(shares, zip(*results, strict=True), strict=True))
 
+    @_in_tensorflow_thread
+    def read(results):
+        """Wait for what the devices give: share, both histograms, and what is to be shown."""
+        return [
+            (
+                share,
+                fine.numpy(),
+                coarse[: len(share)].numpy(),
+                [(*sample, bins[j].numpy()) for j, sample in enumerate(share) if sample[0] in shown_names],
+            )
+            for share, (fine, coarse, bins) in results
+        ]
+
     def finish(results):
-        for share, (fine, coarse, bins) in results:
-            fine = fine.numpy()
+        for share, fine, coarse, shown in read(results):
             for invalid in np.flatnonzero(fine[:, :, -1].any(axis=1)):
                 raise ModelError(
                     f"{class_names[invalid]} has probabilities that are NaN or outside [0, 1]: the network must end in "
                     "sigmoid or softmax, and its weights must be finite"
                 )
             if share:
-                shown = [(*sample, bins[j].numpy()) for j, sample in enumerate(share) if sample[0] in shown_names]
-                names = [name for name, _, _ in share]
-                counts.add(names, fine[:, :, :-1], coarse[: len(share)].numpy(), shown)
+                counts.add([name for name, _, _ in share], fine[:, :, :-1], coarse, shown)
 
     samples, started = iter(samples), None
     while True:

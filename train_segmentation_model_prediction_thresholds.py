@@ -268,11 +268,11 @@ def count_share(
             download = progress("download", sum(blob.size for blob in absent), unit="B", unit_scale=True)
             bucket.on_bytes = stack.enter_context(download).update
         fetched = ThreadPoolExecutor(1).submit(fetch)
-        tf = models.import_tensorflow()
+        models.import_tensorflow()
         weights_path, decoded = fetched.result()
         stack.enter_context(contextlib.closing(decoded))
         if args.tf_random_global_seed is not None:
-            tf.random.set_seed(args.tf_random_global_seed)
+            models.set_seed(args.tf_random_global_seed)
         try:
             network = models.build_network(train_config, len(class_names), weights_path)
         except models.ModelError as error:
@@ -593,6 +593,14 @@ def interrupt(signal_number, _):
     raise Interrupted(128 + signal_number)
 
 
+def interrupt_again(unraisable):
+    """Python drops what a signal handler raises amid a destructor. A moment later there is none in its way."""
+    if unraisable.exc_type is Interrupted:
+        threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.args[0] - 128)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def on_interruption(action):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, action)
@@ -653,6 +661,7 @@ def run(args, cluster=ALONE):
 def main():
     sys.stdout.reconfigure(errors="backslashreplace")
     on_interruption(interrupt)
+    sys.unraisablehook = interrupt_again
     cluster = ALONE
 
     def end(code, message, for_others=None):

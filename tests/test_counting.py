@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import h5py
 import numpy as np
@@ -213,6 +214,32 @@ def test_weights_of_another_shape_are_an_error(tiny_network, tmp_path):
         models.build_network(TRAIN_CONFIG, 2, path)
 
 
+def test_tensorflow_works_outside_of_the_main_thread(tf, tmp_path, data, monkeypatch):
+    """What a signal handler raises comes in the main thread, and crashes TensorFlow now and then."""
+    import segmentation_models
+
+    threads = []
+
+    class Noted(tf.keras.layers.Layer):
+        def call(self, x):
+            threads.append(threading.current_thread())
+            return x
+
+    def unet(**_):
+        threads.append(threading.current_thread())
+        x = image = tf.keras.Input((None, None, 1))
+        for layer in (tf.keras.layers.Conv2D(2, 3, padding="same", activation="sigmoid"), Noted()):
+            x = layer(x)
+        return tf.keras.Model(image, x)
+
+    unet().save_weights(tmp_path / "weights.h5")
+    threads.clear()
+    monkeypatch.setattr(segmentation_models, "Unet", unet)
+    count(models.build_network(TRAIN_CONFIG, 2, tmp_path / "weights.h5"), data)
+    assert len(threads) >= 3
+    assert threading.main_thread() not in threads
+
+
 def test_several_devices_give_the_same_counts(tmp_path, tiny_bucket):
     """MirroredStrategy over logical CPUs: 11 images, 2 a replica, so that the last step leaves replicas without any."""
     program = """
@@ -221,7 +248,7 @@ import numpy as np, models
 from conftest import TRAIN_CONFIG, blobs_and_masks
 from counts import Counts
 import os
-os.environ.update(TF_USE_LEGACY_KERAS="1", TF_CPP_MIN_LOG_LEVEL="3")
+os.environ.update(TF_USE_LEGACY_KERAS="1", SM_FRAMEWORK="tf.keras", TF_CPP_MIN_LOG_LEVEL="3")
 import tensorflow as tf
 if int(sys.argv[2]) > 1:
     cpu = tf.config.list_physical_devices("CPU")[0]

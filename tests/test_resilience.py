@@ -283,6 +283,34 @@ def test_interruptions_at_any_moment_are_one_line(many_images, tmp_path, copied_
     assert told >= 3
 
 
+def test_an_interruption_amid_a_destructor_is_not_lost(tmp_path):
+    program = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import train_segmentation_model_prediction_thresholds as script
+
+class Doomed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+def run(*_):
+    Doomed()
+    time.sleep(20)
+
+script.run = run
+os._exit(script.main())
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program, SCRIPT.parent, *arguments("bucket")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert_one_error_line(process, 143, "interrupted")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The network
 
