@@ -26,6 +26,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C during the imports
@@ -40,7 +41,7 @@ import figures
 import models
 import workers
 from counts import GRID, Counts
-from gcp_utils import BlobNotFoundError, BucketError, open_bucket, printable
+from gcp_utils import Blob, BlobNotFoundError, BucketError, open_bucket, printable
 from image_utils import (
     DatasetError,
     check_size_in_bytes,
@@ -206,29 +207,41 @@ def subset_seed(args, train_config):
     return seed
 
 
-def counts_path(samples, class_folders, target_size, train_config, weights):
-    """Where the counts are cached: named by everything they depend on, and by nothing else."""
-    digest = hashlib.sha256()
-    for part in (
-        COUNTS_FORMAT,
-        train_config.get("segmentation_model"),
-        weights.version,
-        class_folders,
-        target_size,
-        *([sample.name, sample.image.version, *(mask.version for mask in sample.masks)] for sample in samples),
-    ):
-        digest.update(f"{part!r}\n".encode(errors="surrogatepass"))
-    return TMP / "counts" / f"{digest.hexdigest()[:32]}.npz"
+class Inference(NamedTuple):
+    """A network and the images to run it on: all that the counts depend on."""
+
+    samples: list
+    class_folders: list
+    target_size: list  # width, height
+    train_config: dict
+    weights: Blob
+
+    @property
+    def class_names(self):
+        return [f"class{i} ({folder})" for i, folder in enumerate(self.class_folders)]
+
+    def counts_path(self):
+        """Where the counts are cached: named by everything they depend on, and by nothing else."""
+        digest = hashlib.sha256()
+        for part in (
+            COUNTS_FORMAT,
+            self.train_config.get("segmentation_model"),
+            self.weights.version,
+            self.class_folders,
+            self.target_size,
+            *([sample.name, sample.image.version, *(mask.version for mask in sample.masks)] for sample in self.samples),
+        ):
+            digest.update(f"{part!r}\n".encode(errors="surrogatepass"))
+        return TMP / "counts" / f"{digest.hexdigest()[:32]}.npz"
 
 
-def count_images(args, bucket, samples, target_size, train_config, weights, class_names, path, cluster):
+def count_images(args, bucket, inference, path, cluster):
     """Count the samples, each worker its share, and sum; the chief caches the counts of all at `path`."""
-    shown_names = [sample.name for sample in evenly_spread(samples, SHOWN_SLICES)]
-    batch_size = min(args.batch_size, len(samples))  # the same for all shares: it may matter to the last bit
-    share = samples[cluster.index :: cluster.number]
+    shown_names = [sample.name for sample in evenly_spread(inference.samples, SHOWN_SLICES)]
+    batch_size = min(args.batch_size, len(inference.samples))  # the same for all shares: it may matter to the last bit
+    share = inference._replace(samples=inference.samples[cluster.index :: cluster.number])
     own = path if cluster.number == 1 else path.with_suffix(f".{cluster.index}_of_{cluster.number}.npz")
-    about = (bucket, share, target_size, train_config, weights, class_names)
-    counts = Counts.load(own) or count_share(args, *about, batch_size, shown_names, own, cluster)
+    counts = Counts.load(own) or count_share(args, bucket, share, batch_size, shown_names, own, cluster)
     if cluster.number > 1:
         counts = counts.summed(cluster.sum, shown_names)
         if cluster.index == 0:
@@ -239,12 +252,11 @@ def count_images(args, bucket, samples, target_size, train_config, weights, clas
     return counts
 
 
-def count_share(
-    args, bucket, samples, target_size, train_config, weights, class_names, batch_size, shown_names, path, cluster
-):
+def count_share(args, bucket, inference, batch_size, shown_names, path, cluster):
     """Run the network over the samples, from the last checkpoint on, and cache the counts at `path`."""
+    samples, class_names, weights = inference.samples, inference.class_names, inference.weights
+    width, height = inference.target_size
     checkpoint = path.with_suffix(".partial.npz")
-    width, height = target_size
     counts = Counts.load(checkpoint) or Counts.empty(len(class_names), height, width)
     if counts.images:
         tell(f"Going on after {counts.images} of {len(samples)} images: an earlier run had counted them.")
@@ -255,13 +267,13 @@ def count_share(
 
     for sample in samples:
         for blob in (sample.image, *sample.masks):
-            check_size_in_bytes(blob, bucket.url(blob.name), target_size)
+            check_size_in_bytes(blob, bucket.url(blob.name), inference.target_size)
     absent = [blob for sample in to_count for blob in (sample.image, *sample.masks) if not bucket.is_here(blob)] + (
         [] if bucket.is_here(weights) else [weights]
     )
 
     def fetch():  # the weights first: without them no image is of use
-        return bucket.fetch(weights), start_decoding(to_count, bucket, target_size, lookahead)
+        return bucket.fetch(weights), start_decoding(to_count, bucket, inference.target_size, lookahead)
 
     with contextlib.ExitStack() as stack:
         if absent:
@@ -274,7 +286,7 @@ def count_share(
         if args.tf_random_global_seed is not None:
             models.set_seed(args.tf_random_global_seed)
         try:
-            network = models.build_network(train_config, len(class_names), weights_path)
+            network = models.build_network(inference.train_config, len(class_names), weights_path)
         except models.ModelError as error:
             raise models.ModelError(f"{bucket.url(weights.name)}, with the config.yaml beside it: {error}") from error
         bucket.fetch(weights)  # it has not changed while it was read
@@ -354,7 +366,7 @@ def train_thresholds(counts, class_names, metric_name):
     return trained
 
 
-def draw_figures(args, counts, class_folders, trained):
+def draw_figures(args, counts, inference, trained):
     """The two figures as PNG bytes: curves, and slices with hits, misses and false alarms."""
     curves = [
         figures.ClassCurve(
@@ -367,7 +379,7 @@ def draw_figures(args, counts, class_folders, trained):
             metric_interval=result.metric_interval,
             metric_at_half=result.metric_at_half,
         )
-        for i, (folder, (result, class_curves)) in enumerate(zip(class_folders, trained, strict=True))
+        for i, (folder, (result, class_curves)) in enumerate(zip(inference.class_folders, trained, strict=True))
     ]
     positions = np.array([round(result.x * GRID) for result, _ in trained])
     shown = zip(counts.shown_names, counts.shown_images, counts.shown_truth, counts.shown_bins, strict=True)
@@ -375,13 +387,13 @@ def draw_figures(args, counts, class_folders, trained):
     title = f"{args.model_id} on {args.dataset_directory} ({counts.images} images)"
     return (
         figures.draw_curves(curves, args.optimizing_class_metric, title),
-        figures.draw_slices(slices, [f"class{i} ({folder})" for i, folder in enumerate(class_folders)], title),
+        figures.draw_slices(slices, inference.class_names, title),
     )
 
 
-def describe_result(args, counts, class_folders, dataset_config, train_config, trained, seed, started):
+def describe_result(args, counts, inference, dataset_config, trained, seed, started):
     """The content of the YAML, but for its timestamp: plain Python values only."""
-    names = [f"class{i}" for i in range(len(class_folders))]
+    names = [f"class{i}" for i in range(len(inference.class_folders))]
     results = [result for result, _ in trained]
     return {
         "final_trained_prediction_thresholds": {name: result.x for name, result in zip(names, results, strict=True)},
@@ -390,19 +402,19 @@ def describe_result(args, counts, class_folders, dataset_config, train_config, t
             "gcp_bucket": args.gcp_bucket,
             "created_datetime": None,
             "run_id": uuid.uuid4().hex,
-            "num_classes": len(class_folders),
-            "target_size": dataset_config["target_size"],
+            "num_classes": len(inference.class_folders),
+            "target_size": inference.target_size,
             "git_hash": git_hash(),
             "elapsed_minutes": round((time.monotonic() - started) / 60, 2),
             "dataset_directory": args.dataset_directory,
             "model_id": args.model_id,
             "batch_size": args.batch_size,
             "dataset_config": dataset_config,
-            "train_config": train_config,
+            "train_config": inference.train_config,
             "num_images": counts.images,
             "num_pixels": int(counts.histogram[0].sum()),
             "subset_seed": seed,
-            "class_folders": dict(zip(names, class_folders, strict=True)),
+            "class_folders": dict(zip(names, inference.class_folders, strict=True)),
             "thresholds_training_configuration": {
                 "opt_bounds": models.OPT_BOUNDS,
                 "opt_method": models.OPT_METHOD,
@@ -631,12 +643,12 @@ def run(args, cluster=ALONE):
     class_folders, samples = pair_images_and_masks(blobs, split_directory, bucket.url)
     seed = subset_seed(args, train_config)
     total, samples = len(samples), draw_subset(samples, args.dataset_downsample_factor, seed)
-    class_names = [f"class{i} ({folder})" for i, folder in enumerate(class_folders)]
     tell(f"{bucket.url(split_directory)}: {total} images, {len(class_folders)} classes.")
     if len(samples) < total:
         tell(f"Using {len(samples)} of them, drawn with seed {seed}.")
 
-    path = counts_path(samples, class_folders, target_size, train_config, weights)
+    inference = Inference(samples, class_folders, target_size, train_config, weights)
+    path = inference.counts_path()
     counts = Counts.load(path) if cluster.index == 0 else None
     try:
         no_inference = cluster.agree(f"{path.name} {args.batch_size}", bool(counts))
@@ -646,15 +658,15 @@ def run(args, cluster=ALONE):
         where = path if cluster.index == 0 else "the chief's cache"
         tell(f"Counts of these images by this model are in {where}: no inference needed.")
     else:
-        counts = count_images(args, bucket, samples, target_size, train_config, weights, class_names, path, cluster)
+        counts = count_images(args, bucket, inference, path, cluster)
     if cluster.index > 0:
         tell(f"{cluster} is done: its share is counted and summed with the others; the chief goes on.")
         return
 
-    trained = train_thresholds(counts, class_names, args.optimizing_class_metric)
+    trained = train_thresholds(counts, inference.class_names, args.optimizing_class_metric)
     print_table(class_folders, trained, args.optimizing_class_metric)
-    pictures = draw_figures(args, counts, class_folders, trained)
-    result = describe_result(args, counts, class_folders, dataset_config, train_config, trained, seed, started)
+    pictures = draw_figures(args, counts, inference, trained)
+    result = describe_result(args, counts, inference, dataset_config, trained, seed, started)
     tell(f"Result: {bucket.url(publish(bucket, args.model_id, result, *pictures))}")
 
 

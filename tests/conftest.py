@@ -176,7 +176,7 @@ def counted(counted_template, tmp_path, monkeypatch):
     bucket = open_bucket("bucket", folder / "tmp/objects")
     class_folders, samples = pair_images_and_masks(bucket.list(SPLIT), SPLIT, bucket.url)
     weights = bucket.stat(f"{MODEL}/model.hdf5")
-    path = folder / script.counts_path(samples, class_folders, [96, 64], train_config, weights)
+    path = folder / script.Inference(samples, class_folders, [96, 64], train_config, weights).counts_path()
     path.parent.mkdir(parents=True)
     shutil.copy(next((counted_template[0] / "tmp/counts").iterdir()), path)
     return folder

@@ -261,7 +261,7 @@ def test_odd_yaml_that_is_fine(content, tmp_path):
     assert b"\x1b" not in text
     assert yaml.safe_load(text)["dataset_config"]["target_size"] == [9, 9]
     weights = Blob("model.hdf5", 1, "1")
-    script.counts_path([], [], [9, 9], {"segmentation_model": config}, weights)
+    script.Inference([], [], [9, 9], {"segmentation_model": config}, weights).counts_path()
 
 
 def test_a_configuration_of_100_megabytes_is_not_read(tmp_path, capsys):
@@ -356,7 +356,7 @@ def weights(tiny_bucket_template):
 @pytest.mark.parametrize("what", HOSTILE_NETWORKS)
 def test_hostile_network_configurations(what, weights, capsys):
     config = HOSTILE_NETWORKS[what]
-    script.counts_path([], [], [9, 9], config, Blob("model.hdf5", 1, "1"))
+    script.Inference([], [], [9, 9], config, Blob("model.hdf5", 1, "1")).counts_path()
     error_line(lambda: models.build_network(config, 2, weights), capsys)
 
 
@@ -889,7 +889,7 @@ def test_fuzz_yaml(data):
     assert size is None or (len(size) == 2 and all(0 < edge <= 2**14 for edge in size))
     config = attempt(lambda: script.read_config(bucket, "config.yaml", "dataset_config"))
     if config is not None:  # it goes into names and results without an error
-        script.counts_path([], [], [9, 9], {"segmentation_model": config}, Blob("model.hdf5", 1, "1"))
+        script.Inference([], [], [9, 9], {"segmentation_model": config}, Blob("model.hdf5", 1, "1")).counts_path()
         text = yaml.dump(config, Dumper=script.PlainDumper, allow_unicode=True).encode()
         assert len(text) < 10_000_000
 
