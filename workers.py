@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -204,13 +205,18 @@ class Cluster:
     def leave(self, error=None):
         """End the process beside this one, after it has told the others of an error (exit code, message)."""
         if self._process and self._joined:
-            with contextlib.suppress(EOFError, OSError, subprocess.TimeoutExpired):
-                while self._connection.poll():  # or it would wait to be heard first
-                    self._connection.recv()
+            # It waits to be heard before it listens; what it says may have been cut by an interruption.
+            threading.Thread(target=self._discard, daemon=True).start()
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 self._connection.send(error)
                 self._process.wait(3 * LINGER_SECONDS)
         if self._process:
             self._process.kill()
+
+    def _discard(self):
+        with contextlib.suppress(OSError):
+            while os.read(self._connection.fileno(), 2**16):
+                pass
 
 
 def describe(index, addresses):
