@@ -5,7 +5,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -25,7 +24,7 @@ import yaml  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import ROOT, SCRIPT, arguments, blobs_and_masks, upload, write_split  # noqa: E402
+from conftest import ROOT, SCRIPT, arguments, blobs_and_masks, tf_config, upload, write_split  # noqa: E402
 from fake_gcs import fake_gcs_server, free_port  # noqa: E402
 
 import models  # noqa: E402
@@ -258,18 +257,17 @@ def main():
 def two_workers(folder, bucket):
     """Seconds that two workers take, each held to its half of the cores."""
     cores = sorted(os.sched_getaffinity(0))
-    cluster = {"worker": [f"127.0.0.1:{free_port()}" for _ in range(2)]}
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     start = time.perf_counter()
     processes = []
     for index in (0, 1):
         (folder / f"worker {index}").mkdir(exist_ok=True)
         shutil.rmtree(folder / f"worker {index}/tmp", ignore_errors=True)
-        config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
         processes.append(
             subprocess.Popen(
                 [sys.executable, *tool(folder / bucket)],
                 cwd=folder / f"worker {index}",
-                env={**os.environ, "TF_CONFIG": json.dumps(config)},
+                env={**os.environ, "TF_CONFIG": tf_config(("worker", index), worker=addresses)},
                 stdout=subprocess.DEVNULL,
                 preexec_fn=lambda index=index: os.sched_setaffinity(0, cores[index::2]),
             )
@@ -278,12 +276,17 @@ def two_workers(folder, bucket):
     return time.perf_counter() - start
 
 
+def unet(backbone, size=None):
+    """A network of random weights."""
+    with contextlib.redirect_stdout(None):  # it announces its framework
+        import segmentation_models
+    return segmentation_models.Unet(backbone, encoder_weights=None, input_shape=(size, size, 1), classes=CLASSES)
+
+
 def pass_ratio(backbone, images, repeats):
     """Images per second of `count_probabilities` and of the network alone on the same batches; the ratio of times."""
     tf = models.import_tensorflow()
-    with contextlib.redirect_stdout(None):  # it announces its framework
-        import segmentation_models
-    network = segmentation_models.Unet(backbone, encoder_weights=None, input_shape=(None, None, 1), classes=CLASSES)
+    network = unet(backbone)
     pictures, masks = blobs_and_masks(16, 512, 512, CLASSES)
     samples = [(f"slice {i}", pictures[i % 16], masks[i % 16]) for i in range(images)]
     forward = tf.function(lambda x: network(x, training=False))
@@ -306,15 +309,9 @@ def pass_ratio(backbone, images, repeats):
 def network_ratio(repeats):
     """Seconds an image of Unet/vgg16 and of the original U-Net, whose speed on GPUs is published; their ratio."""
     tf = models.import_tensorflow()
-    with contextlib.redirect_stdout(None):
-        import segmentation_models
     images, seconds_an_image = 2, []
     for name, network, size in (
-        (
-            "Unet/vgg16",
-            segmentation_models.Unet("vgg16", encoder_weights=None, input_shape=(512, 512, 1), classes=CLASSES),
-            512,
-        ),
+        ("Unet/vgg16", unet("vgg16", 512), 512),
         ("the original U-Net", original_unet(tf.keras), 572),
     ):
         print(f"{name}: {multiply_adds(tf.keras, network) / 1e9:.1f} billion multiply-adds an image")

@@ -1,5 +1,6 @@
 """What the tests share: the tool as a process, the sandbox, a tiny bucket, and a real GCS server."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -54,6 +55,10 @@ def arguments(bucket, dataset="dataset-tiny/validation", model=MODEL_ID, **other
     """The command line for a bucket: `batch_size=4` becomes `--batch-size 4`."""
     named = {"gcp_bucket": bucket, "dataset_directory": dataset, "model_id": model, **others}
     return [part for name, value in named.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def tf_config(task=("worker", 1), **cluster):
+    return json.dumps({"cluster": cluster, "task": dict(zip(("type", "index"), task, strict=True))})
 
 
 def results(bucket, model=MODEL_ID):

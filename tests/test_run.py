@@ -265,13 +265,17 @@ def test_the_subset_is_drawn_with_the_argument_else_the_configured_else_a_fixed_
 def test_seeds_do_what_they_say(counted, monkeypatch):
     monkeypatch.chdir(counted)
 
-    def random_after(seed):  # Keras draws as well
-        shutil.rmtree("tmp/counts")
+    def random_after(seed):
         seeds = {"random_module_global_seed": seed, "numpy_random_global_seed": 4, "tf_random_global_seed": 5}
         script.run(script.parse_arguments(arguments("bucket", dataset_downsample_factor=0.1, **seeds)))
         return random.random()
 
-    assert random_after(2) != random_after(3) == random_after(3)
+    def random_after_inference(seed):  # for which Keras draws as well
+        shutil.rmtree("tmp/counts")
+        return random_after(seed)
+
+    assert random_after_inference(2) != random_after_inference(3) == random_after_inference(3)
+    assert random_after(3) == random.Random(3).random()
     tf = models.import_tensorflow()
     assert np.random.random() == np.random.RandomState(4).random()
     assert tf.compat.v1.get_seed(None)[0] == 5

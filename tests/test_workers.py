@@ -1,6 +1,5 @@
 """One job on several machines: real processes on loopback, in folders of their own, that share nothing but a bucket."""
 
-import json
 import re
 import shutil
 import signal
@@ -19,6 +18,7 @@ from conftest import (
     blobs_and_masks,
     results,
     run_tool,
+    tf_config,
     upload,
     write_split,
 )
@@ -38,13 +38,12 @@ class Job:
         self.processes = {}
         for index in set(range(number)) - set(absent):
             self.folders[index].mkdir(exist_ok=True)
-            cluster = {"cluster": {"worker": self.addresses}, "task": {"type": "worker", "index": index}}
             self.processes[index] = start(
                 *given,
                 *(others or {}).get(index, ()),
                 cwd=self.folders[index],
                 script=script,
-                environment={"TF_CONFIG": json.dumps(cluster), **environment},
+                environment={"TF_CONFIG": tf_config(("worker", index), worker=self.addresses), **environment},
             )
 
     def wait_for(self, index, words):
@@ -185,10 +184,6 @@ def test_workers_with_other_arguments_are_refused(tiny_bucket, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------
 # TF_CONFIG
-
-
-def tf_config(task=("worker", 1), **cluster):
-    return json.dumps({"cluster": cluster, "task": dict(zip(("type", "index"), task, strict=True))})
 
 
 @pytest.mark.parametrize(
