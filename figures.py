@@ -133,9 +133,7 @@ def _draw_panel(axes, curve, metric_name, wide, high):
     position = _logit if spread else np.asarray
     ends = position(0.0), position(1.0)
 
-    axes.plot(
-        *_drawable(position(curve.thresholds), curve.metric), color=BLUE, lw=1.8, zorder=3, label=metric_name
-    )
+    axes.plot(*_drawable(position(curve.thresholds), curve.metric), color=BLUE, lw=1.8, zorder=3, label=metric_name)
     axes.fill_between(
         position(curve.band_thresholds),
         curve.band_low,
@@ -146,19 +144,13 @@ def _draw_panel(axes, curve, metric_name, wide, high):
         label="its 95 % confidence band",
     )
     axes.axvline(position(curve.x), color=VERMILLION, linewidth=1.1, label="trained threshold")
-    axes.axvspan(
-        *position(curve.x_interval), color=VERMILLION, alpha=0.15, linewidth=0, label="its 95 % interval"
-    )
+    axes.axvspan(*position(curve.x_interval), color=VERMILLION, alpha=0.15, linewidth=0, label="its 95 % interval")
     axes.axvline(position(0.5), color="0.45", linewidth=0.9, linestyle=(0, (1, 1.5)), label="threshold 0.5")
     for name, color, style in (("precision", GREEN, (0, (5, 2))), ("recall", PURPLE, (0, (6, 1.5, 1, 1.5)))):
         if name != metric_name:
             values = getattr(curve, name)
-            axes.plot(
-                *_drawable(position(curve.thresholds), values), color=color, lw=0.9, ls=style, label=name
-            )
-    axes.plot(
-        position(curve.x), curve.metric_at_x, "o", color=VERMILLION, mec="black", mew=0.6, ms=4.5, zorder=4
-    )
+            axes.plot(*_drawable(position(curve.thresholds), values), color=color, lw=0.9, ls=style, label=name)
+    axes.plot(position(curve.x), curve.metric_at_x, "o", color=VERMILLION, mec="black", mew=0.6, ms=4.5, zorder=4)
 
     margin = 0.02 * (ends[1] - ends[0])
     axes.set_xlim(ends[0] - margin, ends[1] + margin)

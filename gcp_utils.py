@@ -35,6 +35,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlencode
 
+from errors import BlobNotFoundError, BucketError, printable
+
 RETRY_SECONDS = 120  # after the first failed attempt at a request, none is begun later than this
 SOCKET_SECONDS = 30  # an attempt fails when a connection, or the next bytes of an answer, take longer than this
 UPLOAD_SPEED = 10_000  # bytes/s; an upload that is slower than this for all of its time fails
@@ -48,14 +50,6 @@ _ROLES = {"get": "objectViewer", "list": "objectViewer", "create": "objectCreato
 # Control characters, halves of surrogate pairs, and parts that are empty, "." or "..".
 _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|(?:^|/)\.{0,2}(?:/|\Z)")
 _jitter = random.Random()  # its own: the sequence of the global generator belongs to whoever seeded that
-
-
-class BucketError(Exception):
-    """A bucket cannot be used as asked: one line that names the place and says what to do."""
-
-
-class BlobNotFoundError(BucketError):
-    """The bucket is there, the blob is not."""
 
 
 class _TransientError(Exception):
@@ -494,11 +488,3 @@ def _explained(place, trouble):
         yield
     except OSError as error:
         raise BucketError(f"{printable(place)}: {trouble} ({error.strerror or error})") from error
-
-
-def printable(text):
-    """Text that cannot steer a terminal, whatever was in a file or an object's name."""
-    text = str(text)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

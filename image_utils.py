@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from errors import DatasetError
+
 FORMATS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
 
 FETCH_AHEAD = 512  # samples that may be fetched before they are decoded
@@ -22,10 +24,6 @@ Image.MAX_IMAGE_PIXELS = None  # the size is compared with target_size before a 
 # What is wrong with a file is told in an error that names it.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-
-
-class DatasetError(Exception):
-    """A dataset cannot be used; the message names the file and says why, in one line."""
 
 
 class Sample(NamedTuple):

@@ -1,24 +1,17 @@
-"""The science: the network, the one inference pass, the class metrics, and the training of thresholds.
+"""The science: the class metrics, the one inference pass, and the training of thresholds.
 
 TensorFlow is imported only by the functions that run the network: a rerun from cached counts does without it.
-It works in a thread of its own. Python runs signal handlers in the main thread, and what they raise amid TensorFlow's
-native code comes out of it as another error, or crashes it; amid the wait for that thread it does no harm.
 """
 
-import contextlib
-import functools
 import itertools
 import math
-import os
-import reprlib
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
 from counts import COARSE_BIN, COARSE_EDGES, GRID, confusion
+from errors import ModelError, NotConvergedError, first_line
 
 # How thresholds are trained; these go to scipy.optimize.minimize_scalar and into the result. Should a class not
 # converge, raise maxiter or the tolerance.
@@ -28,10 +21,6 @@ OPT_TOL = 1e-4  # on the threshold; the grid of thresholds is 1.5e-5 wide
 OPT_OPTIONS = {"maxiter": 500}
 
 CONFIDENCE = 0.95  # of the bootstrap intervals
-
-# What model_parameters may ask for: there is no memory for more.
-MAX_FILTERS = 2048
-MAX_EDGE = 2**14  # of input_shape
 
 
 def ratio(numerator, denominator):
@@ -63,232 +52,10 @@ CLASS_METRICS = {
 }
 
 
-class ModelError(Exception):
-    """A model, its configuration or its probabilities cannot be used; the message says why, in one line."""
-
-
-class NotConvergedError(Exception):
-    """minimize_scalar did not converge for a class; the message says which and what to adjust."""
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The network
-
-_tensorflow_thread = ThreadPoolExecutor(1, "TensorFlow")
-
-
-def _in_tensorflow_thread(function):
-    """A function that does there what this one does, and waits for it."""
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        return _tensorflow_thread.submit(function, *args, **kwargs).result()
-
-    return call
-
-
-@contextlib.contextmanager
-def _native_noise_held_back():
-    """Keep what native code writes to stderr off the screen, unless the block fails."""
-    sys.stderr.flush()
-    screen = os.dup(2)
-    with open(os.memfd_create("noise"), "w+b") as held:  # works when the disk is full
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except Exception:
-            held.seek(0)
-            os.write(screen, held.read())
-            raise
-        finally:
-            os.dup2(screen, 2)
-            os.close(screen)
-
-
-def import_tensorflow():
-    """TensorFlow with Keras 2 behind `tf.keras`, quiet; segmentation-models finds both as it needs them."""
-    os.environ["TF_USE_LEGACY_KERAS"] = "1"
-    os.environ["SM_FRAMEWORK"] = "tf.keras"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.modules.setdefault("pandas", None)  # where it is installed Keras would import it, for nothing that is used here
-    with _native_noise_held_back():  # by the main thread: when that is interrupted, its error line is no noise
-        return _start_tensorflow()
-
-
-@_in_tensorflow_thread
-def _start_tensorflow():
-    import tensorflow as tf
-
-    for gpu in tf.config.list_physical_devices("GPU"):
-        # Two runs share a GPU only if neither takes all of its memory at once.
-        with contextlib.suppress(RuntimeError):  # already in use: this process set it before
-            tf.config.experimental.set_memory_growth(gpu, True)
-    tf.config.list_logical_devices()
-    return tf
-
-
-@_in_tensorflow_thread
-def set_seed(seed):
-    """The seed of TensorFlow's random numbers."""
-    import tensorflow as tf
-
-    tf.random.set_seed(seed)
-
-
-@_in_tensorflow_thread
-def build_network(train_config, num_classes, weights_path):
-    """Rebuild the network that was trained and give it its weights. Nothing in the weights file is executed.
-
-    Parameters
-    ----------
-    train_config : dict
-        `segmentation_model: {model_name, model_parameters}` is what counts; loss and optimiser do not matter here.
-    num_classes : int
-        Number of mask folders, which the network's output must have as channels.
-    weights_path : path
-        Keras HDF5 file, a whole model or weights alone.
-
-    Returns
-    -------
-    tf.keras.Model
-        From (n, height, width, 1) float32 images in [0, 1] to (n, height, width, num_classes) probabilities.
-
-    Raises
-    ------
-    ModelError
-        The configuration does not describe such a network, or the weights do not fit it.
-    """
-    import tensorflow as tf
-
-    with contextlib.redirect_stdout(None):  # it announces its framework
-        import segmentation_models
-
-    config = train_config.get("segmentation_model")
-    parameters = config.get("model_parameters") if isinstance(config, dict) else None
-    if not isinstance(parameters, dict) or "backbone_name" not in parameters:
-        raise ModelError("train_config needs segmentation_model: {model_name, model_parameters: {backbone_name, ...}}")
-    architectures = ("Unet", "FPN", "Linknet", "PSPNet")
-    if config.get("model_name") not in architectures:
-        raise ModelError(f"model_name {reprlib.repr(config.get('model_name'))} is none of {', '.join(architectures)}")
-    backbones = segmentation_models.get_available_backbone_names()
-    if parameters["backbone_name"] not in backbones:
-        raise ModelError(
-            f"backbone_name {reprlib.repr(parameters['backbone_name'])} is none of {', '.join(sorted(backbones))}"
-        )
-    if parameters.get("classes", num_classes) != num_classes:
-        raise ModelError(
-            f"the network has {reprlib.repr(parameters['classes'])} classes, the dataset has {num_classes} mask folders"
-        )
-    for name, value in parameters.items():
-        values = value if isinstance(value, list) else [value]
-        largest = MAX_EDGE if name == "input_shape" else MAX_FILTERS
-        if len(values) > 16 or not all(_is_plain(value, largest) for value in values):
-            raise ModelError(
-                f"model_parameters: {reprlib.repr(name)} must be a text, a number up to {largest}, true, false, null, "
-                f"or a list of a few of these, not {reprlib.repr(value)}"
-            )
-
-    parameters = {"input_shape": (None, None, 1), "activation": "sigmoid"} | parameters
-    parameters = {name: tuple(v) if isinstance(v, list) else v for name, v in parameters.items()}
-    # model.hdf5 holds all weights: nothing is to be fetched from elsewhere, nor read from a path in the YAML.
-    parameters |= {"classes": num_classes, "encoder_weights": None, "weights": None}
-    try:
-        with _strategy(tf).scope():
-            network = getattr(segmentation_models, config["model_name"])(**parameters)
-    except Exception as error:  # what segmentation-models and Keras make of parameters that nobody foresaw
-        raise ModelError(
-            f"segmentation-models cannot build {config['model_name']} from these model_parameters: {_first_line(error)}"
-        ) from error
-    if network.input_shape[-1] != 1:
-        raise ModelError(f"the network takes {network.input_shape[-1]} channels, images are greyscale (1 channel)")
-    _load_weights(network, weights_path)
-    return network
-
-
-def _is_plain(value, largest):
-    # Keras takes a dictionary for an object to make, of any class of any module.
-    return value is None or isinstance(value, str | bool) or (isinstance(value, int | float) and abs(value) <= largest)
-
-
-def _first_line(error):
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
-
-
-def _load_weights(network, path):
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            nested = "layer_names" not in file.attrs and "model_weights" in file
-            group = _follow(file, "model_weights") if nested else file
-            arrays, stored, needed, expected = 0, 0, len(network.weights), network.count_params()
-            # Before Keras reads them: a file's own word for a shape could otherwise ask for any amount of memory.
-            for array in itertools.islice(_named_weights(group), needed + 1):
-                filters = array.id.get_create_plist().get_nfilters()
-                if array.dtype.kind not in "fiu" or array.external or array.is_virtual or filters:
-                    raise ModelError("its weights are not plain numbers stored in the file itself, uncompressed")
-                arrays, stored = arrays + 1, stored + array.size
-            if (arrays, stored) != (needed, expected):
-                more = " and more" if arrays > needed else ""
-                raise ModelError(
-                    f"it holds {stored:,} weights in {arrays} arrays{more}, the network of train_config has "
-                    f"{expected:,} in {needed}: the weights do not fit the network"
-                )
-        network.load_weights(path)
-    except ModelError:
-        raise
-    except Exception as error:  # h5py and Keras raise anything on a damaged file
-        raise ModelError(f"it is no Keras HDF5 file whose weights fit the network: {_first_line(error)}") from error
-
-
-def _follow(group, path):
-    """What is at `path` below an HDF5 group, by hard links alone: others may lead in circles or to other files."""
-    import h5py
-
-    for name in (path.decode() if isinstance(path, bytes) else path).split("/"):
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise ModelError(f"{reprlib.repr(name)} in it is missing, or a link to elsewhere")
-        group = group[name]
-    return group
-
-
-def _named_weights(group):
-    """The datasets that Keras reads, in its order; one that is named twice comes twice."""
-
-    def names(item, attribute):
-        parts = [attribute] if attribute in item.attrs else (f"{attribute}{i}" for i in itertools.count())
-        for part in itertools.takewhile(item.attrs.__contains__, parts):
-            yield from item.attrs[part]
-
-    top = ["top_level_model_weights"] if "top_level_model_weights" in group else []
-    for layer in itertools.chain(names(group, "layer_names"), top):
-        weights = _follow(group, layer)
-        for weight in names(weights, "weight_names"):
-            yield _follow(weights, weight)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The one inference pass
 
 
-def _strategy(tf):
-    """One replica of the network on every GPU; without a GPU, on every logical CPU, of which there is one."""
-    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    if len(devices) == 1:
-        return tf.distribute.get_strategy()
-    return tf.distribute.MirroredStrategy([device.name for device in devices])
-
-
-@_in_tensorflow_thread
-def device_names():
-    """Names of the GPUs that the network runs on, joined by commas; empty for a CPU."""
-    import tensorflow as tf
-
-    details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
-    return ", ".join(detail.get("device_name", "GPU") for detail in details)
-
-
-@_in_tensorflow_thread
 def _counting_step(network, height, width, num_classes):
     """Compile forward pass and histogram into one function, so that only counts leave the device."""
     import tensorflow as tf
@@ -333,7 +100,7 @@ def _counting_step(network, height, width, num_classes):
         step.get_concrete_function()
     except ValueError as error:
         raise ModelError(
-            f"the network cannot map images of {width} x {height} pixels to {num_classes} classes: {_first_line(error)}"
+            f"the network cannot map images of {width} x {height} pixels to {num_classes} classes: {first_line(error)}"
         ) from error
     return step
 
@@ -385,7 +152,6 @@ def count_probabilities(network, samples, counts, class_names, batch_size, shown
     replicas = strategy.num_replicas_in_sync
     distributed_step = tf.function(lambda *shares: strategy.run(step.python_function, shares), reduce_retracing=True)
 
-    @_in_tensorflow_thread
     def start(batch):
         """Hand a batch to the devices, a share to each; on a GPU this does not wait for the results."""
         shares = [batch[i : i + batch_size] for i in range(0, batch_size * replicas, batch_size)]
@@ -401,7 +167,6 @@ def count_probabilities(network, samples, counts, class_names, batch_size, shown
         results = map(strategy.experimental_local_results, distributed_step(*distributed))
         return list(zip(shares, zip(*results, strict=True), strict=True))
 
-    @_in_tensorflow_thread
     def read(results):
         """Wait for what the devices give: share, both histograms, and what is to be shown."""
         return [

@@ -39,11 +39,12 @@ from tqdm import tqdm
 
 import figures
 import models
+import network
 import workers
 from counts import GRID, Counts
-from gcp_utils import Blob, BlobNotFoundError, BucketError, open_bucket, printable
+from errors import BucketError, DatasetError, ExpectedError, ModelError, PeerError, UsageError, printable
+from gcp_utils import Blob, open_bucket
 from image_utils import (
-    DatasetError,
     check_size_in_bytes,
     draw_subset,
     evenly_spread,
@@ -60,14 +61,7 @@ MAX_CONFIG_BYTES = 2**18
 MAX_CONFIG_NODES = 20_000
 COUNTS_FORMAT = 1  # raise it when the meaning of cached counts changes
 
-# Exit codes; 0 is done, 128 + the signal's number is interrupted.
-USAGE, INPUT, BUCKET, NOT_CONVERGED = 2, 3, 4, 5
-
 ALONE = workers.Cluster()
-
-
-class UsageError(Exception):
-    """An argument has a value that cannot work; the message names it."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -280,21 +274,21 @@ def count_share(args, bucket, inference, batch_size, shown_names, path, cluster)
             download = progress("download", sum(blob.size for blob in absent), unit="B", unit_scale=True)
             bucket.on_bytes = stack.enter_context(download).update
         fetched = ThreadPoolExecutor(1).submit(fetch)
-        models.import_tensorflow()
+        network.import_tensorflow()
         weights_path, decoded = fetched.result()
         stack.enter_context(contextlib.closing(decoded))
         if args.tf_random_global_seed is not None:
-            models.set_seed(args.tf_random_global_seed)
+            network.set_seed(args.tf_random_global_seed)
         try:
-            network = models.build_network(inference.train_config, len(class_names), weights_path)
-        except models.ModelError as error:
-            raise models.ModelError(f"{bucket.url(weights.name)}, with the config.yaml beside it: {error}") from error
+            built = network.build_network(inference.train_config, len(class_names), weights_path)
+        except ModelError as error:
+            raise ModelError(f"{bucket.url(weights.name)}, with the config.yaml beside it: {error}") from error
         bucket.fetch(weights)  # it has not changed while it was read
-        counts.device = models.device_names()
+        counts.device = network.device_names()
         tell(f"Counting the probabilities of {len(to_count)} images on {counts.device or 'the CPU'}.")
         with progress("inference", len(samples), initial=counts.images, unit=" images") as bar:
             batches = models.count_probabilities(
-                network,
+                built,
                 decoded,
                 counts,
                 class_names,
@@ -314,7 +308,7 @@ def count_share(args, bucket, inference, batch_size, shown_names, path, cluster)
                     if time.monotonic() - saved > CHECKPOINT_SECONDS:
                         keep(counts, checkpoint)
                         saved = time.monotonic()
-            except (Interrupted, workers.PeerError):
+            except (Interrupted, PeerError):
                 on_interruption(signal.SIG_IGN)  # a second must not lose the counts
                 if counts.images:
                     keep(counts, checkpoint)
@@ -689,22 +683,14 @@ def main():
             tell(f"This is {cluster} of {cluster.number}; waiting for all to come.")
             cluster.join()
         run(args, cluster)
-    except UsageError as error:
-        return end(USAGE, f"{error}; see --help")
-    except (DatasetError, models.ModelError, BlobNotFoundError) as error:
-        return end(INPUT, error)
-    except BucketError as error:
-        return end(BUCKET, error)
-    except models.NotConvergedError as error:
-        return end(NOT_CONVERGED, error)
-    except workers.PeerError as error:
-        return end(*error.args)
+    except ExpectedError as error:
+        return end(error.exit_code, f"{error}; see --help" if isinstance(error, UsageError) else error)
     except Interrupted as interruption:
         kept = "what was fetched and counted is kept in tmp"
         return end(
             interruption.args[0],
             f"interrupted; {kept}: run the same command again to go on",
-            for_others=(workers.LOST, f"{cluster} was interrupted; {kept}: start all workers again to go on"),
+            for_others=(6, f"{cluster} was interrupted; {kept}: start all workers again to go on"),
         )
     on_interruption(signal.SIG_IGN)
     cluster.leave()

@@ -21,15 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from errors import WORKER_LOST, PeerError, first_line
+
 START_SECONDS = 600  # within which all workers come
 DEAD_SECONDS = 60  # without a sign of life, after which a worker is taken for dead
 LINGER_SECONDS = 2  # for which one that ends can still be asked for its part of a sum, or why it ends
-LOST = 6  # exit code: a worker is missing
 FORM = 'must be like {"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
-
-
-class PeerError(Exception):
-    """Another worker ended with an error, died or never came: exit code and message, for all to end with."""
 
 
 def read_tf_config(text):
@@ -114,7 +111,7 @@ class Cluster:
         self._heard = time.monotonic()
         self._listen(START_SECONDS)
         if not self._joined:
-            raise PeerError(LOST, f"not all workers came within {START_SECONDS} s{self._absent()}")
+            raise PeerError(f"not all workers came within {START_SECONDS} s{self._absent()}")
 
     def _absent(self):
         """Which workers do not answer, as the end of a sentence."""
@@ -134,14 +131,14 @@ class Cluster:
             while self._connection.poll(seconds):
                 error, total = self._connection.recv()
                 if error:
-                    raise PeerError(error[0], error[1] if self._joined else error[1] + self._absent())
+                    raise PeerError(error[1] if self._joined else error[1] + self._absent(), error[0])
                 self._heard, self._joined, seconds = time.monotonic(), True, 0
                 if total is not None:
                     return total
         except (EOFError, OSError) as error:
-            raise PeerError(LOST, f"{self} lost its process that speaks with the other workers") from error
+            raise PeerError(f"{self} lost its process that speaks with the other workers") from error
         if self._joined and time.monotonic() - self._heard > DEAD_SECONDS:
-            raise PeerError(LOST, _dead(0, self.addresses))
+            raise PeerError(_dead(0, self.addresses))
         return None
 
     def check(self):
@@ -269,7 +266,7 @@ def _take_part(connection, index, addresses):
     try:
         add, context = _join(index, addresses)
     except Exception as error:
-        connection.send(((LOST, f"{own} cannot join the others: {_first_line(error)}"), None))
+        connection.send(((WORKER_LOST, f"{own} cannot join the others: {first_line(error)}"), None))
         return
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(1, 0)
@@ -287,11 +284,11 @@ def _take_part(connection, index, addresses):
             if ready and (failure := total.exception()):
                 # whose fault that is, the coordination service may know only later
                 ready = time.monotonic() - asked > 2 * DEAD_SECONDS
-                error = (LOST, f"{own} cannot sum over the workers: {_first_line(failure)}") if ready else None
+                error = (WORKER_LOST, f"{own} cannot sum over the workers: {first_line(failure)}") if ready else None
             connection.send((error, total.result() if ready and not error else None))
             total = None if ready else total
     except (EOFError, OSError):
-        message = (LOST, _dead(index, addresses))
+        message = (WORKER_LOST, _dead(index, addresses))
     if message:
         with contextlib.suppress(Exception):  # another was first
             context.report_error_to_cluster(1, json.dumps(message))
@@ -303,18 +300,14 @@ def _error_among_workers(context, addresses):
     try:
         states = context.get_task_states([("worker", len(addresses))])
     except Exception:
-        return LOST, _dead(0, addresses)
+        return WORKER_LOST, _dead(0, addresses)
     for index, state in enumerate(states):
         if state:
             try:
                 return tuple(json.loads(str(state)))
             except ValueError:
-                return LOST, _dead(index, addresses)
+                return WORKER_LOST, _dead(index, addresses)
     return None
-
-
-def _first_line(error):
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from scipy.ndimage import binary_dilation
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models import import_tensorflow  # noqa: E402
+from network import import_tensorflow  # noqa: E402
 
 DATASET_ID = "dataset-composite_0123"
 MODEL_ID = "segmentation-model-composite_0123_20200321T154533Z"
@@ -164,9 +164,7 @@ def train_model(folder, config, dataset):
         if isinstance(layer, tf.keras.layers.BatchNormalization):
             # The usual 0.99 averages over more batches than this short training has.
             layer.momentum = 0.9
-    network.compile(
-        optimizer=config["optimizer"], loss={"binary_cross_entropy": "binary_crossentropy"}[config["loss"]]
-    )
+    network.compile(optimizer=config["optimizer"], loss={"binary_cross_entropy": "binary_crossentropy"}[config["loss"]])
 
     epochs, started = config["epochs"], time.monotonic()
     name = config["segmentation_model"]["model_name"]

@@ -189,9 +189,7 @@ def test_a_class_with_a_low_metric_fills_its_panel(height):
     bottom, top = axes.get_ylim()
     assert (height - bottom) / (top - bottom) > 0.3
     assert top >= min(1.1 * height, 1)
-    assert [float(label.get_text()) for label in axes.get_yticklabels()] == pytest.approx(
-        list(axes.get_yticks())
-    )
+    assert [float(label.get_text()) for label in axes.get_yticklabels()] == pytest.approx(list(axes.get_yticks()))
 
 
 def test_a_metric_that_is_always_high_is_spread():
@@ -221,9 +219,7 @@ def test_the_intervals_and_one_half_are_drawn():
 
 
 def test_the_panel_says_what_was_found():
-    shown = curve(
-        "class7", "cracks", x=0.61234, x_interval=(0.6, 0.65), metric_at_x=0.5, metric_interval=(0.25, 0.75)
-    )
+    shown = curve("class7", "cracks", x=0.61234, x_interval=(0.6, 0.65), metric_at_x=0.5, metric_interval=(0.25, 0.75))
     figure, (axes,) = panels([shown], "f1_score")
     said = "\n".join(text.get_text() for text in axes.texts)
     for part in [
@@ -406,8 +402,6 @@ def test_long_names_lose_their_middle():
 
 
 def test_same_input_same_bytes():
-    assert figures.draw_curves([curve()], "iou_score", "t") == figures.draw_curves(
-        [curve()], "iou_score", "t"
-    )
+    assert figures.draw_curves([curve()], "iou_score", "t") == figures.draw_curves([curve()], "iou_score", "t")
     assert figures.draw_slices([marked()], ["a"], "t") == figures.draw_slices([marked()], ["a"], "t")
     assert figures.draw_slices([marked()], ["a"], "t") != figures.draw_slices([marked(grey=99)], ["a"], "t")

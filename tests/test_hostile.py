@@ -465,9 +465,7 @@ HOSTILE_HDF5 = {
     "weights that are compressed": replaced(
         lambda f, name, shape, path: f.create_dataset(name, shape, "f4", compression="gzip", chunks=shape)
     ),
-    "weights that are texts": replaced(
-        lambda f, name, shape, path: f.create_dataset(name, shape, h5py.string_dtype())
-    ),
+    "weights that are texts": replaced(lambda f, name, shape, path: f.create_dataset(name, shape, h5py.string_dtype())),
     "weights that are references": replaced(lambda f, name, shape, path: f.create_dataset(name, shape, h5py.ref_dtype)),
     "weights that are records": replaced(
         lambda f, name, shape, path: f.create_dataset(name, shape, np.dtype([("a", "f4"), ("b", "f4")]))

@@ -1,0 +1,79 @@
+"""User errors. Each says in one line what is wrong and what to do, and carries its exit code."""
+
+DONE, BUG, USAGE, INPUT, BUCKET, NOT_CONVERGED, WORKER_LOST = range(7)
+
+EXIT_CODES = {
+    DONE: "done",
+    BUG: "a bug in this program: please report it",
+    USAGE: "usage: an argument is missing or wrong",
+    INPUT: "input: dataset, masks, model or configuration",
+    BUCKET: "bucket: not reached, not permitted, changed during the run, or no room for what it holds or receives",
+    NOT_CONVERGED: "a class did not converge",
+    WORKER_LOST: "another worker died, was interrupted, or did not come",
+    129: "interrupted: the terminal was closed (SIGHUP)",
+    130: "interrupted: Ctrl-C (SIGINT)",
+    143: "interrupted: SIGTERM",
+}
+
+
+class ExpectedError(Exception):
+    """What `main` reports in one line, without a traceback. Subclasses set the exit code."""
+
+    exit_code = INPUT
+
+
+class UsageError(ExpectedError):
+    """An argument or environment variable has a value that cannot work; the message names it."""
+
+    exit_code = USAGE
+
+
+class ConfigurationError(ExpectedError):
+    """A config.yaml cannot be used; the message names it."""
+
+
+class DatasetError(ExpectedError):
+    """A dataset cannot be used; the message names the file."""
+
+
+class ModelError(ExpectedError):
+    """A model, its weights or its probabilities cannot be used."""
+
+
+class NotConvergedError(ExpectedError):
+    """minimize_scalar did not converge for a class; the message says which and what to adjust."""
+
+    exit_code = NOT_CONVERGED
+
+
+class BucketError(ExpectedError):
+    """A bucket cannot be used as asked; the message names the place."""
+
+    exit_code = BUCKET
+
+
+class BlobNotFoundError(BucketError):
+    """The bucket is there, the blob is not."""
+
+    exit_code = INPUT
+
+
+class PeerError(ExpectedError):
+    """Another worker ended with an error, died or never came. All end with its exit code."""
+
+    def __init__(self, message, exit_code=WORKER_LOST):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def first_line(error):
+    """The first line of an error's text that is not blank, or else its type; 300 characters at most."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def printable(text):
+    """Text that cannot steer a terminal, whatever was in a file or an object's name."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
