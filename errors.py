@@ -1,4 +1,4 @@
-"""User errors. Each says in one line what is wrong and what to do, and carries its exit code."""
+"""Errors that a user can cause or mend. Each is one line, says what to do, and carries its exit code."""
 
 DONE, BUG, USAGE, INPUT, BUCKET, NOT_CONVERGED, WORKER_LOST = range(7)
 
