@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from counts import COARSE_BIN, COARSE_EDGES, GRID, THRESHOLDS, confusion
+from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS, confusion
 from errors import ConfigurationError, ModelError, NotConvergedError, UsageError, first_line
 
 # How thresholds are trained: this goes to scipy.optimize.minimize_scalar and into the result. Should a class not
@@ -213,39 +213,63 @@ def _exact(function, counts):
 # The one inference pass
 
 
+# What TensorFlow, oneDNN, cuDNN and cuBLAS say when there is no memory left, under various types of error.
+MEMORY_WORDS = re.compile("memory|alloc|exhausted|could not create a primitive|no algorithm worked|launch failed", re.I)
+
+
+def _bins_of(probabilities):
+    """The bin of each probability, as `np.searchsorted(THRESHOLDS, p)`; len(THRESHOLDS) + 1 where it is none.
+
+    Every step is exact: the bits of a float32, products with powers of two, and `1 - p` for p >= 1/2. TensorFlow keeps
+    int32 arithmetic in the host's memory, even on a GPU, so whole numbers are held as float32 (all are below 2**24).
+    """
+    import tensorflow as tf
+
+    p, last = probabilities, len(THRESHOLDS)
+    tail = tf.where(p > 0.5, 1 - p, p)
+    number = tf.bitwise.right_shift(tf.bitcast(tail, tf.int32), 13)  # 1,024 an octave
+    start = tf.bitcast(tf.bitwise.left_shift(number, 13), tf.float32)
+    number = tf.cast(number, tf.float32) - float(THRESHOLDS[:1].view(np.int32)[0] >> 13)
+    low = tf.maximum(number + tf.cast(p > start, tf.float32), 0)
+    middle = tf.math.ceil(p * 65536) + float(np.searchsorted(THRESHOLDS, 1 / 64) - 1024)
+    # Thresholds from p on: every multiple of 2**-24 up to 2**-14, and 1,024 an octave from there on.
+    high = last - tf.where(tail < 2**-14, tail * 2**24, number - (40 - 14 - 1) * 1024)
+    bins = tf.where(p <= 1 / 64, low, tf.where(p <= 63 / 64, middle, high))
+    return tf.where((p >= 0) & (p <= 1), bins, last + 1.0)  # false for NaN
+
+
 def _counting_step(network, height, width, num_classes):
-    """Compile forward pass and histogram into one function, so that only counts leave the device."""
+    """Compile forward pass and histograms into one function, so that only counts leave the device.
+
+    It takes images, masks and the number of images to count, the first ones, and returns the histogram, shape
+    (classes, 2 * (bins + 1)), that of each image in blocks' bins, shape (classes, images, 2 * (coarse bins + 1)), and
+    the probabilities. In both the last bin of a truth value counts what is no probability.
+    """
     import tensorflow as tf
 
     # value * (1 / 255) in float64, rounded to float32: what the networks saw in training
     network_input = tf.constant((np.arange(256) * (1 / 255)).astype(np.float32))
-    no_bin = GRID + 1  # where invalid probabilities go
-    coarse_bin = tf.constant(np.append(COARSE_BIN, len(COARSE_EDGES)).astype(np.int32))
-    fine_bins, coarse_bins = GRID + 2, len(COARSE_EDGES) + 1
+    bins, block_bins = len(THRESHOLDS) + 2, len(BLOCK_THRESHOLDS) + 2
+
+    def histograms(index, size):
+        """A histogram of each row. Unlike that of a vector it needs no scratch memory for every thread."""
+        return tf.raw_ops.DenseBincount(
+            input=tf.cast(index, tf.int32), size=size, weights=tf.constant([], tf.int32), binary_output=False
+        )
 
     def step(images, masks, used):
-        n = tf.shape(images)[0]
         probabilities = network(tf.gather(network_input, tf.cast(images, tf.int32))[..., None], training=False)
         probabilities = tf.ensure_shape(tf.cast(probabilities, tf.float32), (None, height, width, num_classes))
-        valid = (probabilities >= 0) & (probabilities <= 1)  # false for NaN
-        bins = tf.where(valid, tf.cast(tf.math.ceil(probabilities * GRID), tf.int32), no_bin)
-        image = tf.range(n)[:, None, None, None]
-        # The rows of padding lie beyond both histograms, where bincount drops them.
-        row = tf.where(image < used, 0, 2 * num_classes * n) + 2 * tf.range(num_classes) + tf.cast(masks, tf.int32)
 
-        def histogram(index, size):
-            return tf.raw_ops.DenseBincount(
-                input=tf.reshape(index, [-1]), size=size, weights=tf.constant([], tf.int32), binary_output=False
-            )
+        def of_class(i):
+            bin_ = tf.reshape(_bins_of(probabilities[:used, ..., i]), (used, height * width))
+            truth = tf.reshape(tf.cast(masks[:used, ..., i], tf.float32), (used, height * width))
+            whole = histograms(tf.reshape(truth * bins + bin_, (1, -1)), 2 * bins)
+            each = histograms(truth * block_bins + tf.math.ceil(bin_ / BLOCK_STEP), 2 * block_bins)
+            return whole, each
 
-        fine = histogram(row * fine_bins + bins, 2 * num_classes * fine_bins)
-        row_of_image = 2 * num_classes * image + row
-        coarse = histogram(row_of_image * coarse_bins + tf.gather(coarse_bin, bins), n * 2 * num_classes * coarse_bins)
-        return (
-            tf.reshape(fine, (num_classes, 2, fine_bins)),
-            tf.reshape(coarse, (-1, num_classes, 2, coarse_bins))[..., :-1],
-            bins,
-        )
+        whole, each = tf.map_fn(of_class, tf.range(num_classes), fn_output_signature=(tf.int32, tf.int32))
+        return whole, each, probabilities
 
     signature = [
         tf.TensorSpec((None, height, width), tf.uint8),
@@ -262,17 +286,17 @@ def _counting_step(network, height, width, num_classes):
     return step
 
 
-def _padded(share, size):
-    """Images and masks of a share, its last sample repeated up to `size`.
+def _padded(part, size):
+    """Images and masks of a part of a batch, its last sample repeated up to `size`.
 
     Steps of one shape give a pixel the same probability, to the last bit, however the images are divided into
     batches, devices and processes: a convolution may sum in another order for another number of images.
     """
-    _, images, masks = zip(*share, *[share[-1]] * (size - len(share)), strict=True)
+    _, images, masks = zip(*(sample for sample, _ in part + [part[-1]] * (size - len(part))), strict=True)
     return np.stack(images), np.stack(masks)
 
 
-def count_probabilities(network, samples, counts, class_names, batch_size, shown_names, on_smaller_batch):
+def count_probabilities(network, samples, blocks, counts, class_names, batch_size, shown_names, on_smaller_batch):
     """Run the network once over the samples and add what it gives to `counts`: a generator, batch by batch.
 
     Parameters
@@ -281,6 +305,8 @@ def count_probabilities(network, samples, counts, class_names, batch_size, shown
         From `build_network`.
     samples : iterable of (name, image, masks)
         image uint8, shape (height, width), 0 to 255; masks uint8, shape (height, width, classes), 0 or 1.
+    blocks : iterable of int
+        The block of each sample, in the order of the samples.
     counts : counts.Counts
     class_names : list of str
         For messages.
@@ -288,7 +314,7 @@ def count_probabilities(network, samples, counts, class_names, batch_size, shown
         Images per replica and step. When a batch does not fit into memory the size is halved for the rest of the pass.
     shown_names : set of str
         The images to keep for display.
-    on_smaller_batch : callable taking the new batch size
+    on_smaller_batch : callable taking the batch size that did not fit and the new one
 
     Yields
     ------
@@ -305,14 +331,16 @@ def count_probabilities(network, samples, counts, class_names, batch_size, shown
 
     height, width = counts.shown_images.shape[1:]
     step = _counting_step(network, height, width, len(class_names))
+    bins_of = tf.function(_bins_of, input_signature=[tf.TensorSpec((height, width, len(class_names)))])
     strategy = network.distribute_strategy
     replicas = strategy.num_replicas_in_sync
-    distributed_step = tf.function(lambda *shares: strategy.run(step.python_function, shares), reduce_retracing=True)
+    distributed_step = tf.function(lambda *parts: strategy.run(step.python_function, parts), reduce_retracing=True)
 
     def start(batch):
-        """Hand a batch to the devices, a share to each; on a GPU this does not wait for the results."""
-        shares = [batch[i : i + batch_size] for i in range(0, batch_size * replicas, batch_size)]
-        arguments = [_padded(share or batch[:1], batch_size) + (np.int32(len(share)),) for share in shares]
+        """Hand a batch to the devices, a part to each; on a GPU this does not wait for the results."""
+        parts = [batch[i : i + batch_size] for i in range(0, batch_size * replicas, batch_size)]
+        # A replica without images gets one, whose counts are dropped.
+        arguments = [_padded(part or batch[:1], batch_size) + (np.int32(len(part) or 1),) for part in parts]
         if replicas == 1:
             return [(batch, step(*arguments[0]))]
         distributed = [
@@ -322,48 +350,67 @@ def count_probabilities(network, samples, counts, class_names, batch_size, shown
             for values in zip(*arguments, strict=True)
         ]
         results = map(strategy.experimental_local_results, distributed_step(*distributed))
-        return list(zip(shares, zip(*results, strict=True), strict=True))
+        return list(zip(parts, zip(*results, strict=True), strict=True))
 
     def read(results):
-        """Wait for what the devices give: share, both histograms, and what is to be shown."""
+        """Wait for what the devices give: part, both histograms, and what is to be shown."""
         return [
             (
-                share,
-                fine.numpy(),
-                coarse[: len(share)].numpy(),
-                [(*sample, bins[j].numpy()) for j, sample in enumerate(share) if sample[0] in shown_names],
+                part,
+                whole.numpy().reshape(len(class_names), 2, -1),
+                each.numpy().reshape(len(class_names), len(part), 2, -1).swapaxes(0, 1),
+                [
+                    (*sample, bins_of(probabilities[j]).numpy().astype(np.int32))
+                    for j, (sample, _) in enumerate(part)
+                    if sample[0] in shown_names
+                ],
             )
-            for share, (fine, coarse, bins) in results
+            for part, (whole, each, probabilities) in results
+            if part
         ]
 
-    def finish(results):
-        for share, fine, coarse, shown in read(results):
-            for invalid in np.flatnonzero(fine[:, :, -1].any(axis=1)):
-                raise ModelError(
-                    f"{class_names[invalid]} has probabilities that are NaN or outside [0, 1]: the network must end in "
-                    "sigmoid or softmax, and its weights must be finite"
-                )
-            if share:
-                counts.add([name for name, _, _ in share], fine[:, :, :-1], coarse, shown)
+    def add(part, whole, each, shown):
+        for invalid in np.flatnonzero(whole[:, :, -1].any(axis=1)):
+            raise ModelError(
+                f"{class_names[invalid]} has probabilities that are NaN or outside [0, 1]: the network must end in "
+                "sigmoid or softmax, and its weights must be finite"
+            )
+        labels = [block for _, block in part]
+        counts.add([sample[0] for sample, _ in part], labels, whole[..., :-1], each[..., :-1], shown)
 
-    samples, started = iter(samples), None
+    out_of_memory = (
+        *(getattr(tf.errors, f"{name}Error") for name in ("ResourceExhausted", "Aborted", "NotFound", "Internal")),
+        tf.errors.UnknownError,
+        MemoryError,
+    )
+    samples, started, did_not_fit = zip(samples, blocks, strict=True), [], []
     while True:
         batch = list(itertools.islice(samples, batch_size * replicas))
         try:
-            results = start(batch) if batch else None
-        except tf.errors.ResourceExhaustedError as error:
+            following = start(batch) if batch else []
+            # one batch behind, so that the device has its next batch while the host counts this one
+            finished = read(started)
+        except out_of_memory as error:  # a GPU may report it only where its results are read
+            did_not_fit.append(batch_size)
             if batch_size == 1:
-                raise ModelError(f"one image of {width} x {height} pixels does not fit into memory") from error
+                if not isinstance(error, MemoryError) and not MEMORY_WORDS.search(str(error)):
+                    raise
+                raise ModelError(
+                    f"no batch of {', '.join(map(str, did_not_fit))} images of {width} x {height} pixels fits into "
+                    f"memory: {first_line(error)}"
+                ) from error
+            samples = itertools.chain(*(part for part, _ in started), batch, samples)  # neither was added yet
+            started = following = []  # gives their memory back
             batch_size //= 2
-            on_smaller_batch(batch_size)
-            samples = itertools.chain(batch, samples)
+            on_smaller_batch(did_not_fit[-1], batch_size)
             continue
-        if started:  # one batch behind, so that the device has its next batch while the host counts this one
-            finish(started)
-            yield sum(len(share) for share, _ in started)
+        for results in finished:
+            add(*results)
+        if finished:
+            yield sum(len(part) for part, *_ in finished)
         if not batch:
             return
-        started = results
+        started = following
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ import figures
 import models
 import network
 import workers
-from counts import GRID, Counts
+from counts import THRESHOLDS, Counts
 from errors import BucketError, DatasetError, ExpectedError, ModelError, PeerError, UsageError, printable
 from gcp_utils import Blob, open_bucket
 from image_utils import (
@@ -59,7 +59,7 @@ SHOWN_SLICES = 6
 SUBSET_SEED = 1234  # where neither the arguments nor train_config name one
 MAX_CONFIG_BYTES = 2**18
 MAX_CONFIG_NODES = 20_000
-COUNTS_FORMAT = 1  # raise it when the meaning of cached counts changes
+COUNTS_FORMAT = 2  # raise it when the meaning of cached counts changes
 
 ALONE = workers.Cluster()
 
@@ -205,6 +205,7 @@ class Inference(NamedTuple):
     """A network and the images to run it on: all that the counts depend on."""
 
     samples: list
+    blocks: np.ndarray  # of each sample, for the confidence
     class_folders: list
     target_size: list  # width, height
     train_config: dict
@@ -223,6 +224,7 @@ class Inference(NamedTuple):
             self.weights.version,
             self.class_folders,
             self.target_size,
+            np.asarray(self.blocks).tolist(),
             *([sample.name, sample.image.version, *(mask.version for mask in sample.masks)] for sample in self.samples),
         ):
             digest.update(f"{part!r}\n".encode(errors="surrogatepass"))
@@ -231,13 +233,16 @@ class Inference(NamedTuple):
 
 def count_images(args, bucket, inference, path, cluster):
     """Count the samples, each worker its share, and sum; the chief caches the counts of all at `path`."""
-    shown_names = [sample.name for sample in evenly_spread(inference.samples, SHOWN_SLICES)]
     batch_size = min(args.batch_size, len(inference.samples))  # the same for all shares: it may matter to the last bit
-    share = inference._replace(samples=inference.samples[cluster.index :: cluster.number])
+    own_images = slice(cluster.index, None, cluster.number)
+    share = inference._replace(samples=inference.samples[own_images], blocks=inference.blocks[own_images])
+    shown_names = [sample.name for sample in evenly_spread(share.samples, SHOWN_SLICES)]
     own = path if cluster.number == 1 else path.with_suffix(f".{cluster.index}_of_{cluster.number}.npz")
-    counts = Counts.load(own) or count_share(args, bucket, share, batch_size, shown_names, own, cluster)
+    counts = Counts.load(own) or count_share(
+        args, bucket, share, inference.blocks.max() + 1, batch_size, shown_names, own, cluster
+    )
     if cluster.number > 1:
-        counts = counts.summed(cluster.sum, shown_names)
+        counts = counts.summed(cluster.sum)
         if cluster.index == 0:
             keep(counts, path)
         cluster.sum(np.zeros(1, np.int64))  # the chief has the counts of all: the shares have served
@@ -246,12 +251,12 @@ def count_images(args, bucket, inference, path, cluster):
     return counts
 
 
-def count_share(args, bucket, inference, batch_size, shown_names, path, cluster):
+def count_share(args, bucket, inference, num_blocks, batch_size, shown_names, path, cluster):
     """Run the network over the samples, from the last checkpoint on, and cache the counts at `path`."""
     samples, class_names, weights = inference.samples, inference.class_names, inference.weights
     width, height = inference.target_size
     checkpoint = path.with_suffix(".partial.npz")
-    counts = Counts.load(checkpoint) or Counts.empty(len(class_names), height, width)
+    counts = Counts.load(checkpoint) or Counts.empty(len(class_names), height, width, num_blocks)
     if counts.images:
         tell(f"Going on after {counts.images} of {len(samples)} images: an earlier run had counted them.")
     to_count = samples[counts.images :]
@@ -290,12 +295,14 @@ def count_share(args, bucket, inference, batch_size, shown_names, path, cluster)
             batches = models.count_probabilities(
                 built,
                 decoded,
+                inference.blocks[counts.images :],
                 counts,
                 class_names,
                 batch_size,
                 shown_names=set(shown_names),
-                on_smaller_batch=lambda size: say(
-                    f"A batch does not fit into memory: going on with --batch-size {size}."
+                on_smaller_batch=lambda size, smaller: say(
+                    f"A batch of {size} images does not fit into memory: continuing with {smaller}. "
+                    f"Next time, use --batch-size {smaller}."
                 ),
             )
             saved = time.monotonic()
@@ -375,7 +382,7 @@ def draw_figures(args, counts, inference, trained):
         )
         for i, (folder, (result, class_curves)) in enumerate(zip(inference.class_folders, trained, strict=True))
     ]
-    positions = np.array([round(result.x * GRID) for result, _ in trained])
+    positions = np.searchsorted(THRESHOLDS, [result.x for result, _ in trained])
     shown = zip(counts.shown_names, counts.shown_images, counts.shown_truth, counts.shown_bins, strict=True)
     slices = [figures.Slice(name, image, truth, bins > positions) for name, image, truth, bins in shown]
     title = f"{args.model_id} on {args.dataset_directory} ({counts.images} images)"
@@ -441,7 +448,7 @@ def describe_result(args, counts, inference, dataset_config, trained, seed, star
                 for name, result in zip(names, results, strict=True)
             },
             "bootstrap": {
-                "replicates": len(counts.replicates),
+                "blocks": len(counts.block_histograms),
                 "confidence": models.CONFIDENCE,
             },
             "random-module-global-seed": args.random_module_global_seed,
@@ -641,7 +648,8 @@ def run(args, cluster=ALONE):
     if len(samples) < total:
         tell(f"Using {len(samples)} of them, drawn with seed {seed}.")
 
-    inference = Inference(samples, class_folders, target_size, train_config, weights)
+    blocks = np.arange(len(samples)) * min(len(samples), 20) // len(samples)
+    inference = Inference(samples, blocks, class_folders, target_size, train_config, weights)
     path = inference.counts_path()
     counts = Counts.load(path) if cluster.index == 0 else None
     try:
