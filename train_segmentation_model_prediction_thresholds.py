@@ -340,12 +340,15 @@ def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
     batches = models.count_probabilities(
         built,
         decoded,
+        share.block_labels[counts.images :],
         counts,
         share.class_titles,
         batch_size,
-        block_labels=share.block_labels[counts.images :],
         shown_names={sample.name for sample in evenly_spread(share.samples, SHOWN_SLICES)},
-        warn=warn,
+        on_smaller_batch=lambda size, half: warn(
+            f"a batch of {size} images does not fit into memory: continuing with {half}; next time use "
+            f"--batch-size {half}"
+        ),
     )
     saved = time.monotonic()
     with progress("inference", len(share.samples), initial=counts.images, unit=" images") as bar:
