@@ -87,7 +87,7 @@ def curves_figure(results, metric_name, title, note):
     columns = len(results) if len(results) <= 3 else min(4, math.ceil(math.sqrt(len(results))))
     rows = math.ceil(len(results) / columns)
     wide, high = (3.0, 2.1) if len(results) > 1 else (6.3, 3.2)
-    left, right, above, below, head = 0.68, 0.12, 0.7, 0.45, 0.35
+    left, right, above, below, head = 0.68, 0.12, 0.82, 0.45, 0.35
     width = columns * (left + wide + right)
     lines = _wrapped(note, 7.5, width - left - right)
     foot = (0.3 if columns > 2 else 0.48) + 0.14 * len(lines)
@@ -167,7 +167,7 @@ def _draw_panel(axes, result, metric_name, wide):
     axes.annotate(
         _shortened(f"{result.name} ({result.folder})", 9, wide, bold=True),
         (0, 1),
-        (0, 38),
+        (0, 48),
         "axes fraction",
         "offset points",
         size=9,
@@ -184,7 +184,7 @@ def _draw_panel(axes, result, metric_name, wide):
 
 
 def _numbers(result, metric_name):
-    """The three lines above a panel."""
+    """The lines above a panel."""
     trained, curve, confidence = result.trained, result.curve, result.confidence
 
     def interval(limits, form):
@@ -192,12 +192,12 @@ def _numbers(result, metric_name):
 
     expected = confidence.expected_metric
     return (
-        f"threshold {threshold_text(trained.x)}{interval(confidence.x_interval, threshold_text)}; "
-        f"{curve.tp[0] + curve.fn[0]:,} positive pixels",
-        f"{metric_name} {trained.metric:.4f}{interval(confidence.metric_interval, '{:.4f}'.format)}"
-        + ("" if expected is None else f", {expected:.4f} expected"),
-        f"gain {confidence.gain:+.4f}{interval(confidence.gain_interval, '{:+.4f}'.format)} "
-        f"over {trained.metric_at_half:.4f} at 0.5",
+        f"threshold {threshold_text(trained.x)}{interval(confidence.x_interval, threshold_text)}",
+        f"{metric_name} {trained.metric:.4f}{interval(confidence.metric_interval, '{:.4f}'.format)}",
+        ("gain unknown" if confidence.gain is None else f"gain {confidence.gain:+.4f}")
+        + f"{interval(confidence.gain_interval, '{:+.4f}'.format)} over {trained.metric_at_half:.4f} at 0.5",
+        ("" if expected is None else f"{expected:.4f} expected on new images; ")
+        + f"{curve.tp[0] + curve.fn[0]:,} positive pixels",
     )
 
 
@@ -228,12 +228,12 @@ def _logit_ends(x, interval):
 
 
 def _logit_ticks(low, high):
-    """Labels of at most seven ticks between two ends of a logit axis: 0.5, and powers of ten from 0 and from 1."""
+    """Labels of some five ticks between two ends of a logit axis: 0.5, and powers of ten from 0 and from 1."""
     decades = range(2, 14)
     below = [f"{10.0**-k:g}" for k in decades if low <= _logit(10.0**-k)]
     above = [f"{1 - 10.0**-k:.{k}f}" for k in decades if _logit(1 - 10.0**-k) <= high]
-    step = max(1, math.ceil(len(below + above) / 6))
-    return [*below[::-1][::step], "0.5", *above[::step]]
+    step = math.ceil(len(below + above) / 4)
+    return [*below[step - 1 :: step][::-1], "0.5", *above[step - 1 :: step]]
 
 
 def _drawable(x, y, columns=1500):

@@ -113,7 +113,8 @@ def parse_arguments(argv=None):
         type=models.class_metric,
         default="iou_score",
         metavar="METRIC",
-        help=f"the metric to make best for each class: {models.METRIC_NAMES}",
+        help=f"the metric to make best for each class: {', '.join(models.CLASS_METRICS)}, or one of "
+        f"{', '.join(models.CONSTRAINED_METRICS)} with a level: precision_at_recall_0.95",
     )
     add(
         "--dataset-downsample-factor",
