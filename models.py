@@ -96,7 +96,7 @@ def _counting_step(network, height, width, num_classes):
     bins, block_bins = len(THRESHOLDS) + 2, len(BLOCK_THRESHOLDS) + 2
 
     def histograms(index, size):
-        """A histogram of each row. Unlike that of a vector it needs no scratch memory for every thread."""
+        """A histogram of each row. That of a vector would need scratch memory for every thread, or block of them."""
         return tf.raw_ops.DenseBincount(
             input=tf.cast(index, tf.int32), size=size, weights=tf.constant([], tf.int32), binary_output=False
         )
@@ -105,15 +105,20 @@ def _counting_step(network, height, width, num_classes):
         probabilities = network(tf.gather(network_input, tf.cast(images, tf.int32))[..., None], training=False)
         probabilities = tf.ensure_shape(tf.cast(probabilities, tf.float32), (None, height, width, num_classes))
 
-        def of_class(i):
+        def count_class(i, whole, each):
             bin_ = tf.reshape(_bins_of(probabilities[:used, ..., i]), (used, height * width))
             truth = tf.reshape(tf.cast(masks[:used, ..., i], tf.float32), (used, height * width))
-            whole = histograms(tf.reshape(truth * bins + bin_, (1, -1)), 2 * bins)
-            each = histograms(truth * block_bins + tf.math.ceil(bin_ / BLOCK_STEP), 2 * block_bins)
-            return whole, each
+            whole = whole.write(i, histograms(tf.reshape(truth * bins + bin_, (1, -1)), 2 * bins))
+            each = each.write(i, histograms(truth * block_bins + tf.math.ceil(bin_ / BLOCK_STEP), 2 * block_bins))
+            return i + 1, whole, each
 
-        whole, each = tf.map_fn(of_class, tf.range(num_classes), fn_output_signature=(tf.int32, tf.int32))
-        return whole, each, probabilities
+        # A few classes at a time: all at once would take memory for their number.
+        whole, each = (tf.TensorArray(tf.int32, num_classes) for _ in range(2))
+        _, whole, each = tf.while_loop(
+            lambda i, *_: i < num_classes, count_class, (0, whole, each), parallel_iterations=4
+        )
+        # An int32 result of a function waits in the host's memory, one of int64 is left on the device.
+        return tf.cast(whole.stack(), tf.int64), tf.cast(each.stack(), tf.int64), probabilities
 
     signature = [
         tf.TensorSpec((None, height, width), tf.uint8),
