@@ -482,13 +482,13 @@ def check_optimisation():
     def refuse(name, value, why):
         raise ConfigurationError(f"{name} = {reprlib.repr(value)} at the top of models.py: {why}")
 
-    def is_number(value):  # false for NaN
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value < math.inf
+    def from_0_to_1(value):  # false for NaN; plain types only, since the result's YAML keeps them
+        return type(value) in (int, float) and 0 <= value <= 1
 
-    if not isinstance(OPT_BOUNDS, list | tuple) or len(OPT_BOUNDS) != 2 or not all(map(is_number, OPT_BOUNDS)):
-        refuse("OPT_BOUNDS", OPT_BOUNDS, "it must be two numbers, [lowest, highest], within [0, 1]")
-    if not OPT_BOUNDS[0] <= OPT_BOUNDS[1] <= 1:
-        refuse("OPT_BOUNDS", OPT_BOUNDS, "the first must not be above the second, and both must be within [0, 1]")
+    if not isinstance(OPT_BOUNDS, list | tuple) or len(OPT_BOUNDS) != 2 or not all(map(from_0_to_1, OPT_BOUNDS)):
+        refuse("OPT_BOUNDS", OPT_BOUNDS, "it must be two numbers from 0 to 1, [lowest, highest]")
+    if OPT_BOUNDS[0] > OPT_BOUNDS[1]:
+        refuse("OPT_BOUNDS", OPT_BOUNDS, "the first is above the second")
     low = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[0]), "left"))
     high = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[1]), "right")) - 1
     if low > high:
@@ -497,8 +497,8 @@ def check_optimisation():
 
     if not isinstance(OPT_METHOD, str) or OPT_METHOD not in OPTIONS_OF_METHODS:
         refuse("OPT_METHOD", OPT_METHOD, f"it must be one of {', '.join(OPTIONS_OF_METHODS)}")
-    if not is_number(OPT_TOL):
-        refuse("OPT_TOL", OPT_TOL, "it must be a number, 0 or more")
+    if not from_0_to_1(OPT_TOL):
+        refuse("OPT_TOL", OPT_TOL, "it must be a number from 0 to 1")
     if not isinstance(OPT_OPTIONS, dict):
         refuse("OPT_OPTIONS", OPT_OPTIONS, "it must be a dictionary")
     for name, value in OPT_OPTIONS.items():
@@ -507,8 +507,8 @@ def check_optimisation():
             refuse("OPT_OPTIONS", OPT_OPTIONS, f"the method {OPT_METHOD} has the options {', '.join(known)} only")
         if name == "maxiter" and not (type(value) is int and value > 0):
             refuse("OPT_OPTIONS", OPT_OPTIONS, "maxiter must be a whole number, 1 or more")
-        if name in ("xatol", "xtol") and not is_number(value):
-            refuse("OPT_OPTIONS", OPT_OPTIONS, f"{name} must be a number, 0 or more")
+        if name in ("xatol", "xtol") and not from_0_to_1(value):
+            refuse("OPT_OPTIONS", OPT_OPTIONS, f"{name} must be a number from 0 to 1")
         if name == "disp" and not (isinstance(value, int) and 0 <= value <= 3):
             refuse("OPT_OPTIONS", OPT_OPTIONS, "disp must be 0, 1, 2 or 3")
     return low, high
