@@ -252,7 +252,7 @@ def _counting_step(network, height, width, num_classes):
     bins, block_bins = len(THRESHOLDS) + 2, len(BLOCK_THRESHOLDS) + 2
 
     def histograms(index, size):
-        """A histogram of each row. Unlike that of a vector it needs no scratch memory for every thread."""
+        """A histogram of each row. That of a vector would need scratch memory for every thread, or block of them."""
         return tf.raw_ops.DenseBincount(
             input=tf.cast(index, tf.int32), size=size, weights=tf.constant([], tf.int32), binary_output=False
         )
@@ -261,15 +261,20 @@ def _counting_step(network, height, width, num_classes):
         probabilities = network(tf.gather(network_input, tf.cast(images, tf.int32))[..., None], training=False)
         probabilities = tf.ensure_shape(tf.cast(probabilities, tf.float32), (None, height, width, num_classes))
 
-        def of_class(i):
+        def count_class(i, whole, each):
             bin_ = tf.reshape(_bins_of(probabilities[:used, ..., i]), (used, height * width))
             truth = tf.reshape(tf.cast(masks[:used, ..., i], tf.float32), (used, height * width))
-            whole = histograms(tf.reshape(truth * bins + bin_, (1, -1)), 2 * bins)
-            each = histograms(truth * block_bins + tf.math.ceil(bin_ / BLOCK_STEP), 2 * block_bins)
-            return whole, each
+            whole = whole.write(i, histograms(tf.reshape(truth * bins + bin_, (1, -1)), 2 * bins))
+            each = each.write(i, histograms(truth * block_bins + tf.math.ceil(bin_ / BLOCK_STEP), 2 * block_bins))
+            return i + 1, whole, each
 
-        whole, each = tf.map_fn(of_class, tf.range(num_classes), fn_output_signature=(tf.int32, tf.int32))
-        return whole, each, probabilities
+        # A few classes at a time: all at once would take memory for their number.
+        whole, each = (tf.TensorArray(tf.int32, num_classes) for _ in range(2))
+        _, whole, each = tf.while_loop(
+            lambda i, *_: i < num_classes, count_class, (0, whole, each), parallel_iterations=4
+        )
+        # An int32 result of a function waits in the host's memory, one of int64 is left on the device.
+        return tf.cast(whole.stack(), tf.int64), tf.cast(each.stack(), tf.int64), probabilities
 
     signature = [
         tf.TensorSpec((None, height, width), tf.uint8),
@@ -482,13 +487,13 @@ def check_optimisation():
     def refuse(name, value, why):
         raise ConfigurationError(f"{name} = {reprlib.repr(value)} at the top of models.py: {why}")
 
-    def is_number(value):  # false for NaN
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value < math.inf
+    def from_0_to_1(value):  # false for NaN; plain types only, since the result's YAML keeps them
+        return type(value) in (int, float) and 0 <= value <= 1
 
-    if not isinstance(OPT_BOUNDS, list | tuple) or len(OPT_BOUNDS) != 2 or not all(map(is_number, OPT_BOUNDS)):
-        refuse("OPT_BOUNDS", OPT_BOUNDS, "it must be two numbers, [lowest, highest], within [0, 1]")
-    if not OPT_BOUNDS[0] <= OPT_BOUNDS[1] <= 1:
-        refuse("OPT_BOUNDS", OPT_BOUNDS, "the first must not be above the second, and both must be within [0, 1]")
+    if not isinstance(OPT_BOUNDS, list | tuple) or len(OPT_BOUNDS) != 2 or not all(map(from_0_to_1, OPT_BOUNDS)):
+        refuse("OPT_BOUNDS", OPT_BOUNDS, "it must be two numbers from 0 to 1, [lowest, highest]")
+    if OPT_BOUNDS[0] > OPT_BOUNDS[1]:
+        refuse("OPT_BOUNDS", OPT_BOUNDS, "the first is above the second")
     low = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[0]), "left"))
     high = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[1]), "right")) - 1
     if low > high:
@@ -497,8 +502,8 @@ def check_optimisation():
 
     if not isinstance(OPT_METHOD, str) or OPT_METHOD not in OPTIONS_OF_METHODS:
         refuse("OPT_METHOD", OPT_METHOD, f"it must be one of {', '.join(OPTIONS_OF_METHODS)}")
-    if not is_number(OPT_TOL):
-        refuse("OPT_TOL", OPT_TOL, "it must be a number, 0 or more")
+    if not from_0_to_1(OPT_TOL):
+        refuse("OPT_TOL", OPT_TOL, "it must be a number from 0 to 1")
     if not isinstance(OPT_OPTIONS, dict):
         refuse("OPT_OPTIONS", OPT_OPTIONS, "it must be a dictionary")
     for name, value in OPT_OPTIONS.items():
@@ -507,8 +512,8 @@ def check_optimisation():
             refuse("OPT_OPTIONS", OPT_OPTIONS, f"the method {OPT_METHOD} has the options {', '.join(known)} only")
         if name == "maxiter" and not (type(value) is int and value > 0):
             refuse("OPT_OPTIONS", OPT_OPTIONS, "maxiter must be a whole number, 1 or more")
-        if name in ("xatol", "xtol") and not is_number(value):
-            refuse("OPT_OPTIONS", OPT_OPTIONS, f"{name} must be a number, 0 or more")
+        if name in ("xatol", "xtol") and not from_0_to_1(value):
+            refuse("OPT_OPTIONS", OPT_OPTIONS, f"{name} must be a number from 0 to 1")
         if name == "disp" and not (isinstance(value, int) and 0 <= value <= 3):
             refuse("OPT_OPTIONS", OPT_OPTIONS, "disp must be 0, 1, 2 or 3")
     return low, high
