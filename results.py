@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from confidence import Confidence
 
 import models
 import terminal
+from confidence import LEVEL, REPLICATES, Confidence, GuaranteedRecall
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
 from errors import BucketError
 
@@ -36,6 +36,12 @@ class ClassResult(NamedTuple):
     trained: models.TrainedThreshold
     curve: models.ClassCurve
     confidence: Confidence
+    guaranteed_recall: GuaranteedRecall | None  # where the metric asks for a recall
+
+
+def what_intervals_rest_on(blocks):
+    """A sentence on the blocks of a run."""
+    return f"Intervals rest on {blocks.number} {blocks.kind} and speak of {blocks.speaks_of}."
 
 
 def describe(arguments, inputs, counts, results, started):
@@ -86,6 +92,13 @@ def describe(arguments, inputs, counts, results, started):
                 for result in results
             },
             "counted_with": counts.counted_with,
+            "confidence": {
+                "level": LEVEL,
+                "replicates": REPLICATES,
+                "blocks": inputs.blocks.number,
+                "kind_of_blocks": inputs.blocks.kind,
+                "speaks_of": inputs.blocks.speaks_of,
+            },
             "random-module-global-seed": arguments["random_module_global_seed"],
             "numpy_random_global_seed": arguments["numpy_random_global_seed"],
             "tf_random_global_seed": arguments["tf_random_global_seed"],
@@ -123,7 +136,7 @@ def git_hash():
 
 
 def _describe_class(result):
-    trained, confidence = result.trained, result.confidence
+    trained, confidence, guaranteed = result.trained, result.confidence, result.guaranteed_recall
     return {
         "x": trained.x,
         "success": trained.success,
@@ -133,10 +146,45 @@ def _describe_class(result):
         "fun": 1 - trained.metric,
         "metric": trained.metric,
         "metric_at_half": trained.metric_at_half,
+        "gain": confidence.gain,
+        "expected_metric": confidence.expected_metric,
+        "x_confidence_interval": _plain(confidence.x_interval),
+        "metric_confidence_interval": _plain(confidence.metric_interval),
+        "gain_confidence_interval": _plain(confidence.gain_interval),
+        "blocks": confidence.blocks,
+        "why_no_interval": confidence.reason,
+        "guaranteed_recall": None if guaranteed is None else vars(guaranteed),
         "equally_good_thresholds": list(trained.best_stretch),
-        **confidence.describe(),
         "warnings": trained.warnings,
     }
+
+
+def _plain(limits):
+    return None if limits is None else list(limits)
+
+
+def remarks(result, metric_name):
+    """What a reader of the table must know of a class beside its numbers: (warnings, other sentences)."""
+    title = f"{result.name} ({result.folder})"
+    confidence, guaranteed = result.confidence, result.guaranteed_recall
+    warnings, sentences = list(result.trained.warnings), []
+    if confidence.reason:
+        warnings.append(f"{title}: no interval can be given: {confidence.reason}")
+    if confidence.no_gain:
+        low, high = confidence.gain_interval
+        warnings.append(
+            f"{title}: 0.5 does as well on this evidence: the gain in {metric_name} lies between {low:+.4f} and "
+            f"{high:+.4f}"
+        )
+    if guaranteed and guaranteed.threshold is None:
+        warnings.append(f"{title}: no recall can be guaranteed: {guaranteed.reason}")
+    elif guaranteed:
+        sentences.append(
+            f"{title}: threshold {threshold_text(guaranteed.threshold)} guarantees recall {guaranteed.level:g} on "
+            f"average over further blocks that hold the class: precision {guaranteed.precision:.4f} here, from "
+            f"{guaranteed.blocks} blocks"
+        )
+    return warnings, sentences
 
 
 def versions():
@@ -149,7 +197,8 @@ def table(results, metric_name):
     rows = [
         ("class", "folder", "threshold", "95 % interval", metric_name, "95 % interval", "expected", "at 0.5", "gain")
     ]
-    for name, folder, trained, _, confidence in results:
+    for name, folder, trained, _, confidence, _ in results:
+        gain = "unknown" if confidence.gain is None else f"{confidence.gain:+.4f}"
         rows.append(
             (
                 name,
@@ -160,7 +209,7 @@ def table(results, metric_name):
                 _interval(confidence.metric_interval, "{:.4f}".format),
                 "unknown" if confidence.expected_metric is None else f"{confidence.expected_metric:.4f}",
                 f"{trained.metric_at_half:.4f}",
-                f"{trained.metric - trained.metric_at_half:+.4f}",
+                gain + " (none)" * confidence.no_gain,
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -197,8 +246,8 @@ def curves_csv(results):
         counts = [count[indices] for count in (result.curve.tp, result.curve.fp, result.curve.fn, result.curve.tn)]
         metrics = [metric(*counts) for metric in models.CLASS_METRICS.values()]
         for index, *values in zip(indices, *counts, *metrics, strict=True):
-            threshold, values = float(THRESHOLDS[index]), [value.item() for value in values]
-            writer.writerow([result.name, threshold, *values, *limits[index]])
+            row = [float(THRESHOLDS[index]), *values, *limits[index]]
+            writer.writerow([result.name, *("" if value is None else f"{value:.12g}" for value in row)])
     return file.getvalue().encode()
 
 
@@ -207,9 +256,7 @@ def _band_limits(confidence):
     places = range(0, len(BLOCK_THRESHOLDS), CURVE_STEP)
     if confidence.band_low is None:
         return {place * BLOCK_STEP: (None, None) for place in places}
-    return {
-        place * BLOCK_STEP: (confidence.band_low[place].item(), confidence.band_high[place].item()) for place in places
-    }
+    return {place * BLOCK_STEP: (confidence.band_low[place], confidence.band_high[place]) for place in places}
 
 
 class PlainDumper(yaml.SafeDumper):

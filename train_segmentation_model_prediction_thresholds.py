@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from confidence import Blocks, assess, blocks_of
 
 import configuration
 import figures
@@ -35,7 +34,8 @@ import models
 import network
 import results
 import workers
-from counts import Counts
+from confidence import Blocks, assess, blocks_of, guarantee_recall
+from counts import THRESHOLDS, Counts
 from errors import BUG, DONE, EXIT_CODES, WORKER_LOST, ExpectedError, ModelError, UsageError, printable
 from gcp_utils import Blob, open_bucket
 from image_utils import check_size_in_bytes, draw_subset, evenly_spread, pair_images_and_masks, start_decoding
@@ -224,7 +224,7 @@ def find_inputs(gcp_bucket, dataset_directory, model_id, downsample_factor, seed
     show(f"{bucket.url(split_directory)}: {len(all_samples)} images, {len(class_folders)} classes.")
     if len(samples) < len(all_samples):
         show(f"Using {len(samples)} of them, drawn with seed {seed}.")
-    show(blocks.sentence)
+    show(results.what_intervals_rest_on(blocks))
     return Inputs(
         bucket=bucket,
         dataset_config=dataset_config,
@@ -387,6 +387,7 @@ def keep(counts, path):
 def train_thresholds(inputs, counts, metric):
     """Train class after class, showing every evaluation; returns a ClassResult per class."""
     models.check_trainable(counts, inputs.class_titles)
+    low, high = models.check_optimisation()
     trained = []
     for i, title in enumerate(inputs.class_titles):
         show(f"Training the threshold of {title}.")
@@ -396,12 +397,13 @@ def train_thresholds(inputs, counts, metric):
             metric,
             on_evaluation=lambda n, x, value: show(f"  {n:3d}  threshold {x:.5f}  {metric.name} {value:.6f}"),
         )
-        confidence = assess(counts.histogram[i], counts.block_histograms[:, i], metric, threshold.index)
-        for warning in (*threshold.warnings, *confidence.warnings):
-            warn(f"{title}: {warning}")
-        trained.append(
-            results.ClassResult(inputs.class_names[i], inputs.class_folders[i], threshold, curve, confidence)
-        )
+        of_class = THRESHOLDS, counts.histogram[i], counts.block_histograms[:, i]
+        confidence = assess(*of_class, metric, threshold.index, low, high)
+        guaranteed = None
+        if metric.constraint_name == "recall":
+            guaranteed = guarantee_recall(*of_class, float(metric.level), low, high)
+        name, folder = inputs.class_names[i], inputs.class_folders[i]
+        trained.append(results.ClassResult(name, folder, threshold, curve, confidence, guaranteed))
     return trained
 
 
@@ -411,16 +413,22 @@ def publish(arguments, inputs, counts, trained, started):
     show()
     for line in results.table(trained, metric):
         show(line)
+    show()
+    for result in trained:
+        warnings, sentences = results.remarks(result, metric)
+        for line in sentences:
+            show(line)
+        for line in warnings:
+            warn(line)
     title = f"{model_id} on {arguments['dataset_directory']} ({counts.images} images)"
     slices = figures.slices(counts, [result.trained.index for result in trained])
     files = {
-        ".png": figures.draw_curves(trained, metric, title, inputs.blocks.sentence),
+        ".png": figures.draw_curves(trained, metric, title, results.what_intervals_rest_on(inputs.blocks)),
         "_slices.png": figures.draw_slices(slices, inputs.class_titles, title),
         "_curves.csv": results.curves_csv(trained),
     }
     description = results.describe(arguments, inputs, counts, trained, started)
     name = results.publish(inputs.bucket, model_id, description, files, TMP / "results")
-    show()
     show(f"Result: {inputs.bucket.url(name)}")
     show(f"To test or infer with it: --trained-thresholds-id {name.rpartition('/')[2]}")
 
