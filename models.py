@@ -697,10 +697,8 @@ def _warnings(class_name, metric, counts, values, allowed, best, index, low, hig
             f"{class_name}: only {tp[0]:,} of its {positives:,} pixels have a probability above {THRESHOLDS[0]!s}, the "
             "lowest threshold: the network does not find this class, whatever the threshold"
         ]
-    outside = np.where(allowed, values, -np.inf)
-    outside[low : high + 1] = -np.inf
-    k = int(np.argmax(outside))
-    if outside[k] > values[index] + 1e-12:
+    k = int(np.argmax(np.where(allowed, values, -np.inf)))
+    if values[k] > values[index] + 1e-12:
         return [
             f"{class_name}: OPT_BOUNDS = {OPT_BOUNDS} at the top of models.py cut the optimum off: {metric.name} is "
             f"{values[index]:.9g} at most within them, and {values[k]:.9g} at {THRESHOLDS[k]!s}; widen them"
