@@ -543,7 +543,7 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     values = _values(metric, metric.value, counts)
     allowed = metric.allowed(*counts)
     if not allowed[low : high + 1].any():
-        raise _level_not_reached(metric, class_name, metric.constraint(*counts), low, high)
+        raise _level_not_reached(metric, class_name, counts, allowed, low, high)
 
     loss = 1 - values
     if metric.constraint:  # where the level is not reached: worse than any other threshold, and the worse the farther
@@ -668,18 +668,13 @@ def widest_stretch(chosen):
     return first, middle, last
 
 
-def _level_not_reached(metric, class_name, reached, low, high):
-    within = reached[low : high + 1]
-    k = low + int(np.argmax(within))
-    outside = (
-        " within OPT_BOUNDS, which leave out thresholds that reach it"
-        if within.max() < reached.max() and (reached.max() >= float(metric.level))
-        else ""
-    )
+def _level_not_reached(metric, class_name, counts, allowed, low, high):
+    k = low + int(np.argmax(metric.constraint(*counts)[low : high + 1]))
+    highest = math.floor(10**6 * metric.constraint(*counts[:, k].tolist())) / 10**6  # not above what is reached
+    where = "at any threshold within OPT_BOUNDS, though outside" if allowed.any() else "at any threshold"
     return ModelError(
-        f"{class_name}: {metric.constraint_name} does not reach {float(metric.level)}, which {metric.name} needs, at "
-        f"any threshold{outside}: the highest is {reached[k]:.9g}, at {THRESHOLDS[k]!s}; ask for less, or train "
-        "another model"
+        f"{class_name}: {metric.constraint_name} does not reach the level of {metric.name} {where}: the highest is "
+        f"{highest}, at {THRESHOLDS[k]!s}; ask for less, or train another model"
     )
 
 

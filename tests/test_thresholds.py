@@ -307,9 +307,13 @@ def test_a_level_that_is_not_reached_is_an_error_with_the_highest(monkeypatch):
     # 70 pixels of the class at 0.6, 25 at 0.25, 5 at 0; all others at 0.125
     p, truth = np.repeat([0.6, 0.25, 0.0, 0.125], [70, 25, 5, 900]), np.repeat([1, 0], [100, 900])
     assert train(histogram_of(p, truth), "precision_at_recall_0.95").metric == 1
-    with pytest.raises(ModelError, match=r"class0: recall .* 0\.951.* highest is 0\.95, at 9\.\S+e-13"):
+    with pytest.raises(
+        ModelError, match=r"class0: recall .*_\.951 at any threshold: .* highest is 0\.95, at 9\.\S+e-13"
+    ):
         train(histogram_of(p, truth), "iou_score_at_recall_.951")
     monkeypatch.setattr(models, "OPT_BOUNDS", [0.5, 1])
+    with pytest.raises(ModelError, match=r"highest is 0\.333333, at 0\.5;"):  # rounded down, so that it is reached
+        train(pixels({0.9: 1, 0.3: 2}, {0.1: 9}), "precision_at_recall_0.5")
     with pytest.raises(ModelError, match=r"class0: recall .* within OPT_BOUNDS.* highest is 0\.7, at 0\.5;"):
         train(histogram_of(p, truth), "precision_at_recall_0.95")
 
@@ -480,7 +484,8 @@ def test_the_search_keeps_away_from_thresholds_that_miss_the_level(monkeypatch):
     allowed, losses = curve.recall[::64] >= 0.8, np.array(losses)
     np.testing.assert_array_equal(losses[allowed], 1 - curve.metric[::64][allowed])
     assert losses[~allowed].min() > losses[allowed].max()
-    assert (np.diff(losses[~allowed]) >= 0).all()  # the farther from the level, the worse
+    farther, worse = np.diff(curve.recall[::64][~allowed]) < 0, np.diff(losses[~allowed]) > 0
+    np.testing.assert_array_equal(farther, worse)
 
 
 @pytest.mark.parametrize("method", ["bounded", "brent", "golden"])
