@@ -548,7 +548,7 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     values = _values(metric, metric.value, counts)
     allowed = metric.allowed(*counts)
     if not allowed[low : high + 1].any():
-        raise _level_not_reached(metric, class_name, metric.constraint(*counts), low, high)
+        raise _level_not_reached(metric, class_name, counts, allowed, low, high)
 
     loss = 1 - values
     if metric.constraint:  # where the level is not reached: worse than any other threshold, and the worse the farther
@@ -673,18 +673,13 @@ def widest_stretch(chosen):
     return first, middle, last
 
 
-def _level_not_reached(metric, class_name, reached, low, high):
-    within = reached[low : high + 1]
-    k = low + int(np.argmax(within))
-    outside = (
-        " within OPT_BOUNDS, which leave out thresholds that reach it"
-        if within.max() < reached.max() and (reached.max() >= float(metric.level))
-        else ""
-    )
+def _level_not_reached(metric, class_name, counts, allowed, low, high):
+    k = low + int(np.argmax(metric.constraint(*counts)[low : high + 1]))
+    highest = math.floor(10**6 * metric.constraint(*counts[:, k].tolist())) / 10**6  # not above what is reached
+    where = "at any threshold within OPT_BOUNDS, though outside" if allowed.any() else "at any threshold"
     return ModelError(
-        f"{class_name}: {metric.constraint_name} does not reach {float(metric.level)}, which {metric.name} needs, at "
-        f"any threshold{outside}: the highest is {reached[k]:.9g}, at {THRESHOLDS[k]!s}; ask for less, or train "
-        "another model"
+        f"{class_name}: {metric.constraint_name} does not reach the level of {metric.name} {where}: the highest is "
+        f"{highest}, at {THRESHOLDS[k]!s}; ask for less, or train another model"
     )
 
 
@@ -702,10 +697,8 @@ def _warnings(class_name, metric, counts, values, allowed, best, index, low, hig
             f"{class_name}: only {tp[0]:,} of its {positives:,} pixels have a probability above {THRESHOLDS[0]!s}, the "
             "lowest threshold: the network does not find this class, whatever the threshold"
         ]
-    outside = np.where(allowed, values, -np.inf)
-    outside[low : high + 1] = -np.inf
-    k = int(np.argmax(outside))
-    if outside[k] > values[index] + 1e-12:
+    k = int(np.argmax(np.where(allowed, values, -np.inf)))
+    if values[k] > values[index] + 1e-12:
         return [
             f"{class_name}: OPT_BOUNDS = {OPT_BOUNDS} at the top of models.py cut the optimum off: {metric.name} is "
             f"{values[index]:.9g} at most within them, and {values[k]:.9g} at {THRESHOLDS[k]!s}; widen them"

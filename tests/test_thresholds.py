@@ -54,6 +54,14 @@ def histogram_of(p, truth):
     return np.stack([np.bincount(bins[np.asarray(truth) == value], minlength=N + 1) for value in (0, 1)])
 
 
+def pixels(inside, outside):
+    """Histogram of {probability: number of pixels} inside and outside the mask."""
+    histogram = np.zeros((2, N + 1), np.int64)
+    for truth, numbers in ((0, outside), (1, inside)):
+        histogram[truth, np.searchsorted(THRESHOLDS, np.array([*numbers], np.float32))] = [*numbers.values()]
+    return histogram
+
+
 def train(histogram, metric="iou_score"):
     return models.train_prediction_threshold(histogram, "class0", models.class_metric(metric), lambda *_: None)[0]
 
@@ -156,13 +164,51 @@ def test_the_matthews_coefficient_of_integers_is_in_exact_order():
     metric = models.class_metric("matthews_corrcoef")
     told_apart = 0
     for _ in range(300):
-        counts = [int(10**power) for power in rng.uniform(0, 12, 4)]
+        counts = [int(10**power) for power in rng.uniform(0, 18, 4)]
         others = [max(0, count + int(step)) for count, step in zip(counts, rng.integers(-1, 2, 4), strict=True)]
         exact = exactly("matthews_corrcoef", *counts), exactly("matthews_corrcoef", *others)
         ours = metric(*counts), metric(*others)
         assert (ours[0] < ours[1], ours[0] > ours[1]) == (exact[0] < exact[1], exact[0] > exact[1])
         told_apart += exact[0] != exact[1] and float(ours[0]) == float(ours[1])
     assert told_apart > 0  # some that float64 cannot tell apart
+
+
+@pytest.mark.parametrize("name", ["balanced_accuracy", "matthews_corrcoef"])
+def test_the_better_is_found_where_rounding_has_the_other_one_larger(name):
+    rng = np.random.default_rng(0)
+    metric = models.class_metric(name)
+    positives, negatives = 10**9 + 7, 10**17 + 39
+    for _ in range(1000):
+        tp, more_tp = rng.integers(10**8, 5 * 10**8, 2).tolist()
+        fp = int(rng.integers(10**14, 10**15))
+        higher = positives - tp, negatives - fp
+        # At a lower threshold, as many false positives more as the metric bears, by bisection.
+        few, many = 0, negatives - fp
+        exact = exactly(name, tp, fp, *higher)
+        while many - few > 1:
+            more_fp = (few + many) // 2
+            counts = tp + more_tp, fp + more_fp, higher[0] - more_tp, higher[1] - more_fp
+            few, many = (more_fp, many) if exactly(name, *counts) > exact else (few, more_fp)
+        counts = [(tp, fp, *higher), (tp + more_tp, fp + few, higher[0] - more_tp, higher[1] - few)]
+        ours = metric(*np.array(counts).T)
+        if few and ours[0] > ours[1]:  # though the second one is better
+            break
+    else:
+        pytest.fail("no such case")
+    histogram = np.zeros((2, N + 1), np.int64)
+    histogram[1, [100000, 50000, 0]] = tp, more_tp, positives - tp - more_tp
+    histogram[0, [100000, 50000, 0]] = fp, few, negatives - fp - few
+    assert train(histogram, name).index < 50000
+
+
+def test_one_pixel_of_many_decides():
+    # With it, the mask is right up to float64's last digit, over the wider stretch; without it, it is right.
+    assert 0.6 <= train(pixels({0.9: 10**16}, {0.6: 1, 0.01: 100})).x < 0.9
+
+
+def test_the_widest_stretch_is_widest_in_thresholds_not_in_their_number():
+    histogram = pixels({0.4: 2, 2**-20: 2}, {0.3: 4})  # IoU 1/2 from 2**-40 to 2**-20 and from 0.3 to 0.4
+    assert train(histogram).x == pytest.approx(0.35, abs=1e-5)
 
 
 def test_two_peaks_do_not_mislead():
@@ -261,9 +307,13 @@ def test_a_level_that_is_not_reached_is_an_error_with_the_highest(monkeypatch):
     # 70 pixels of the class at 0.6, 25 at 0.25, 5 at 0; all others at 0.125
     p, truth = np.repeat([0.6, 0.25, 0.0, 0.125], [70, 25, 5, 900]), np.repeat([1, 0], [100, 900])
     assert train(histogram_of(p, truth), "precision_at_recall_0.95").metric == 1
-    with pytest.raises(ModelError, match=r"class0: recall .* 0\.951.* highest is 0\.95, at 9\.\S+e-13"):
+    with pytest.raises(
+        ModelError, match=r"class0: recall .*_\.951 at any threshold: .* highest is 0\.95, at 9\.\S+e-13"
+    ):
         train(histogram_of(p, truth), "iou_score_at_recall_.951")
     monkeypatch.setattr(models, "OPT_BOUNDS", [0.5, 1])
+    with pytest.raises(ModelError, match=r"highest is 0\.333333, at 0\.5;"):  # rounded down, so that it is reached
+        train(pixels({0.9: 1, 0.3: 2}, {0.1: 9}), "precision_at_recall_0.5")
     with pytest.raises(ModelError, match=r"class0: recall .* within OPT_BOUNDS.* highest is 0\.7, at 0\.5;"):
         train(histogram_of(p, truth), "precision_at_recall_0.95")
 
@@ -418,6 +468,26 @@ def test_every_evaluation_is_shown_and_is_that_of_the_nearest_threshold(monkeypa
     assert shown == [(n, *point) for n, point in enumerate(trained.history)]
 
 
+def test_the_search_keeps_away_from_thresholds_that_miss_the_level(monkeypatch):
+    losses, original = [], scipy.optimize.minimize_scalar
+
+    def spy(objective, **configuration):
+        losses.extend(map(objective, np.float64(THRESHOLDS[::64])))
+        return original(objective, **configuration)
+
+    monkeypatch.setattr(scipy.optimize, "minimize_scalar", spy)
+    rng = np.random.default_rng(5)
+    truth = rng.random(2000) < 0.3
+    histogram = histogram_of(np.where(truth, rng.beta(8, 2, 2000), rng.beta(2, 8, 2000)), truth)
+    metric = models.class_metric("precision_at_recall_0.8")
+    curve = models.train_prediction_threshold(histogram, "class0", metric, lambda *_: None)[1]
+    allowed, losses = curve.recall[::64] >= 0.8, np.array(losses)
+    np.testing.assert_array_equal(losses[allowed], 1 - curve.metric[::64][allowed])
+    assert losses[~allowed].min() > losses[allowed].max()
+    farther, worse = np.diff(curve.recall[::64][~allowed]) < 0, np.diff(losses[~allowed]) > 0
+    np.testing.assert_array_equal(farther, worse)
+
+
 @pytest.mark.parametrize("method", ["bounded", "brent", "golden"])
 def test_every_option_reaches_the_method(method, monkeypatch, capsys):
     tolerance = {"bounded": "xatol"}.get(method, "xtol")
@@ -511,15 +581,6 @@ CAUSES = {
 }
 
 
-def pixels(inside, outside):
-    """Histogram of {probability: number of pixels} inside and outside the mask."""
-    p = [*inside, *outside]
-    return histogram_of(
-        np.repeat(p, [*inside.values(), *outside.values()]),
-        np.repeat([1, 0], [sum(inside.values()), sum(outside.values())]),
-    )
-
-
 GOOD = {0.9: 80, 0.6: 15, 0.2: 5}, {0.95: 2, 0.5: 8, 0.1: 90, 0.01: 900}
 
 
@@ -528,6 +589,8 @@ GOOD = {0.9: 80, 0.6: 15, 0.2: 5}, {0.95: 2, 0.5: 8, 0.1: 90, 0.01: 900}
     [
         *((None, name, [0, 1], pixels(*GOOD)) for name in models.CLASS_METRICS if name not in ("recall", "precision")),
         *((None, name, [0, 1], pixels(*GOOD)) for name in ("precision_at_recall_0.95", "recall_at_precision_0.5")),
+        # a higher precision, where recall does not reach the level
+        (None, "precision_at_recall_0.95", [0, 1], pixels({0.9: 80, 0.6: 20}, {0.7: 10, 0.1: 900})),
         (None, "iou_score", [0.5, 0.6], pixels(*GOOD)),  # bounds that hold the optimum
         (None, "iou_score", [0.5001, 0.5003], pixels(*GOOD)),  # a part of its stretch
         (None, "iou_score", [0, 1], pixels({1.0: 50, 1e-6: 50}, {0.0: 900, 1.0: 10})),  # saturated
