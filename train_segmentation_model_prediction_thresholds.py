@@ -45,7 +45,7 @@ from counts import GRID, Counts
 from errors import BucketError, DatasetError, ExpectedError, ModelError, PeerError, UsageError, printable
 from gcp_utils import Blob, open_bucket
 from image_utils import (
-    check_size_in_bytes,
+    check_sizes_in_bytes,
     draw_subset,
     evenly_spread,
     pair_images_and_masks,
@@ -185,6 +185,12 @@ def read_target_size(dataset_config, url):
     return size
 
 
+def list_of_problems(args, cluster):
+    """The file that names all pictures that cannot be used, should there be several: each worker its own."""
+    worker = f"_{cluster.index}_of_{cluster.number}" if cluster.number > 1 else ""
+    return TMP / f"problems_{args.dataset_directory.replace('/', '_')}{worker}.txt"
+
+
 def subset_seed(args, train_config):
     """The seed that draws the subset: the argument, else the one of train_config for the split, else a fixed one."""
     split = args.dataset_directory.rpartition("/")[2]
@@ -259,15 +265,16 @@ def count_share(args, bucket, inference, batch_size, shown_names, path, cluster)
         return counts
     lookahead = max(2 * batch_size, DECODED_BYTES // (width * height * (1 + len(class_names))))
 
-    for sample in samples:
-        for blob in (sample.image, *sample.masks):
-            check_size_in_bytes(blob, bucket.url(blob.name), inference.target_size)
+    problems_path = list_of_problems(args, cluster)
+    check_sizes_in_bytes(samples, bucket.url, inference.target_size, problems_path)
     absent = [blob for sample in to_count for blob in (sample.image, *sample.masks) if not bucket.is_here(blob)] + (
         [] if bucket.is_here(weights) else [weights]
     )
 
     def fetch():  # the weights first: without them no image is of use
-        return bucket.fetch(weights), start_decoding(to_count, bucket, inference.target_size, lookahead)
+        return bucket.fetch(weights), start_decoding(
+            to_count, bucket, inference.target_size, lookahead, problems_path, lambda line: say(f"warning: {line}")
+        )
 
     with contextlib.ExitStack() as stack:
         if absent:
@@ -634,7 +641,7 @@ def run(args, cluster=ALONE):
         lambda: bucket.list(split_directory),
     )
     target_size = read_target_size(dataset_config, bucket.url(f"datasets/{dataset_id}/config.yaml"))
-    class_folders, samples = pair_images_and_masks(blobs, split_directory, bucket.url)
+    class_folders, samples = pair_images_and_masks(blobs, split_directory, bucket.url, list_of_problems(args, cluster))
     seed = subset_seed(args, train_config)
     total, samples = len(samples), draw_subset(samples, args.dataset_downsample_factor, seed)
     tell(f"{bucket.url(split_directory)}: {total} images, {len(class_folders)} classes.")

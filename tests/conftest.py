@@ -179,7 +179,7 @@ def counted(counted_template, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     train_config = yaml.safe_load((folder / "bucket" / MODEL / "config.yaml").read_text())["train_config"]
     bucket = open_bucket("bucket", folder / "tmp/objects")
-    class_folders, samples = pair_images_and_masks(bucket.list(SPLIT), SPLIT, bucket.url)
+    class_folders, samples = pair_images_and_masks(bucket.list(SPLIT), SPLIT, bucket.url, folder / "problems.txt")
     weights = bucket.stat(f"{MODEL}/model.hdf5")
     path = folder / script.Inference(samples, class_folders, [96, 64], train_config, weights).counts_path()
     path.parent.mkdir(parents=True)
