@@ -38,7 +38,14 @@ from confidence import Blocks, assess, blocks_of, guarantee_recall
 from counts import THRESHOLDS, Counts
 from errors import BUG, DONE, EXIT_CODES, WORKER_LOST, ExpectedError, ModelError, UsageError, printable
 from gcp_utils import Blob, open_bucket
-from image_utils import check_size_in_bytes, draw_subset, evenly_spread, pair_images_and_masks, start_decoding
+from image_utils import (
+    check_sizes_in_bytes,
+    draw_subset,
+    evenly_spread,
+    is_leftover,
+    pair_images_and_masks,
+    start_decoding,
+)
 from terminal import progress, show, warn
 
 TMP = Path("tmp")
@@ -175,6 +182,7 @@ class Inputs(NamedTuple):
     blocks: Blocks
     block_labels: np.ndarray  # the block of each sample
     seed: int  # that drew the subset
+    problems_path: Path  # lists the files that cannot be used
 
     @property
     def class_names(self):
@@ -186,7 +194,11 @@ class Inputs(NamedTuple):
 
     def share(self, index, number):
         """What worker `index` of `number` counts."""
-        return self._replace(samples=self.samples[index::number], block_labels=self.block_labels[index::number])
+        return self._replace(
+            samples=self.samples[index::number],
+            block_labels=self.block_labels[index::number],
+            problems_path=self.problems_path.with_suffix(f".{index}_of_{number}.txt"),
+        )
 
     def counts_path(self):
         """Where the counts are cached: named by everything they depend on, and by nothing else."""
@@ -213,10 +225,11 @@ def find_inputs(gcp_bucket, dataset_directory, model_id, downsample_factor, seed
         lambda: configuration.read_config(bucket, dataset_yaml, "dataset_config"),
         lambda: configuration.read_config(bucket, f"models/{model_id}/config.yaml", "train_config"),
         lambda: bucket.stat(f"models/{model_id}/model.hdf5"),
-        lambda: bucket.list(split_directory),
+        lambda: bucket.list(split_directory, skip=is_leftover),
     )
     target_size = configuration.target_size(dataset_config, bucket.url(dataset_yaml))
-    class_folders, all_samples = pair_images_and_masks(blobs, split_directory, bucket.url)
+    problems_path = TMP / f"problems_{dataset_id}_{split}.txt"
+    class_folders, all_samples = pair_images_and_masks(blobs, split_directory, bucket.url, problems_path)
     seed = configuration.subset_seed(train_config, split, seed)
     samples = draw_subset(all_samples, downsample_factor, seed)
     blocks = blocks_of([sample.name for sample in samples], configuration.stacks(dataset_config, split))
@@ -236,6 +249,7 @@ def find_inputs(gcp_bucket, dataset_directory, model_id, downsample_factor, seed
         blocks=blocks,
         block_labels=blocks.labels,
         seed=seed,
+        problems_path=problems_path,
     )
 
 
@@ -303,16 +317,16 @@ def fetching(share, done, batch_size):
     """
     bucket, weights, samples = share.bucket, share.weights, share.samples[done:]
     width, height = share.target_size
-    for sample in share.samples:
-        for blob in (sample.image, *sample.masks):
-            check_size_in_bytes(blob, bucket.url(blob.name), share.target_size)
+    check_sizes_in_bytes(share.samples, bucket.url, share.target_size, share.problems_path)
     blobs = [weights, *(blob for sample in samples for blob in (sample.image, *sample.masks))]
     absent = [blob for blob in blobs if not bucket.is_here(blob)]
     bucket.check_room(absent)
     lookahead = max(2 * batch_size, DECODED_BYTES // (width * height * (1 + len(share.class_folders))))
 
     def fetch():  # the weights first: without them no image is of use
-        return bucket.fetch(weights), start_decoding(samples, bucket, share.target_size, lookahead)
+        return bucket.fetch(weights), start_decoding(
+            samples, bucket, share.target_size, lookahead, share.problems_path, warn
+        )
 
     with contextlib.ExitStack() as stack:
         if absent:
