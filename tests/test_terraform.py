@@ -1,42 +1,27 @@
-"""The GPU VM, as far as it goes without Google Cloud: Terraform's checks, the code that is sent, the set-up.
+"""The GPU VM, as far as it goes without Google Cloud and without a VM: Terraform's checks, the code that is sent, what
+pip resolves, the look at the GPU. test_vm.py runs the set-up."""
 
-The set-up runs for real, over SSH, in a plain Ubuntu or Debian of its own that debootstrap makes. Only the GPU is
-faked: the driver's answer, NVIDIA's libraries (empty wheels under the names that TensorFlow asks for) and
-TensorFlow's look at it.
-"""
-
-import importlib.metadata
 import json
 import os
-import random
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
-import tempfile
-import time
-import urllib.request
-import zipfile
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TERRAFORM = ROOT / "terraform"
-CODE = "necstlab-damage-segmentation"  # on the VM
 NOT_CODE = shutil.ignore_patterns(
     *(".git", ".venv", "tmp", "sandbox", "__pycache__", ".*_cache", ".hypothesis"),
     *(".terraform*", "*.tfstate*", "terraform.tfvars"),
 )
-# The VM's own system where this host can check its signature, else the nearest.
-KEYRINGS = Path("/usr/share/keyrings")
-SYSTEMS = [
-    ("noble", "http://archive.ubuntu.com/ubuntu", KEYRINGS / "ubuntu-archive-keyring.gpg", "main,universe"),
-    ("trixie", "http://deb.debian.org/debian", KEYRINGS / "debian-archive-keyring.gpg", "main"),
-]
+# What pip takes for the VM: Ubuntu 24.04, whose glibc is 2.39.
+PLATFORMS = [f"--platform=manylinux{p}_x86_64" for p in (*(f"_2_{n}" for n in range(39, 4, -1)), "2014", "2010", "1")]
+VM_PYTHON = "3.12"
 
 
 def command(*words, **options):
@@ -61,6 +46,13 @@ def commit_everything(folder):
     done("git", "add", "--all", cwd=folder)
     done("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "-m", "code", cwd=folder)
     return done("git", "rev-parse", "HEAD", cwd=folder).strip()
+
+
+def pins(*files):
+    """Package -> version, as pip writes the name, of what requirements files pin."""
+    lines = [line.split("#")[0].strip() for file in files for line in (ROOT / file).read_text().splitlines()]
+    pairs = (re.fullmatch(r"([^=[]+)(?:\[.*\])?==(.+)", line).groups() for line in lines if line)
+    return {canonicalize_name(name): version for name, version in pairs}
 
 
 # Terraform's own checks
@@ -102,8 +94,11 @@ def test_terraform_is_valid(configuration):
 def test_terraform_plans(configuration):
     result = terraform(configuration, "test", "-no-color")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert " 0 failed" in result.stdout
-    assert "0 passed" not in result.stdout.split()
+    passed, failed = re.search(r"(\d+) passed, (\d+) failed", result.stdout).groups()
+    written = "".join(path.read_text() for path in TERRAFORM.glob("tests/*.tftest.hcl"))
+    assert (int(passed), int(failed)) == (len(re.findall(r"(?m)^run ", written)), 0)
+    for of_vm in ("whole_internet", "one_machine_by_default", "the_bucket_and_nothing_else", "stops_by_itself"):
+        assert f'run "{of_vm}"... pass' in result.stdout, "a test that must be there is gone"
 
 
 def test_example_has_every_variable_without_a_default(configuration):
@@ -202,25 +197,102 @@ def test_code_without_a_commit_is_not_sent(checkout, tmp_path):
     assert not (tmp_path / "code.tar.gz").exists()
 
 
+# What pip resolves
+
+
+def test_pip_takes_what_the_requirements_name_and_nothing_else(tmp_path):
+    """For the VM's Python. A pip of its own, for older ones download gigabytes even for a dry run."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if (no_index := command(*pip, "--target", tmp_path / "pip", "pip==26.3")).returncode != 0:
+        pytest.skip(f"no package index: {no_index.stderr.strip().splitlines()[-1]}")
+    done(
+        *(*pip, "--dry-run", "--ignore-installed", "--use-feature=fast-deps", "--only-binary=:all:", *PLATFORMS),
+        *("--python-version", VM_PYTHON, "--target", tmp_path / "nothing", "--report", tmp_path / "report.json"),
+        *("-r", ROOT / "requirements.txt", "-r", ROOT / "requirements-gpu.txt"),
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "pip")},
+    )
+    packages = [package["metadata"] for package in json.loads((tmp_path / "report.json").read_text())["install"]]
+    resolved = {canonicalize_name(package["name"]): package["version"] for package in packages}
+    assert resolved == pins("requirements.txt", "requirements-gpu.txt")
+    assert resolved["nvidia-cudnn-cu12"] == "9.10.2.21"
+
+
 # The look at the GPU
 
-
-def check_gpu(source, number, tmp_path):
-    (tmp_path / "check.py").write_text(source)
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}
-    return command(sys.executable, tmp_path / "check.py", number, env=environment)
+CHECK_GPU = (TERRAFORM / "check_gpu.py").read_text()
 
 
-def test_a_gpu_that_tensorflow_does_not_see_is_an_error(tmp_path):
-    result = check_gpu((TERRAFORM / "check_gpu.py").read_text(), 1, tmp_path)
+@pytest.fixture
+def check_gpu(tmp_path):
+    """check_gpu.py as a process, with a driver that answers `says` and, from pip, cuDNN of a version."""
+
+    def check(says, status=0, cudnn="9.10.2.21", source=CHECK_GPU, **environment):
+        (tmp_path / "check.py").write_text(source)
+        smi = tmp_path / "bin" / "nvidia-smi"
+        smi.parent.mkdir()
+        smi.write_text(f"#!/bin/sh\ncat <<'END'\n{says}\nEND\nexit {status}\n")
+        smi.chmod(0o755)
+        info = tmp_path / "packages" / f"nvidia_cudnn_cu12-{cudnn}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nvidia-cudnn-cu12\nVersion: {cudnn}\n")
+        path = {"PATH": f"{smi.parent}:{os.environ['PATH']}", "PYTHONPATH": str(info.parent)}
+        return command(sys.executable, tmp_path / "check.py", env=os.environ | path | environment)
+
+    return check
+
+
+def assert_one_line(result, *words):
     assert result.returncode != 0
-    assert "error: TensorFlow sees 0 of 1 GPUs" in result.stderr
-    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
 
 
-@pytest.mark.parametrize(("number", "succeeds"), [(0, False), (1, True), (2, False)])
-def test_a_device_that_computes_is_enough(number, succeeds, tmp_path):
-    """The same steps on the one CPU that every machine has."""
-    result = check_gpu((TERRAFORM / "check_gpu.py").read_text().replace('"GPU"', '"CPU"'), number, tmp_path)
-    assert (result.returncode == 0) == succeeds, result.stderr
-    assert ("computes on 1 of 1" in result.stdout) == succeeds
+@pytest.mark.parametrize(
+    ("says", "status", "words"),
+    [
+        ("No devices were found", 6, ["no GPU"]),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9, ["driver does not work"]),
+        ("Failed to initialize NVML: Driver/library version mismatch", 18, ["driver was updated", "start it again"]),
+        ('Field "compute_cap" is not a valid field to query.', 2, ["driver is too old", "525.60.13"]),
+        ("Tesla T4, 7.5, 470.256.02", 0, ["driver is too old: 470.256.02", "525.60.13"]),
+        ("Tesla K80, 3.7, 535.1", 0, ["no kernels for Tesla K80", "3.7"]),
+        ("NVIDIA L4, 8.9, 580.95.05\nTesla M60, 5.2, 580.95.05", 0, ["no kernels for Tesla M60", "5.2"]),
+    ],
+)
+def test_what_is_wrong_with_the_gpu_or_its_driver(check_gpu, says, status, words):
+    assert_one_line(check_gpu(says, status), *words)
+
+
+@pytest.mark.parametrize("gpu", ["Tesla P100-PCIE-16GB, 6.0", "Tesla V100-SXM2-16GB, 7.0"])
+def test_cudnn_that_dropped_the_gpu(check_gpu, gpu):
+    result = check_gpu(f"{gpu}, 580.95.05", cudnn="9.11.0.98")
+    assert_one_line(result, "cuDNN 9.11.0.98 has no kernels for " + gpu.split(",")[0], "requirements-gpu.txt")
+
+
+def test_no_driver_at_all(check_gpu):
+    assert_one_line(check_gpu("", PATH="/nowhere"), "no NVIDIA driver")
+
+
+def test_a_library_that_is_missing_is_named(check_gpu, tmp_path):
+    """cuDNN of the pinned version suits a P100, so that the libraries are what is left to blame."""
+    (tmp_path / "libcudart.so.12").touch()
+    result = check_gpu("Tesla P100-PCIE-16GB, 6.0, 580.95.05", LD_LIBRARY_PATH=str(tmp_path))
+    assert_one_line(result, "TensorFlow sees 0 of 1 GPUs", "libcudart.so.12", "requirements-gpu.txt")
+
+
+def test_a_device_that_computes_is_enough(check_gpu):
+    """The same steps on the one CPU that every machine has. And the oldest GPU is that of TensorFlow's own list."""
+    source = CHECK_GPU.replace('devices("GPU")', 'devices("CPU")')
+    source += "    import tensorflow as tf\n    print(OLDEST_GPU, tf.sysconfig.get_build_info())\n"
+    result = check_gpu("NVIDIA L4, 8.9, 580.95.05", source=source)
+    assert result.returncode == 0, result.stderr
+    computes, built_for = result.stdout.splitlines()
+    assert "computes on 1 of 1" in computes
+    assert built_for.split()[0] == min(f"{major}.{minor}" for major, minor in re.findall(r"'sm_(\d)(\d)'", built_for))
+
+
+def test_a_device_that_is_not_seen_is_an_error(check_gpu):
+    result = check_gpu("NVIDIA L4, 8.9, 580.95.05\n" * 2, source=CHECK_GPU.replace('devices("GPU")', 'devices("CPU")'))
+    assert_one_line(result, "TensorFlow sees 1 of 2 GPUs")
