@@ -154,7 +154,9 @@ class _GoogleBucket:
         self._payer = None  # the project that is charged, once the bucket has asked for one
         try:
             self._client, self._http = _connect(self.threads)
-        except Exception as error:  # google.auth's own, and whatever an odd credentials file or proxy makes of it
+        except BucketError:
+            raise
+        except Exception as error:  # google.auth's own, and whatever an odd credentials file makes of it
             raise BucketError(f"{self.url('')}: no Google credentials ({printable(error)[:300]}); {_LOGIN}") from error
 
     def url(self, name):
@@ -373,7 +375,10 @@ class _GoogleBucket:
         from google.api_core.exceptions import GoogleAPICallError
         from google.auth.exceptions import GoogleAuthError, InvalidOperation, TransportError
 
-        url, said = self.url(name), printable(error)[:300]
+        url, cause = self.url(name), error
+        while inner := cause.__cause__ or cause.__context__:  # the libraries wrap the reason several times
+            cause = inner
+        said = f"{type(cause).__name__}: {printable(cause)[:300]}"
         if isinstance(error, GoogleAPICallError):
             return self._refused(error, permission, url)
         if isinstance(error, InvalidOperation):  # an emulator's anonymous credentials have nothing to renew
@@ -381,11 +386,11 @@ class _GoogleBucket:
         if isinstance(error, TransportError) or getattr(error, "retryable", False):
             return _TransientError(f"no access token, {said}")
         if isinstance(error, GoogleAuthError):
-            return BucketError(f"{url}: no access token, {said}; {_LOGIN}")
+            return BucketError(f"{url}: no access token, {printable(error.args[0] if error.args else error)}; {_LOGIN}")
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
             return BucketError(f"{url}: {said}; check HTTPS_PROXY and STORAGE_EMULATOR_HOST")
         if isinstance(error, (OSError, urllib3.exceptions.HTTPError)):
-            return _TransientError(f"{type(error).__name__}: {said}")
+            return _TransientError(said)
         return _TransientError(f"an answer that is not in the manner of Google Cloud Storage ({said})")
 
     def _refused(self, error, permission, url):
@@ -414,6 +419,7 @@ class _GoogleBucket:
             for pattern, advice in _REFUSALS:
                 if re.search(pattern, about):
                     return BucketError(f"{url}: the request is refused ({said}); {advice}")
+        if status == 403 and reason in ("", "forbidden", "insufficientPermissions"):
             return BucketError(
                 f"{url}: the permission storage.objects.{permission} is missing ({said}); grant the account "
                 f"roles/storage.{_ROLES[permission]} on the bucket"
@@ -464,8 +470,11 @@ def _connection_pool(address, connections):
         return urllib3.PoolManager(**options)
     user, password = requests.utils.get_auth_from_url(proxy)
     headers = urllib3.make_headers(proxy_basic_auth=f"{user}:{password}") if user else None
-    address = requests.utils.prepend_scheme_if_needed(proxy, "http")
-    return urllib3.ProxyManager(address, proxy_headers=headers, **options)
+    try:
+        address = requests.utils.prepend_scheme_if_needed(proxy, "http")
+        return urllib3.ProxyManager(address, proxy_headers=headers, **options)
+    except (ValueError, urllib3.exceptions.HTTPError) as error:
+        raise BucketError(f"HTTPS_PROXY or HTTP_PROXY: {printable(error)[:300]}; correct it") from error
 
 
 class _DirectoryBucket:

@@ -140,7 +140,8 @@ def start_decoding(samples, bucket, target_size, lookahead):
 
     def fetch(sample):
         for blob in (sample.image, *sample.masks):
-            bucket.fetch(blob)
+            if not bucket.is_here(blob):  # else reading it checks it, and once is enough
+                bucket.fetch(blob)
 
     def decode(sample, fetched):
         fetched.result()

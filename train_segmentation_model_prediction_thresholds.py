@@ -43,7 +43,7 @@ import network
 import workers
 from counts import GRID, Counts
 from errors import BucketError, DatasetError, ExpectedError, ModelError, PeerError, UsageError, printable
-from gcp_utils import Blob, open_bucket
+from gcp_utils import Blob, open_bucket, sweep
 from image_utils import (
     check_size_in_bytes,
     draw_subset,
@@ -265,6 +265,7 @@ def count_share(args, bucket, inference, batch_size, shown_names, path, cluster)
     absent = [blob for sample in to_count for blob in (sample.image, *sample.masks) if not bucket.is_here(blob)] + (
         [] if bucket.is_here(weights) else [weights]
     )
+    bucket.check_room(absent)
 
     def fetch():  # the weights first: without them no image is of use
         return bucket.fetch(weights), start_decoding(to_count, bucket, inference.target_size, lookahead)
@@ -458,7 +459,15 @@ def describe_result(args, counts, inference, dataset_config, trained, seed, star
             },
             "Lib_versions_info": {
                 name: importlib.metadata.version(name)
-                for name in ("tensorflow", "tf-keras", "segmentation-models", "numpy", "scipy", "pillow", "gcsfs")
+                for name in (
+                    "tensorflow",
+                    "tf-keras",
+                    "segmentation-models",
+                    "numpy",
+                    "scipy",
+                    "pillow",
+                    "google-cloud-storage",
+                )
             },
         },
     }
@@ -626,6 +635,7 @@ def run(args, cluster=ALONE):
 
     dataset_id = args.dataset_directory.partition("/")[0]
     split_directory = f"datasets/{args.dataset_directory}"
+    sweep(TMP)
     bucket = open_bucket(args.gcp_bucket, TMP / "objects")
     dataset_config, train_config, weights, blobs = at_once(
         lambda: read_config(bucket, f"datasets/{dataset_id}/config.yaml", "dataset_config"),
