@@ -278,7 +278,8 @@ def start_decoding(samples, bucket, target_size, lookahead, problems_path, on_wa
 
     def fetch(sample):
         for blob in (sample.image, *sample.masks):
-            bucket.fetch(blob)
+            if not bucket.is_here(blob):  # else reading it checks it, and once is enough
+                bucket.fetch(blob)
 
     def decode(sample, fetched):
         """The sample decoded; (name, what is wrong) of its files; (name, number of grey values) of its soft masks."""
