@@ -37,7 +37,7 @@ import workers
 from confidence import Blocks, assess, blocks_of, guarantee_recall
 from counts import THRESHOLDS, Counts
 from errors import BUG, DONE, EXIT_CODES, WORKER_LOST, ExpectedError, ModelError, UsageError, printable
-from gcp_utils import Blob, open_bucket
+from gcp_utils import Blob, open_bucket, sweep
 from image_utils import (
     check_sizes_in_bytes,
     draw_subset,
@@ -220,6 +220,7 @@ def find_inputs(gcp_bucket, dataset_directory, model_id, downsample_factor, seed
     """List and check what a run needs, and draw its subset of the images."""
     dataset_id, split = dataset_directory.split("/")
     dataset_yaml, split_directory = f"datasets/{dataset_id}/config.yaml", f"datasets/{dataset_directory}"
+    sweep(TMP)
     bucket = open_bucket(gcp_bucket, TMP / "objects")
     dataset_config, train_config, weights, blobs = in_parallel(
         lambda: configuration.read_config(bucket, dataset_yaml, "dataset_config"),
