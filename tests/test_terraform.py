@@ -1,42 +1,27 @@
-"""The GPU VM, as far as it goes without Google Cloud: Terraform's checks, the code that is sent, the set-up.
+"""The GPU VM, as far as it goes without Google Cloud and without a VM: Terraform's checks, the code that is sent, what
+pip resolves, the look at the GPU. test_vm.py runs the set-up."""
 
-The set-up runs for real, over SSH, in a plain Ubuntu or Debian of its own that debootstrap makes. Only the GPU is
-faked: the driver's answer, NVIDIA's libraries (empty wheels under the names that TensorFlow asks for) and
-TensorFlow's look at it.
-"""
-
-import importlib.metadata
 import json
 import os
-import random
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
-import tempfile
-import time
-import urllib.request
-import zipfile
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TERRAFORM = ROOT / "terraform"
-CODE = "necstlab-damage-segmentation"  # on the VM
 NOT_CODE = shutil.ignore_patterns(
     *(".git", ".venv", "tmp", "sandbox", "__pycache__", ".*_cache", ".hypothesis"),
     *(".terraform*", "*.tfstate*", "terraform.tfvars"),
 )
-# The VM's own system where this host can check its signature, else the nearest.
-KEYRINGS = Path("/usr/share/keyrings")
-SYSTEMS = [
-    ("noble", "http://archive.ubuntu.com/ubuntu", KEYRINGS / "ubuntu-archive-keyring.gpg", "main,universe"),
-    ("trixie", "http://deb.debian.org/debian", KEYRINGS / "debian-archive-keyring.gpg", "main"),
-]
+# What pip takes for the VM: Ubuntu 24.04, whose glibc is 2.39.
+PLATFORMS = [f"--platform=manylinux{p}_x86_64" for p in (*(f"_2_{n}" for n in range(39, 4, -1)), "2014", "2010", "1")]
+VM_PYTHON = "3.12"
 
 
 def command(*words, **options):
@@ -61,6 +46,13 @@ def commit_everything(folder):
     done("git", "add", "--all", cwd=folder)
     done("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "-m", "code", cwd=folder)
     return done("git", "rev-parse", "HEAD", cwd=folder).strip()
+
+
+def pins(*files):
+    """Package -> version, as pip writes the name, of what requirements files pin."""
+    lines = [line.split("#")[0].strip() for file in files for line in (ROOT / file).read_text().splitlines()]
+    pairs = (re.fullmatch(r"([^=[]+)(?:\[.*\])?==(.+)", line).groups() for line in lines if line)
+    return {canonicalize_name(name): version for name, version in pairs}
 
 
 # Terraform's own checks
@@ -102,8 +94,11 @@ def test_terraform_is_valid(configuration):
 def test_terraform_plans(configuration):
     result = terraform(configuration, "test", "-no-color")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert " 0 failed" in result.stdout
-    assert "0 passed" not in result.stdout.split()
+    passed, failed = re.search(r"(\d+) passed, (\d+) failed", result.stdout).groups()
+    written = "".join(path.read_text() for path in TERRAFORM.glob("tests/*.tftest.hcl"))
+    assert (int(passed), int(failed)) == (len(re.findall(r"(?m)^run ", written)), 0)
+    for of_vm in ("whole_internet", "one_machine_by_default", "the_bucket_and_nothing_else", "stops_by_itself"):
+        assert f'run "{of_vm}"... pass' in result.stdout, "a test that must be there is gone"
 
 
 def test_example_has_every_variable_without_a_default(configuration):
@@ -202,299 +197,102 @@ def test_code_without_a_commit_is_not_sent(checkout, tmp_path):
     assert not (tmp_path / "code.tar.gz").exists()
 
 
+# What pip resolves
+
+
+def test_pip_takes_what_the_requirements_name_and_nothing_else(tmp_path):
+    """For the VM's Python. A pip of its own, for older ones download gigabytes even for a dry run."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if (no_index := command(*pip, "--target", tmp_path / "pip", "pip==26.3")).returncode != 0:
+        pytest.skip(f"no package index: {no_index.stderr.strip().splitlines()[-1]}")
+    done(
+        *(*pip, "--dry-run", "--ignore-installed", "--use-feature=fast-deps", "--only-binary=:all:", *PLATFORMS),
+        *("--python-version", VM_PYTHON, "--target", tmp_path / "nothing", "--report", tmp_path / "report.json"),
+        *("-r", ROOT / "requirements.txt", "-r", ROOT / "requirements-gpu.txt"),
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "pip")},
+    )
+    packages = [package["metadata"] for package in json.loads((tmp_path / "report.json").read_text())["install"]]
+    resolved = {canonicalize_name(package["name"]): package["version"] for package in packages}
+    assert resolved == pins("requirements.txt", "requirements-gpu.txt")
+    assert resolved["nvidia-cudnn-cu12"] == "9.10.2.21"
+
+
 # The look at the GPU
 
-
-def check_gpu(source, number, tmp_path):
-    (tmp_path / "check.py").write_text(source)
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}
-    return command(sys.executable, tmp_path / "check.py", number, env=environment)
+CHECK_GPU = (TERRAFORM / "check_gpu.py").read_text()
 
 
-def test_a_gpu_that_tensorflow_does_not_see_is_an_error(tmp_path):
-    result = check_gpu((TERRAFORM / "check_gpu.py").read_text(), 1, tmp_path)
+@pytest.fixture
+def check_gpu(tmp_path):
+    """check_gpu.py as a process, with a driver that answers `says` and, from pip, cuDNN of a version."""
+
+    def check(says, status=0, cudnn="9.10.2.21", source=CHECK_GPU, **environment):
+        (tmp_path / "check.py").write_text(source)
+        smi = tmp_path / "bin" / "nvidia-smi"
+        smi.parent.mkdir()
+        smi.write_text(f"#!/bin/sh\ncat <<'END'\n{says}\nEND\nexit {status}\n")
+        smi.chmod(0o755)
+        info = tmp_path / "packages" / f"nvidia_cudnn_cu12-{cudnn}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nvidia-cudnn-cu12\nVersion: {cudnn}\n")
+        path = {"PATH": f"{smi.parent}:{os.environ['PATH']}", "PYTHONPATH": str(info.parent)}
+        return command(sys.executable, tmp_path / "check.py", env=os.environ | path | environment)
+
+    return check
+
+
+def assert_one_line(result, *words):
     assert result.returncode != 0
-    assert "error: TensorFlow sees 0 of 1 GPUs" in result.stderr
-    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
 
 
-@pytest.mark.parametrize(("number", "succeeds"), [(0, False), (1, True), (2, False)])
-def test_a_device_that_computes_is_enough(number, succeeds, tmp_path):
-    """The same steps on the one CPU that every machine has."""
-    result = check_gpu((TERRAFORM / "check_gpu.py").read_text().replace('"GPU"', '"CPU"'), number, tmp_path)
-    assert (result.returncode == 0) == succeeds, result.stderr
-    assert ("computes on 1 of 1" in result.stdout) == succeeds
+@pytest.mark.parametrize(
+    ("says", "status", "words"),
+    [
+        ("No devices were found", 6, ["no GPU"]),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9, ["driver does not work"]),
+        ("Failed to initialize NVML: Driver/library version mismatch", 18, ["driver was updated", "start it again"]),
+        ('Field "compute_cap" is not a valid field to query.', 2, ["driver is too old", "525.60.13"]),
+        ("Tesla T4, 7.5, 470.256.02", 0, ["driver is too old: 470.256.02", "525.60.13"]),
+        ("Tesla K80, 3.7, 535.1", 0, ["no kernels for Tesla K80", "3.7"]),
+        ("NVIDIA L4, 8.9, 580.95.05\nTesla M60, 5.2, 580.95.05", 0, ["no kernels for Tesla M60", "5.2"]),
+    ],
+)
+def test_what_is_wrong_with_the_gpu_or_its_driver(check_gpu, says, status, words):
+    assert_one_line(check_gpu(says, status), *words)
 
 
-# The set-up of the VM
+@pytest.mark.parametrize("gpu", ["Tesla P100-PCIE-16GB, 6.0", "Tesla V100-SXM2-16GB, 7.0"])
+def test_cudnn_that_dropped_the_gpu(check_gpu, gpu):
+    result = check_gpu(f"{gpu}, 580.95.05", cudnn="9.11.0.98")
+    assert_one_line(result, "cuDNN 9.11.0.98 has no kernels for " + gpu.split(",")[0], "requirements-gpu.txt")
 
 
-class Machine:
-    """A running system with an SSH server on an address of the loopback network."""
-
-    def __init__(self, root, address, key):
-        self.root, self.address, self.key = root, address, key
-
-    def ssh_words(self, *options):
-        quiet = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes"]
-        return ["ssh", "-F", "none", "-i", self.key, *options, *(f"-o{o}" for o in quiet), f"jane@{self.address}"]
-
-    def ssh(self, typed, **options):
-        return command(*self.ssh_words(), typed, **options)
-
-    def login(self, typed):
-        """What comes of typing into the shell that `ssh <vm>` opens, with a terminal."""
-        return done(*self.ssh_words("-tt"), input=f"{typed}\nexit\n", timeout=120)
+def test_no_driver_at_all(check_gpu):
+    assert_one_line(check_gpu("", PATH="/nowhere"), "no NVIDIA driver")
 
 
-def make_system(root):
-    """A plain system with what the VM's image has beyond it: Python, sudo, an SSH server."""
-    settings = root / "etc" / "dpkg" / "dpkg.cfg.d"
-    settings.mkdir(parents=True)
-    (settings / "unsafe-io").write_text("force-unsafe-io\n")  # it need not outlive a power cut: faster
-    for suite, mirror, keyring, components in SYSTEMS:
-        if not keyring.exists():
-            continue
-        try:
-            urllib.request.urlopen(f"{mirror}/dists/{suite}/Release", timeout=20).close()
-        except OSError as error:
-            pytest.skip(f"{mirror} is out of reach: {error}")
-        done(
-            *("debootstrap", "--variant=minbase", f"--components={components}", f"--keyring={keyring}"),
-            *("--include=openssh-server,sudo,python3", suite, root, mirror),
-        )
-        return
-    pytest.skip("no keyring of Ubuntu's or Debian's archive to check a system against")
+def test_a_library_that_is_missing_is_named(check_gpu, tmp_path):
+    """cuDNN of the pinned version suits a P100, so that the libraries are what is left to blame."""
+    (tmp_path / "libcudart.so.12").touch()
+    result = check_gpu("Tesla P100-PCIE-16GB, 6.0, 580.95.05", LD_LIBRARY_PATH=str(tmp_path))
+    assert_one_line(result, "TensorFlow sees 0 of 1 GPUs", "libcudart.so.12", "requirements-gpu.txt")
 
 
-def stub_cuda_wheels(folder):
-    """Empty wheels of what tensorflow[and-cuda] asks for, each of a version that it accepts."""
-    for line in importlib.metadata.requires("tensorflow"):
-        requirement = Requirement(line)
-        if not (requirement.marker and "and-cuda" in str(requirement.marker)):
-            continue
-        below = next(int(s.version.split(".")[0]) for s in requirement.specifier if s.operator == "<")
-        name, version = requirement.name.replace("-", "_"), f"{below - 1}.9999"
-        assert requirement.specifier.contains(version)
-        info = f"{name}-{version}.dist-info"
-        with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-            metadata = f"Metadata-Version: 2.1\nName: {requirement.name}\nVersion: {version}\n"
-            wheel.writestr(f"{info}/METADATA", metadata)
-            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            wheel.writestr(f"{info}/RECORD", "")
-
-
-def fetch_wheels(folder, python_version):
-    """What requirements.txt asks for, as this host's pip and its cache give it, for the system's Python."""
-    platforms = ["_2_28", "_2_27", "_2_26", "_2_24", "_2_17", "2014", "_2_12", "2010", "_2_5", "1"]
-    done(
-        *(sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"),
-        *("--python-version", python_version, *(f"--platform=manylinux{p}_x86_64" for p in platforms)),
-        *("-r", ROOT / "requirements.txt", "-d", folder),
-    )
-
-
-def program(path, text):
-    path.write_text(text)
-    path.chmod(0o755)
-
-
-@pytest.fixture(scope="module")
-def machine():
-    needs("debootstrap", "unshare", "setpriv", "chroot", "ssh", "ssh-keygen")
-    if os.geteuid() != 0:
-        pytest.skip("only root can make a system of its own")
-    if (refused := command("unshare", "--mount", "--pid", "--fork", "true")).returncode != 0:
-        pytest.skip(f"no namespaces for a system of its own: {refused.stderr.strip()}")
-    scratch = Path(tempfile.mkdtemp(prefix="vm-", dir="/var/tmp"))
-    command("mount", "-t", "tmpfs", "vm", scratch)  # some 4 GB in memory, where it can be: faster to make and remove
-    server = None
-    try:
-        root, key = scratch / "root", scratch / "key"
-        make_system(root)
-        python = done("chroot", root, "python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
-        wheels = root / "opt" / "wheels"
-        wheels.mkdir()
-        fetch_wheels(wheels, python)
-        stub_cuda_wheels(wheels)
-        (root / "etc" / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /opt/wheels\n")
-
-        # The driver is not up yet at first, and a first boot may end with complaints.
-        program(
-            root / "usr/local/bin/nvidia-smi",
-            "#!/bin/sh\n[ -e /tmp/driver ] || { touch /tmp/driver; exit 9; }\necho 'GPU 0: none (UUID: none)'\n",
-        )
-        program(root / "usr/local/bin/cloud-init", "#!/bin/sh\nexit 2\n")
-
-        (root / "etc/hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
-        done("chroot", root, "useradd", "--create-home", "--shell", "/bin/bash", "jane")
-        (root / "etc/sudoers.d/jane").write_text("jane ALL=(ALL) NOPASSWD: ALL\n")
-        done("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
-        (root / "home/jane/.ssh").mkdir()
-        shutil.copy(f"{key}.pub", root / "home/jane/.ssh/authorized_keys")
-        done("chroot", root, "chown", "-R", "jane:", "/home/jane/.ssh")
-
-        # Its mounts and processes end with the server.
-        address = ".".join(["127", *(str(random.randint(2, 250)) for _ in range(3))])
-        inside = (
-            "mount -t proc proc $0/proc && mount -t devpts -o newinstance,ptmxmode=0666 devpts $0/dev/pts"
-            " && mkdir -p $0/run/sshd && exec chroot $0 /usr/sbin/sshd -D -e -o ListenAddress=$1 -o Port=22"
-        )
-        with open(scratch / "sshd.log", "w") as log:
-            server = subprocess.Popen(
-                [
-                    *("setpriv", "--pdeathsig=KILL"),  # nothing stays when pytest itself is killed
-                    *("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", inside, root, address),
-                ],
-                stderr=log,
-            )
-        end = time.monotonic() + 30
-        while True:
-            try:
-                socket.create_connection((address, 22), timeout=1).close()
-                break
-            except OSError:
-                assert time.monotonic() < end and server.poll() is None, (scratch / "sshd.log").read_text()
-                time.sleep(0.2)
-        yield Machine(root, address, key)
-    finally:
-        if server is not None:
-            server.kill()
-            server.wait()
-        command("umount", "--lazy", scratch)
-        shutil.rmtree(scratch)
-
-
-def checkout_with_check_gpu(folder, source):
-    """A checkout of this code whose look at the GPU is another."""
-    shutil.copytree(ROOT, folder, ignore=NOT_CODE)
-    commit = commit_everything(folder)
-    (folder / "terraform" / "check_gpu.py").write_text(source)
-    return commit
-
-
-@pytest.fixture(scope="module")
-def ready_machine(machine, tmp_path_factory):
-    """The machine after its set-up, what the set-up said, and the commit that was sent."""
-    folder = tmp_path_factory.mktemp("sent")
-    commit = checkout_with_check_gpu(folder / "code", "import tensorflow; print('faked GPU')\n")
-    done("bash", folder / "code" / "terraform" / "pack_code.sh", folder / "code.tar.gz")
-    with open(folder / "code.tar.gz", "rb") as tarball:
-        done(*machine.ssh_words(), f"mkdir {CODE} && tar -xz -C {CODE}", stdin=tarball)
-    said = machine.ssh(f"bash {CODE}/terraform/set_up_vm.sh", timeout=500)
-    return machine, said, commit
-
-
-HELP = f"cd {CODE} && python3 train_segmentation_model_prediction_thresholds.py --help"
-
-
-def test_set_up_ends_with_success(ready_machine):
-    _, said, _ = ready_machine
-    assert said.returncode == 0, said.stdout + said.stderr
-    assert said.stdout.splitlines()[-2:] == ["faked GPU", "== The VM is ready"]
-
-
-def test_the_environment_is_what_requirements_pins(ready_machine):
-    machine, _, _ = ready_machine
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    pins = dict(line.split("==") for line in lines if line)
-    listed = done(*machine.ssh_words(), "python3 -m pip list --format=json")
-    there = {canonicalize_name(package["name"]): package["version"] for package in json.loads(listed)}
-    assert "nvidia-cudnn-cu12" in there, "TensorFlow came without its CUDA libraries"
-    others = {"pip", *(name for name in there if name.startswith("nvidia-"))}
-    assert {name: version for name, version in there.items() if name not in others} == {
-        canonicalize_name(name): version for name, version in pins.items()
-    }, "requirements.txt does not pin all that this Python needs, or something else was installed"
-
-
-def test_networks_can_be_built(ready_machine):
-    machine, _, _ = ready_machine
-    build = "segmentation_models.Unet('resnet18', input_shape=(None, None, 1), encoder_weights=None)"
-    source = f"import segmentation_models; {build}"
-    result = machine.ssh(f'TF_USE_LEGACY_KERAS=1 SM_FRAMEWORK=tf.keras python3 -c "{source}"')
+def test_a_device_that_computes_is_enough(check_gpu):
+    """The same steps on the one CPU that every machine has. And the oldest GPU is that of TensorFlow's own list."""
+    source = CHECK_GPU.replace('devices("GPU")', 'devices("CPU")')
+    source += "    import tensorflow as tf\n    print(OLDEST_GPU, tf.sysconfig.get_build_info())\n"
+    result = check_gpu("NVIDIA L4, 8.9, 580.95.05", source=source)
     assert result.returncode == 0, result.stderr
+    computes, built_for = result.stdout.splitlines()
+    assert "computes on 1 of 1" in computes
+    assert built_for.split()[0] == min(f"{major}.{minor}" for major, minor in re.findall(r"'sm_(\d)(\d)'", built_for))
 
 
-def test_command_works_as_the_document_types_it(ready_machine):
-    machine, _, _ = ready_machine
-    over_ssh = machine.ssh(HELP)
-    assert over_ssh.returncode == 0, over_ssh.stderr
-    assert "--optimizing-class-metric" in over_ssh.stdout
-    assert "--optimizing-class-metric" in machine.login(HELP)
-
-
-def test_command_works_in_tmux(ready_machine):
-    machine, _, _ = ready_machine
-    machine.login(f"tmux new-session -d -s t; tmux send-keys -t t '{HELP} > ~/said; echo $? > ~/status' Enter")
-    waited = machine.ssh("for i in $(seq 60); do [ -s status ] && break; sleep 1; done; cat said; exit $(cat status)")
-    machine.ssh("tmux kill-server")
-    assert waited.returncode == 0, waited.stdout + waited.stderr
-    assert "--optimizing-class-metric" in waited.stdout
-
-
-def test_nano_is_there(ready_machine):
-    machine, _, _ = ready_machine
-    assert "nano" in done(*machine.ssh_words(), "nano --version")
-
-
-def test_commit_is_there(ready_machine):
-    machine, _, commit = ready_machine
-    assert done(*machine.ssh_words(), f"cat {CODE}/.git_hash").strip() == f"{commit}-dirty"
-
-
-# terraform apply, provisioners and all, of a mocked VM whose address is the machine's
-
-APPLY = """
-mock_provider "google" {{
-  mock_resource "google_compute_instance" {{
-    defaults = {{ network_interface = {{ access_config = {{ nat_ip = "{address}" }} }} }}
-  }}
-}}
-
-run "apply" {{
-  variables {{
-    project_name         = "damage-123456"
-    user_name            = "jane"
-    gcp_bucket           = "gs://damage-data"
-    ssh_source_ranges    = ["203.0.113.7/32"]
-    ssh_private_key_file = "{key}"
-    number_of_machines   = 2
-  }}
-  plan_options {{
-    target = [google_compute_instance.vm[1]]
-  }}
-  assert {{
-    condition = output.ssh == {{
-      damage-123456-jane   = null
-      damage-123456-jane-1 = "ssh -i {key} jane@{address}"
-    }}
-    error_message = jsonencode(output.ssh)
-  }}
-}}
-"""
-
-
-def apply(machine, folder, check_gpu_source):
-    commit = checkout_with_check_gpu(folder, check_gpu_source)
-    terraform_init(folder / "terraform")
-    (folder / "terraform/tests/apply.tftest.hcl").write_text(APPLY.format(address=machine.address, key=machine.key))
-    machine.ssh(f"rm -rf {CODE}")
-    return commit, terraform(folder / "terraform", "test", "-no-color", "-filter=tests/apply.tftest.hcl")
-
-
-def test_apply_copies_the_code_and_sets_the_vm_up(ready_machine, tmp_path):
-    needs("terraform")
-    machine, _, _ = ready_machine
-    commit, result = apply(machine, tmp_path / "code", "import tensorflow\n")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert done(*machine.ssh_words(), f"cat {CODE}/.git_hash").strip() == f"{commit}-dirty"
-    assert machine.ssh(HELP).returncode == 0
-    assert machine.ssh("grep -c necstlab-environment .profile .bashrc").stdout.split() == [".profile:1", ".bashrc:1"]
-
-
-def test_apply_fails_with_what_went_wrong(ready_machine, tmp_path):
-    needs("terraform")
-    machine, _, _ = ready_machine
-    _, result = apply(machine, tmp_path / "code", "raise SystemExit('error: no GPU today')\n")
-    assert result.returncode != 0
-    assert "remote-exec provisioner error" in result.stdout + result.stderr
+def test_a_device_that_is_not_seen_is_an_error(check_gpu):
+    result = check_gpu("NVIDIA L4, 8.9, 580.95.05\n" * 2, source=CHECK_GPU.replace('devices("GPU")', 'devices("CPU")'))
+    assert_one_line(result, "TensorFlow sees 1 of 2 GPUs")

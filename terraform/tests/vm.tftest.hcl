@@ -26,6 +26,10 @@ run "one_machine_by_default" {
     error_message = "Not the image with the driver in it"
   }
   assert {
+    condition     = google_compute_instance.vm[0].boot_disk[0].initialize_params[0].size == var.disk_gb
+    error_message = "Not a disk of disk_gb"
+  }
+  assert {
     condition     = length(google_compute_firewall.cluster) == 0
     error_message = "One machine has nobody to talk to, yet there is a rule for it"
   }

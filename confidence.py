@@ -1,0 +1,452 @@
+"""How far a trained threshold can be trusted: intervals, the gain, what to expect on new images, guaranteed recall.
+
+Everything is computed from counts per block; a block is a part of the images that can be taken as independent of the
+others. What is assumed, and how it was checked: docs/confidence.md.
+"""
+
+import functools
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from counts import confusion
+
+LEVEL = 0.95  # of the intervals
+REPLICATES = 2000  # of the bootstrap
+SEED = 20200321
+FEWEST_BLOCKS = 5  # with fewer, no interval holds what it promises
+MOST_BLOCKS = 256  # so that the memory for their counts does not grow with the number of images
+RUNS = 20  # of neighbouring slices, where there are too few stacks
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which block each image belongs to.
+
+    Attributes
+    ----------
+    labels : int64 array, shape (images,)
+        The block of each image, 0 to number - 1; every block has at least one image.
+    number : int
+        At most MOST_BLOCKS.
+    kind : str
+        What the blocks are: "stacks", "groups of stacks" or "runs of neighbouring slices".
+    speaks_of : str
+        What an interval from these blocks speaks of, to complete "The intervals speak of ...".
+    """
+
+    labels: np.ndarray
+    number: int
+    kind: str
+    speaks_of: str
+
+
+def blocks_of(names, stacks):
+    """Divide images into blocks: their stacks, or runs of neighbouring slices where there are too few stacks.
+
+    Slices of one stack resemble each other, and crops of one slice even more. So the unit is the stack. With fewer than
+    FEWEST_BLOCKS stacks, each is cut into runs of neighbouring slices, RUNS in all where there are enough slices; all
+    crops of a slice stay together. More than MOST_BLOCKS stacks are put together evenly, neighbours in order.
+
+    Parameters
+    ----------
+    names : sequence of str
+        The names of all images used, in any order; a name begins with its stack's.
+    stacks : list of str, or anything
+        What `dataset_config.dataset_split` names for this split. A stack that no image belongs to does not count, nor
+        does anything that is not a text. Images of no named stack count as one further stack, as nothing tells them
+        apart.
+
+    Returns
+    -------
+    Blocks
+    """
+    stacks = [stack for stack in stacks if isinstance(stack, str) and stack] if isinstance(stacks, (list, tuple)) else []
+    stacks = sorted(set(stacks), key=len, reverse=True)  # the longest name that fits is the stack's
+    slices_of = {}  # stack -> slice -> positions of its images
+    for position, name in enumerate(names):
+        stack = next((stack for stack in stacks if _begins_with(name, stack)), None)
+        slices_of.setdefault(stack, {}).setdefault(_slice_of(name), []).append(position)
+
+    named = len(slices_of.keys() - {None})
+    ordered = sorted(slices_of, key=lambda stack: (stack is None, natural_order(stack or "")))
+    labels = np.zeros(len(names), np.int64)
+    if len(ordered) >= FEWEST_BLOCKS:
+        number = min(len(ordered), MOST_BLOCKS)
+        for rank, stack in enumerate(ordered):
+            labels[[i for slice_ in slices_of[stack].values() for i in slice_]] = rank * number // len(ordered)
+        kind = "stacks" if number == len(ordered) else "groups of stacks"
+        return Blocks(labels, number, kind, f"further stacks of the same kind as these {len(ordered)}")
+
+    number = 0
+    runs = _runs_per_stack([len(slices_of[stack]) for stack in ordered])
+    for stack, runs_here in zip(ordered, runs, strict=True):
+        slices = sorted(slices_of[stack], key=natural_order)
+        for rank, slice_ in enumerate(slices):
+            labels[slices_of[stack][slice_]] = number + rank * runs_here // len(slices)
+        number += runs_here
+    if not named:
+        of = "images like these, taken in the order of their names, as no stacks are named"
+    else:
+        of = "slices of this one stack, not of others" if len(ordered) == 1 else f"slices of these {len(ordered)} stacks, not of others"
+    return Blocks(labels, number, "runs of neighbouring slices", f"further {of}")
+
+
+def natural_order(text):
+    """Sorting key that has slice_2 before slice_10."""
+    parts = re.split("([0-9]+)", text)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
+
+
+def _begins_with(name, stack):
+    """Whether the stack's name ends where a word or number of the image's name ends: stack_1 does not begin stack_10."""
+    following = name[len(stack) : len(stack) + 1]
+    same_number = stack[-1].isdigit() and following.isdigit()
+    same_word = stack[-1].isalpha() and following.isalpha()
+    return name.startswith(stack) and not same_number and not same_word
+
+
+def _slice_of(name):
+    """The name without what tells crops of one slice apart: `_crop3`, or `_pos_class_0_crop3` of a crop on a class."""
+    return re.sub(r"(_(pos|neg)_class_[^-_.]+)?[-_. ](crop|tile|patch)[-_]?[0-9]+", "", name, flags=re.IGNORECASE)
+
+
+def _runs_per_stack(slices):
+    """How many runs each stack is cut into: in proportion to its slices, at least one each, RUNS in all."""
+    runs = [1] * len(slices)
+    while sum(runs) < min(RUNS, sum(slices)):
+        longest = max(range(len(slices)), key=lambda i: Fraction(slices[i], runs[i]))
+        runs[longest] += 1
+    return runs
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Intervals
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """What the blocks tell of one class. Intervals are of LEVEL, and each contains the value it belongs to.
+
+    Attributes
+    ----------
+    blocks : int
+        Number of blocks that hold pixels of the class as well as others: what the intervals rest on.
+    reason : str or None
+        Why there are no intervals and no expected metric; None where there are.
+    x_interval : (float, float) or None
+        The trained threshold's, both of the list of thresholds.
+    metric_interval : (float, float) or None
+        The class metric's at the trained threshold.
+    expected_metric : float or None
+        The class metric at the trained threshold, corrected for having been chosen on the same images.
+    metric_at_half : float
+        The class metric at 0.5.
+    gain : float or None
+        The class metric at the trained threshold minus the one at 0.5; None where 0.5 does not meet the metric's
+        constraint.
+    gain_interval : (float, float) or None
+    no_gain : bool
+        The gain's interval contains 0: on this evidence 0.5 does as well.
+    band_low, band_high : float64 arrays, shape (C,), or None
+        The class metric's interval at every coarse threshold.
+    """
+
+    blocks: int
+    reason: str | None
+    x_interval: tuple | None
+    metric_interval: tuple | None
+    expected_metric: float | None
+    metric_at_half: float
+    gain: float | None
+    gain_interval: tuple | None
+    no_gain: bool
+    band_low: np.ndarray | None
+    band_high: np.ndarray | None
+
+
+def assess(thresholds, histogram, block_histograms, metric, index, low, high):
+    """Intervals of a trained threshold, its metric and its gain over 0.5, and what to expect on new images.
+
+    A bootstrap over blocks (Efron, 1979): each replicate draws as many blocks as there are, with replacement, and adds
+    up their counts. The tails are widened for few blocks (Hesterberg, "What Teachers Should Know About the Bootstrap",
+    The American Statistician 69, 2015). Replicates in which no pixel, or every pixel, is of the class say nothing about
+    its threshold and are left out.
+
+    Parameters
+    ----------
+    thresholds : float32 array, shape (N,), increasing, with 0.5
+    histogram : integer array, shape (2, N + 1)
+        Pixels per truth (0 outside the mask, 1 inside) and bin: bin k holds (thresholds[k - 1], thresholds[k]].
+    block_histograms : integer array, shape (blocks, 2, C + 1)
+        The same per block, in the bins of every s-th threshold, thresholds[::s], C in all.
+    metric : models.ClassMetric
+    index : int
+        The trained threshold is thresholds[index].
+    low, high : int
+        It was chosen among thresholds[low : high + 1].
+
+    Returns
+    -------
+    Confidence
+    """
+    coarse = np.arange(block_histograms.shape[2] - 1) * _stride(thresholds, block_histograms)
+    half = int(np.searchsorted(thresholds, 0.5))
+    counts = confusion(histogram)
+    full = metric(*counts)
+    at_x, at_half = float(full[index]), float(full[half])
+    gain = at_x - at_half if bool(metric.allowed(*(count[half : half + 1] for count in counts))[0]) else None
+    blocks = int(block_histograms.any(axis=2).all(axis=1).sum())
+    if blocks < FEWEST_BLOCKS:
+        return Confidence(
+            blocks=blocks,
+            reason=_too_few(blocks, len(block_histograms)),
+            x_interval=None,
+            metric_interval=None,
+            expected_metric=None,
+            metric_at_half=at_half,
+            gain=gain,
+            gain_interval=None,
+            no_gain=False,
+            band_low=None,
+            band_high=None,
+        )
+
+    points = np.unique(np.concatenate([_points_to_try(coarse, index), [index, half]]))
+    x_column, half_column = np.searchsorted(points, [index, half])
+    values, chosen, chosen_values = _replicates(histogram, block_histograms, coarse, points, metric, low, high)
+    tail = _tail(blocks)
+
+    optimism = np.mean(chosen_values - full[chosen] - (values[:, x_column] - at_x))
+    x_low, x_high = _limits(chosen, tail, index)
+    gain_interval = None
+    if gain is not None:
+        gain_interval = _limits(values[:, x_column] - values[:, half_column], tail, gain)
+        gain_interval = tuple(map(float, gain_interval))
+
+    # The band follows the curve: between the points that were tried its distance from the curve is interpolated.
+    limits = _limits(np.ascontiguousarray(values.T), tail, full[points])
+    band_low, band_high = (full[coarse] + np.interp(coarse, points, limit - full[points]) for limit in limits)
+    return Confidence(
+        blocks=blocks,
+        reason=None,
+        x_interval=(float(thresholds[x_low]), float(thresholds[x_high])),
+        metric_interval=(float(limits[0][x_column]), float(limits[1][x_column])),
+        expected_metric=at_x - max(float(optimism), 0.0),
+        metric_at_half=at_half,
+        gain=gain,
+        gain_interval=gain_interval,
+        no_gain=gain_interval is not None and gain_interval[0] <= 0,
+        band_low=band_low,
+        band_high=band_high,
+    )
+
+
+def _too_few(blocks, of):
+    here = f"here {'is' if blocks == 1 else 'are'} {blocks}" + (f" of {of}" if blocks < of else "")
+    return (
+        f"an interval needs {FEWEST_BLOCKS} blocks that hold pixels of the class and others, {here}: images of "
+        f"{FEWEST_BLOCKS} stacks with the class would do, or {FEWEST_BLOCKS} slices for an interval that speaks of "
+        "their own stacks only"
+    )
+
+
+def _stride(thresholds, block_histograms):
+    """How many thresholds lie from one coarse threshold to the next."""
+    return -(-len(thresholds) // (block_histograms.shape[2] - 1))
+
+
+def _points_to_try(coarse, index):
+    """Some 300 of the coarse thresholds: all near the trained one, where replicates choose, and some everywhere."""
+    near = np.searchsorted(coarse, index)
+    return np.concatenate([coarse[:: -(-len(coarse) // 256)], coarse[max(near - 48, 0) : near + 49]])
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(blocks):
+    """How often each block is drawn in each replicate; every block equally often in all of them together.
+
+    The balanced bootstrap (Davison, Hinkley and Schechtman, 1986) leaves less chance in the means over replicates.
+    RandomState's numbers are the same in every version of numpy and on every machine.
+
+    Returns
+    -------
+    float64 array, shape (REPLICATES, blocks)
+        Whole numbers; each row adds up to `blocks`.
+    """
+    draws = np.random.RandomState(SEED).permutation(np.repeat(np.arange(blocks), REPLICATES)).reshape(REPLICATES, -1)
+    rows = np.arange(REPLICATES)[:, None] * blocks
+    return np.bincount((rows + draws).ravel(), minlength=REPLICATES * blocks).reshape(REPLICATES, -1).astype(np.float64)
+
+
+def _replicates(histogram, block_histograms, coarse, points, metric, low, high):
+    """Metric of every replicate at some thresholds, and which threshold each would have chosen.
+
+    Parameters
+    ----------
+    coarse : int array, shape (C,)
+        Positions of the coarse thresholds in the list of thresholds.
+    points : increasing int array, shape (P,)
+        Positions to evaluate. Between two coarse thresholds the pixels of a block are taken to be spread as those of
+        all blocks are, for each truth: so the blocks add up to the very counts of all images.
+
+    Returns
+    -------
+    values : float64 array, shape (replicates, P)
+    chosen : int array, shape (replicates,)
+        Position of the threshold that a replicate chooses as the training does: the middle of the widest stretch of the
+        best among those allowed, or of those that come closest to the constraint where none meets it.
+    chosen_values : float64 array, shape (replicates,)
+        The replicate's metric there.
+    """
+    weights = _weights(len(block_histograms))
+    tp, fp, fn, tn = confusion(block_histograms)
+    positives, negatives = weights @ (tp + fn)[:, 0].astype(np.float64), weights @ (fp + tn)[:, 0].astype(np.float64)
+    telling = (positives > 0) & (negatives > 0)
+    weights, positives, negatives = weights[telling], positives[telling, None], negatives[telling, None]
+
+    # Each point lies after the coarse threshold `left`, and this part of the pixels up to the next one before it.
+    left = np.searchsorted(coarse, points, side="right") - 1
+    ends = np.append(coarse, histogram.shape[1] - 1)
+    below = np.cumsum(histogram, axis=1)
+    inside, before = below[:, ends[left + 1]] - below[:, ends[left]], below[:, points] - below[:, ends[left]]
+    part = np.divide(before, inside, out=np.zeros(inside.shape), where=inside > 0)
+    between = np.flatnonzero(points > coarse[left])
+
+    def at_points(above, part):
+        """(replicates, P) pixels above each point, of one truth, from those of each block above coarse thresholds."""
+        above = np.pad(above, ((0, 0), (0, 1))).astype(np.float64)  # nothing lies above the end of the list
+        drawn = chunk @ above[:, left]
+        drawn[:, between] -= part[between] * (drawn[:, between] - chunk @ above[:, left[between] + 1])
+        return drawn
+
+    inside_bounds = np.flatnonzero((points >= low) & (points <= high))
+    values, chosen, chosen_values = np.empty((len(weights), len(points))), [], []
+    for start in range(0, len(weights), 200):  # so that the arrays fit into a processor's cache
+        rows = slice(start, start + 200)
+        chunk = weights[rows]
+        tp_drawn, fp_drawn = at_points(tp, part[1]), at_points(fp, part[0])
+        counts = (tp_drawn, fp_drawn, positives[rows] - tp_drawn, negatives[rows] - fp_drawn)
+        values[rows] = metric(*counts)
+        choice = values[rows][:, inside_bounds]
+        if metric.constraint is not None:
+            within = [count[:, inside_bounds] for count in counts]
+            allowed = metric.allowed(*within)
+            choice = np.where(allowed, choice, -np.inf)
+            none = ~allowed.any(axis=1)
+            choice[none] = metric.constraint(*within)[none]
+        first, last = _widest_stretches(choice == choice.max(axis=1, keepdims=True), points[inside_bounds])
+        chosen.append((points[inside_bounds][first] + points[inside_bounds][last]) // 2)
+        chosen_values.append(values[rows][np.arange(len(chunk)), inside_bounds[first]])
+    return values, np.concatenate(chosen), np.concatenate(chosen_values)
+
+
+def _widest_stretches(best, positions):
+    """First and last column of the widest run of true values in each row; the first of equally wide ones.
+
+    Parameters
+    ----------
+    best : bool array, shape (rows, n), at least one true in each row
+    positions : increasing int array, shape (n,)
+        Widths are measured in these.
+
+    Returns
+    -------
+    first, last : int arrays, shape (rows,)
+    """
+    row, column = np.nonzero(best)
+    starts = np.flatnonzero(np.diff(row, prepend=-1) | (np.diff(column, prepend=-2) != 1))
+    ends = np.append(starts[1:], len(row)) - 1
+    width = positions[column[ends]] - positions[column[starts]]
+    order = np.lexsort((column[starts], -width, row[starts]))
+    widest = order[np.searchsorted(row[starts][order], np.arange(len(best)))]
+    return column[starts[widest]], column[ends[widest]]
+
+
+def _tail(blocks):
+    """The probability in each tail: percentiles of n blocks are too narrow by what Student's t and n - 1 make up for."""
+    from scipy.special import ndtr, stdtrit  # here, so that a first run can import it while the network runs
+
+    return float(ndtr(-math.sqrt(blocks / (blocks - 1)) * stdtrit(blocks - 1, (1 + LEVEL) / 2)))
+
+
+def _limits(replicates, tail, value):
+    """Lower and upper percentile along the last axis, moved where need be to hold the value itself."""
+    last = replicates.shape[-1] - 1
+    k = int(tail * last)
+    ordered = np.partition(replicates, [k, last - k], axis=-1)
+    return np.minimum(ordered[..., k], value), np.maximum(ordered[..., last - k], value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guaranteed recall
+
+
+@dataclass(frozen=True)
+class GuaranteedRecall:
+    """The threshold at which a new block of the same kind keeps, on average, `level` of its pixels of the class.
+
+    Attributes
+    ----------
+    level : float
+    threshold : float or None
+        None where nothing can be guaranteed; `reason` says why.
+    precision : float or None
+        Of all images at that threshold.
+    blocks : int
+        Number of blocks that hold the class: the guarantee rests on them, and speaks of further blocks that hold it.
+    reason : str or None
+    """
+
+    level: float
+    threshold: float | None
+    precision: float | None
+    blocks: int
+    reason: str | None
+
+
+def guarantee_recall(thresholds, histogram, block_histograms, level, low, high):
+    """The largest threshold with a guaranteed recall, by conformal risk control.
+
+    It is the largest coarse threshold with (sum over the blocks of the miss rate + 1) / (blocks + 1) <= 1 - level
+    (Angelopoulos, Bates, Fisch, Lei and Schuster, "Conformal Risk Control", 2022, theorem 1). Blocks without a pixel of
+    the class have no miss rate and are left out.
+
+    Parameters
+    ----------
+    thresholds, histogram, block_histograms, low, high
+        As in `assess`.
+    level : float
+        The recall to guarantee, in (0, 1).
+
+    Returns
+    -------
+    GuaranteedRecall
+    """
+    # As the decimal fraction that was asked for: in binary, 10 * (1 - 0.9) is less than 1.
+    lost = 1 - Fraction(repr(float(level)))
+    tp, fp, fn, _ = confusion(block_histograms)
+    holding = tp[:, 0] + fn[:, 0] > 0
+    blocks = int(holding.sum())
+
+    def none(reason):
+        return GuaranteedRecall(level, None, None, blocks, reason)
+
+    allowance = float(lost * (blocks + 1) - 1)  # what the miss rates of all blocks may add up to
+    if allowance < 0:
+        needed = math.ceil((1 - lost) / lost)
+        return none(f"to guarantee a recall of {level:g}, {needed} blocks that hold the class are needed, here are {blocks}")
+    missed = np.sum(fn[holding] / (tp + fn)[holding], axis=0)
+    coarse = np.arange(len(missed)) * _stride(thresholds, block_histograms)
+    kept = np.flatnonzero((missed <= allowance) & (coarse >= low) & (coarse <= high))
+    if not len(kept):
+        return none(f"the blocks miss too much for a guaranteed recall of {level:g} even at the lowest threshold allowed")
+    position = coarse[kept[-1]]
+    tp, fp, _, _ = (int(count[position]) for count in confusion(histogram))
+    return GuaranteedRecall(level, float(thresholds[position]), tp / (tp + fp) if tp + fp else 0.0, blocks, None)

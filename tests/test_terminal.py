@@ -1,0 +1,113 @@
+"""The terminal: signals end the process wherever it is, bugs are reported as such, closed streams do no harm."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from errors import BUG
+
+STATES = {  # what the main thread does; it prints "here" when it has begun
+    "wait": "print('here', flush=True)\nimport time\nwhile True: time.sleep(60)",
+    "imports": "print('here', flush=True)\nwhile True:\n import tensorflow\n for n in list(sys.modules):\n  "
+    "if n.startswith('tensorflow'): del sys.modules[n]",
+    "native": "import numpy\na = numpy.ones((4000, 4000))\nprint('here', flush=True)\nwhile True: a @ a",
+    "destructor": "import time\nclass A:\n def __del__(self):\n  print('here', flush=True)\n"
+    "  while True: time.sleep(1)\n"
+    "a = A()\ndel a",
+    "thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n"
+    "print('here', flush=True)",
+}
+
+
+def start(code, **options):
+    program = f"import sys\nimport terminal\nlast_words = terminal.end_on_signals()\n{code}"
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def error_line(process):
+    lines = [line for line in process.communicate(timeout=60)[1].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_signal_ends_the_process_wherever_it_is(state):
+    number = list(STATES).index(state) % 3
+    number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[number]
+    process = start(STATES[state])
+    assert process.stdout.readline() == "here\n"
+    for _ in range(3):  # who is impatient presses again
+        process.send_signal(number)
+    assert "interrupted" in error_line(process)
+    assert process.returncode == 128 + number
+
+
+def test_sigint_ends_what_was_started_in_the_background(tmp_path):
+    process = start(STATES["wait"], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    error_line(process)
+    assert process.returncode == 130
+
+
+def test_nohup_keeps_its_meaning():
+    process = start(
+        "print('here', flush=True)\nsys.stdin.read()\nprint('done')",
+        stdin=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate("", timeout=60) == ("done\n", "")
+
+
+def test_last_words_are_said_but_not_waited_for_without_end():
+    process = start(
+        "import time\nlast_words += [lambda: time.sleep(1000), lambda: print('goodbye', flush=True)]\n" + STATES["wait"]
+    )
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    assert "goodbye" in process.communicate(timeout=60)[0]
+    assert process.returncode == 143
+
+
+def test_a_bug_is_reported_as_one(tmp_path):
+    code = "try: 1 / 0\nexcept Exception: terminal.report_bug(sys.argv[1])"
+    program = f"import sys, terminal\nterminal.open_streams()\n{code}"
+    process = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    (report,) = tmp_path.glob("bug_*.txt")
+    first, *traceback = process.stderr.splitlines()
+    assert first.startswith("error: ") and "bug" in first and str(report) in first and f"exit code {BUG}" in first
+    assert traceback[-1] == "ZeroDivisionError: division by zero"
+    assert "ZeroDivisionError" in report.read_text()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_no_harm(closed, tmp_path):
+    code = (
+        "import terminal; terminal.open_streams()\nwith open('file', 'w') as file:\n"
+        " terminal.show('shown'); terminal.warn('warned'); file.write('content')"
+    )
+    command = f'"{sys.executable}" -c "{code}" {closed}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "file").read_text() == "content"
+    assert process.stdout == ("" if ">&-" in closed.replace("2>&-", "") else "shown\n")
+    assert process.stderr == ("" if "2>&-" in closed else "warning: warned\n")

@@ -1,0 +1,374 @@
+"""The GPU VM's set-up and its second life, for real, in a plain Ubuntu or Debian of its own that debootstrap makes.
+
+Over SSH, with power cuts. Only the GPU is faked: the driver's answer, NVIDIA's libraries (empty wheels under the names
+and versions of requirements-gpu.txt) and TensorFlow's look at it.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import MODEL, arguments, upload
+from fake_gcs import fake_gcs_server, list_objects
+from packaging.utils import canonicalize_name
+from test_terraform import (
+    NOT_CODE,
+    PLATFORMS,
+    ROOT,
+    command,
+    commit_everything,
+    done,
+    needs,
+    pins,
+    terraform,
+    terraform_init,
+)
+
+pytestmark = pytest.mark.slow
+
+CODE = "necstlab-damage-segmentation"  # on the VM
+FETCHED = f"home/jane/{CODE}/tmp/objects"
+ENVIRONMENT = "home/jane/.local/share/necstlab-environment"
+# The VM's own system where this host can check its signature, else the nearest; with the Python that is in it.
+KEYRINGS = Path("/usr/share/keyrings")
+SYSTEMS = [
+    ("noble", "3.12", "http://archive.ubuntu.com/ubuntu", KEYRINGS / "ubuntu-archive-keyring.gpg", "main,universe"),
+    ("trixie", "3.13", "http://deb.debian.org/debian", KEYRINGS / "debian-archive-keyring.gpg", "main"),
+]
+
+
+class Machine:
+    """A running system with an SSH server on an address of the loopback network."""
+
+    def __init__(self, root, address, key):
+        self.root, self.address, self.key = root, address, key
+
+    def ssh_words(self, *options):
+        quiet = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes"]
+        return ["ssh", "-F", "none", "-i", self.key, *options, *(f"-o{o}" for o in quiet), f"jane@{self.address}"]
+
+    def ssh(self, typed, **options):
+        return command(*self.ssh_words(), typed, **options)
+
+    def login(self, typed):
+        """What comes of typing into the shell that `ssh <vm>` opens, with a terminal."""
+        return done(*self.ssh_words("-tt"), input=f"{typed}\nexit\n", timeout=120)
+
+
+def make_system(root, suite, mirror, keyring, components):
+    """A plain system with what the VM's image has beyond it: Python, sudo, an SSH server."""
+    settings = root / "etc" / "dpkg" / "dpkg.cfg.d"
+    settings.mkdir(parents=True)
+    (settings / "unsafe-io").write_text("force-unsafe-io\n")  # its disk is memory: faster
+    done(
+        *("debootstrap", "--variant=minbase", f"--components={components}", f"--keyring={keyring}"),
+        *("--include=openssh-server,sudo,python3", suite, root, mirror),
+    )
+
+
+def stub_cuda_wheels(folder):
+    """Empty wheels of what requirements-gpu.txt names."""
+    for name, version in pins("requirements-gpu.txt").items():
+        if name == "tensorflow":
+            continue
+        stem = f"{name.replace('-', '_')}-{version}"
+        with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{stem}.dist-info/RECORD", "")
+
+
+def fetch_wheels(folder, python_version):
+    """What requirements.txt asks for, as this host's pip and its cache give it, for the system's Python."""
+    done(
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", *PLATFORMS),
+        *("--python-version", python_version, "-r", ROOT / "requirements.txt", "-d", folder),
+    )
+    stub_cuda_wheels(folder)
+
+
+def program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def machine():
+    needs("debootstrap", "unshare", "setpriv", "chroot", "ssh", "ssh-keygen")
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a system of its own")
+    if (refused := command("unshare", "--mount", "--pid", "--fork", "true")).returncode != 0:
+        pytest.skip(f"no namespaces for a system of its own: {refused.stderr.strip()}")
+    there = [system for system in SYSTEMS if system[3].exists()]
+    if not there:
+        pytest.skip("no keyring of Ubuntu's or Debian's archive to check a system against")
+    suite, python, mirror, keyring, components = there[0]
+    try:
+        urllib.request.urlopen(f"{mirror}/dists/{suite}/Release", timeout=20).close()
+    except OSError as error:
+        pytest.skip(f"{mirror} is out of reach: {error}")
+    scratch = Path(tempfile.mkdtemp(prefix="vm-", dir="/var/tmp"))
+    command("mount", "-t", "tmpfs", "vm", scratch)  # some 4 GB in memory, where it can be: faster to make and remove
+    server = None
+    try:
+        root, key = scratch / "root", scratch / "key"
+        with ThreadPoolExecutor() as pool:
+            fetched = pool.submit(fetch_wheels, scratch / "wheels", python)
+            make_system(root, suite, mirror, keyring, components)
+            fetched.result()
+        (scratch / "wheels").rename(root / "opt/wheels")
+        # Python compiles what it imports: far less than pip would.
+        pip = "[global]\nno-index = true\nfind-links = /opt/wheels\n[install]\nno-compile = true\n"
+        (root / "etc/pip.conf").write_text(pip)
+
+        # The driver is not up yet at first, and a first boot may end with complaints.
+        program(
+            root / "usr/local/bin/nvidia-smi",
+            "#!/bin/sh\n[ -e /tmp/driver ] || { touch /tmp/driver; exit 9; }\necho 'GPU 0: none (UUID: none)'\n",
+        )
+        program(root / "usr/local/bin/cloud-init", "#!/bin/sh\nexit 2\n")
+
+        (root / "etc/hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
+        done("chroot", root, "useradd", "--create-home", "--shell", "/bin/bash", "jane")
+        (root / "etc/sudoers.d/jane").write_text("jane ALL=(ALL) NOPASSWD: ALL\n")
+        done("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
+        (root / "home/jane/.ssh").mkdir()
+        shutil.copy(f"{key}.pub", root / "home/jane/.ssh/authorized_keys")
+        done("chroot", root, "chown", "-R", "jane:", "/home/jane/.ssh")
+
+        # Its mounts and processes end with the server.
+        address = ".".join(["127", *(str(random.randint(2, 250)) for _ in range(3))])
+        inside = (
+            "mount -t proc proc $0/proc && mount -t devpts -o newinstance,ptmxmode=0666 devpts $0/dev/pts"
+            " && mkdir -p $0/run/sshd && exec chroot $0 /usr/sbin/sshd -D -e -o ListenAddress=$1 -o Port=22"
+        )
+        with open(scratch / "sshd.log", "w") as log:
+            server = subprocess.Popen(
+                [
+                    *("setpriv", "--pdeathsig=KILL"),  # nothing stays when pytest itself is killed
+                    *("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", inside, root, address),
+                ],
+                stderr=log,
+            )
+        end = time.monotonic() + 30
+        while True:
+            try:
+                socket.create_connection((address, 22), timeout=1).close()
+                break
+            except OSError:
+                assert time.monotonic() < end and server.poll() is None, (scratch / "sshd.log").read_text()
+                time.sleep(0.2)
+        yield Machine(root, address, key)
+    finally:
+        if server is not None:
+            server.kill()
+            server.wait()
+        command("umount", "--lazy", scratch)
+        shutil.rmtree(scratch)
+
+
+def checkout_with_check_gpu(folder, source):
+    """A checkout of this code whose look at the GPU is another."""
+    shutil.copytree(ROOT, folder, ignore=NOT_CODE)
+    commit = commit_everything(folder)
+    (folder / "terraform" / "check_gpu.py").write_text(source)
+    return commit
+
+
+SET_UP = f"bash {CODE}/terraform/set_up_vm.sh"
+# What appears when the power goes, the first time, the second time, ...
+MOMENTS = {
+    "apt-get is fetching": "var/cache/apt/archives/partial/*.deb",
+    "dpkg is unpacking": "var/lib/dpkg/info/nano.list",
+    "the environment is being made": f"{ENVIRONMENT}/bin/python3",
+    "pip is installing": f"{ENVIRONMENT}/lib/python3*/site-packages/six-*.dist-info/RECORD",
+}
+
+
+def cut_power_when(machine, appears, typed):
+    """Run a command there until a file appears; then all its processes die, and /tmp is empty, as after a boot."""
+    with subprocess.Popen([*machine.ssh_words(), typed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
+        while not any(machine.root.glob(appears)):
+            assert running.poll() is None, f"it ended before {appears} was there: {running.stdout.read().decode()}"
+            time.sleep(0.01)
+        assert machine.ssh("sudo kill -KILL -1").returncode != 0
+        running.stdout.read()
+    for path in (machine.root / "tmp").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.fixture(scope="module")
+def ready_machine(machine, tmp_path_factory):
+    """The machine after a set-up that the power cut short again and again, what the last said, and the commit sent."""
+    folder = tmp_path_factory.mktemp("sent")
+    commit = checkout_with_check_gpu(folder / "code", "import tensorflow; print('faked GPU')\n")
+    done("bash", folder / "code" / "terraform" / "pack_code.sh", folder / "code.tar.gz")
+    with open(folder / "code.tar.gz", "rb") as tarball:
+        done(*machine.ssh_words(), f"mkdir {CODE} && tar -xz -C {CODE}", stdin=tarball)
+    for moment, appears in MOMENTS.items():
+        cut_power_when(machine, appears, SET_UP)
+        if moment == "dpkg is unpacking":  # and was killed within a package
+            status = machine.root / "var/lib/dpkg/status"
+            half = re.sub(r"(Package: nano\nStatus: ).*", r"\1install reinstreq half-installed", status.read_text())
+            assert half != status.read_text()
+            status.write_text(half)
+        if moment == "pip is installing":  # what had not reached the disk is empty
+            (six,) = machine.root.glob(f"{ENVIRONMENT}/lib/python3*/site-packages/six.py")
+            six.write_text("")
+    return machine, machine.ssh(SET_UP, timeout=500), commit
+
+
+HELP = f"cd {CODE} && python3 train_segmentation_model_prediction_thresholds.py --help"
+
+
+def test_set_up_ends_with_success(ready_machine):
+    _, said, _ = ready_machine
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert said.stdout.splitlines()[-2:] == ["faked GPU", "== The VM is ready"]
+
+
+def test_the_environment_is_what_the_requirements_pin(ready_machine):
+    machine, _, _ = ready_machine
+    listed = done(*machine.ssh_words(), "python3 -m pip list --format=json")
+    there = {canonicalize_name(package["name"]): package["version"] for package in json.loads(listed)}
+    del there["pip"]
+    assert there == pins("requirements.txt", "requirements-gpu.txt"), (
+        "the requirements do not pin all that this Python needs, or something else was installed"
+    )
+
+
+def test_networks_can_be_built(ready_machine):
+    machine, _, _ = ready_machine
+    build = "segmentation_models.Unet('resnet18', input_shape=(None, None, 1), encoder_weights=None)"
+    source = f"import segmentation_models; {build}"
+    result = machine.ssh(f'TF_USE_LEGACY_KERAS=1 SM_FRAMEWORK=tf.keras python3 -c "{source}"')
+    assert result.returncode == 0, result.stderr
+
+
+def test_command_works_as_the_document_types_it(ready_machine):
+    machine, _, _ = ready_machine
+    over_ssh = machine.ssh(HELP)
+    assert over_ssh.returncode == 0, over_ssh.stderr
+    assert "--optimizing-class-metric" in over_ssh.stdout
+    assert "--optimizing-class-metric" in machine.login(HELP)
+
+
+def test_command_works_in_tmux(ready_machine):
+    machine, _, _ = ready_machine
+    machine.login(f"tmux new-session -d -s t; tmux send-keys -t t '{HELP} > ~/said; echo $? > ~/status' Enter")
+    waited = machine.ssh("for i in $(seq 60); do [ -s status ] && break; sleep 1; done; cat said; exit $(cat status)")
+    machine.ssh("tmux kill-server")
+    assert waited.returncode == 0, waited.stdout + waited.stderr
+    assert "--optimizing-class-metric" in waited.stdout
+
+
+def test_nano_is_there(ready_machine):
+    machine, _, _ = ready_machine
+    assert "nano" in done(*machine.ssh_words(), "nano --version")
+
+
+def test_commit_is_there(ready_machine):
+    machine, _, commit = ready_machine
+    assert done(*machine.ssh_words(), f"cat {CODE}/.git_hash").strip() == f"{commit}-dirty"
+
+
+def test_a_job_goes_on_by_the_same_command_after_a_stop(ready_machine, tiny_bucket):
+    machine, _, _ = ready_machine
+    with fake_gcs_server() as url:
+        upload(url, tiny_bucket, "bucket")
+        program = "python3 train_segmentation_model_prediction_thresholds.py"
+        job = f"cd {CODE} && STORAGE_EMULATOR_HOST={url} {program} {' '.join(arguments('gs://bucket'))}"
+        cut_power_when(machine, f"{FETCHED}/[0-9a-f]*", job)
+        kept = {path: path.stat() for path in machine.root.glob(f"{FETCHED}/[0-9a-f]*")}
+        again = machine.ssh(job)
+        assert again.returncode == 0, again.stderr
+        assert any(name.startswith(f"{MODEL}/model_thresholds_") for name in list_objects(url, "bucket"))
+    for path, before in kept.items():
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "fetched again"
+    assert machine.ssh(f"cd {CODE} && python3 terraform/check_gpu.py").stdout == "faked GPU\n"
+
+
+def test_set_up_that_is_at_work_is_waited_for(ready_machine):
+    """Its connection may be broken, its processes still there."""
+    machine, _, _ = ready_machine
+    at_work = "flock ~/.necstlab-set-up.lock sh -c 'until [ -e ~/end ]; do sleep 0.1; done'"
+    first = subprocess.Popen([*machine.ssh_words(), at_work])
+    while machine.ssh("flock --nonblock ~/.necstlab-set-up.lock true").returncode == 0:
+        assert first.poll() is None
+    second = subprocess.Popen([*machine.ssh_words(), SET_UP], stdout=subprocess.PIPE)
+    while "-> FLOCK" not in Path("/proc/locks").read_text():
+        assert second.poll() is None, "it did not wait"
+        time.sleep(0.05)
+    done(*machine.ssh_words(), "touch ~/end")
+    assert first.wait() == 0
+    assert b"== The VM is ready" in second.communicate()[0]
+
+
+# terraform apply, provisioners and all, of a mocked VM whose address is the machine's
+
+APPLY = """
+mock_provider "google" {{
+  mock_resource "google_compute_instance" {{
+    defaults = {{ network_interface = {{ access_config = {{ nat_ip = "{address}" }} }} }}
+  }}
+}}
+
+run "apply" {{
+  variables {{
+    project_name         = "damage-123456"
+    user_name            = "jane"
+    gcp_bucket           = "gs://damage-data"
+    ssh_source_ranges    = ["203.0.113.7/32"]
+    ssh_private_key_file = "{key}"
+    number_of_machines   = 2
+  }}
+  plan_options {{
+    target = [google_compute_instance.vm[1]]
+  }}
+  assert {{
+    condition = output.ssh == {{
+      damage-123456-jane   = null
+      damage-123456-jane-1 = "ssh -i {key} jane@{address}"
+    }}
+    error_message = jsonencode(output.ssh)
+  }}
+}}
+"""
+
+
+def apply(machine, folder, check_gpu_source):
+    commit = checkout_with_check_gpu(folder, check_gpu_source)
+    terraform_init(folder / "terraform")
+    (folder / "terraform/tests/apply.tftest.hcl").write_text(APPLY.format(address=machine.address, key=machine.key))
+    machine.ssh(f"rm -rf {CODE}")
+    return commit, terraform(folder / "terraform", "test", "-no-color", "-filter=tests/apply.tftest.hcl")
+
+
+def test_apply_copies_the_code_and_sets_the_vm_up(ready_machine, tmp_path):
+    needs("terraform")
+    machine, _, _ = ready_machine
+    commit, result = apply(machine, tmp_path / "code", "import tensorflow\n")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert done(*machine.ssh_words(), f"cat {CODE}/.git_hash").strip() == f"{commit}-dirty"
+    assert machine.ssh(HELP).returncode == 0
+    assert machine.ssh("grep -c necstlab-environment .profile .bashrc").stdout.split() == [".profile:1", ".bashrc:1"]
+
+
+def test_apply_fails_with_what_went_wrong(ready_machine, tmp_path):
+    needs("terraform")
+    machine, _, _ = ready_machine
+    _, result = apply(machine, tmp_path / "code", "raise SystemExit('error: no GPU today')\n")
+    assert result.returncode != 0
+    assert "remote-exec provisioner error" in result.stdout + result.stderr
