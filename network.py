@@ -1,46 +1,77 @@
-"""The network: started quietly, rebuilt from `train_config`, given its weights. Nothing in a file is executed.
+"""The network that was trained: TensorFlow started quietly, the network rebuilt from `train_config`, its weights read.
 
-TensorFlow is imported only by the functions that need it: a rerun from cached counts does without it.
+Nothing in a model's file is executed: the network comes from segmentation-models, as the configuration says, and from
+the file come numbers and names only, each checked before it is read. TensorFlow is imported only by the functions that
+need it: a rerun from cached counts does without it.
 """
 
 import contextlib
-import itertools
+import importlib.metadata
+import inspect
 import os
+import re
 import reprlib
+import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 from errors import ModelError, first_line
+
+ARCHITECTURES = ("Unet", "FPN", "Linknet", "PSPNet")
 
 # What model_parameters may ask for: there is no memory for more.
 MAX_FILTERS = 2048
 MAX_EDGE = 2**14  # of input_shape
 
+# What TensorFlow writes before it listens to TF_CPP_MIN_LOG_LEVEL: information, warnings, and errors that it survives.
+LOG_LINES = r"^([IWE][0-9]{4} |WARNING: All log messages before absl::InitializeLog)"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# TensorFlow
+
 
 @contextlib.contextmanager
-def _native_noise_held_back():
-    """Keep what native code writes to stderr off the screen, unless the block fails."""
+def _without_log_lines():
+    """Keep TensorFlow's log lines off the screen. All else gets there, also if the process is aborted right after."""
     sys.stderr.flush()
     screen = os.dup(2)
-    with open(os.memfd_create("noise"), "w+b") as held:  # works when the disk is full
-        os.dup2(held.fileno(), 2)
+    try:
+        command = ["grep", "--line-buffered", "--text", "--invert-match", "--extended-regexp", LOG_LINES]
+        filtered = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=screen, stderr=subprocess.DEVNULL)
+    except OSError:  # no grep, or no process to be had
+        yield
+    else:
+        os.dup2(filtered.stdin.fileno(), 2)
         try:
             yield
-        except Exception:
-            held.seek(0)
-            os.write(screen, held.read())
-            raise
         finally:
             os.dup2(screen, 2)
-            os.close(screen)
+            filtered.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                filtered.wait(1)
+    finally:
+        os.close(screen)
 
 
 def import_tensorflow():
-    """TensorFlow with Keras 2 behind `tf.keras`, quiet; segmentation-models finds both as it needs them."""
+    """TensorFlow with Keras 2 behind `tf.keras`, quiet; segmentation-models finds both as it needs them.
+
+    Who sets TF_CPP_MIN_LOG_LEVEL sees TensorFlow's own messages.
+
+    Raises
+    ------
+    ModelError
+        A GPU has no memory to start with.
+    """
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
     os.environ["SM_FRAMEWORK"] = "tf.keras"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.modules.setdefault("pandas", None)  # where it is installed Keras would import it, for nothing that is used here
-    with _native_noise_held_back():
+    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        return _start_tensorflow()
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    with _without_log_lines():
         return _start_tensorflow()
 
 
@@ -51,8 +82,28 @@ def _start_tensorflow():
         # Two runs share a GPU only if neither takes all of its memory at once.
         with contextlib.suppress(RuntimeError):  # already in use: this process set it before
             tf.config.experimental.set_memory_growth(gpu, True)
-    tf.config.list_logical_devices()
+    with _explaining_lack_of_memory(tf):
+        tf.config.list_logical_devices()
     return tf
+
+
+def _is_lack_of_memory(tf, error):
+    exhausted = isinstance(error, tf.errors.ResourceExhaustedError | MemoryError)
+    return exhausted or bool(re.search(r"out.of.memory|\bOOM\b", str(error), re.IGNORECASE))
+
+
+@contextlib.contextmanager
+def _explaining_lack_of_memory(tf):
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ModelError) or not _is_lack_of_memory(tf, error):
+            raise
+        if tf.config.list_physical_devices("GPU"):
+            text = "the GPU has no memory for the network: another process fills it (nvidia-smi shows which)"
+        else:
+            text = "the machine has no memory for the network"
+        raise ModelError(f"{text}: {first_line(error)}") from error
 
 
 def set_seed(seed):
@@ -60,133 +111,6 @@ def set_seed(seed):
     import tensorflow as tf
 
     tf.random.set_seed(seed)
-
-
-def build_network(train_config, num_classes, weights_path):
-    """Rebuild the network that was trained and give it its weights. Nothing in the weights file is executed.
-
-    Parameters
-    ----------
-    train_config : dict
-        `segmentation_model: {model_name, model_parameters}` is what counts; loss and optimiser do not matter here.
-    num_classes : int
-        Number of mask folders, which the network's output must have as channels.
-    weights_path : path
-        Keras HDF5 file, a whole model or weights alone.
-
-    Returns
-    -------
-    tf.keras.Model
-        From (n, height, width, 1) float32 images in [0, 1] to (n, height, width, num_classes) probabilities.
-
-    Raises
-    ------
-    ModelError
-        The configuration does not describe such a network, or the weights do not fit it.
-    """
-    import tensorflow as tf
-
-    with contextlib.redirect_stdout(None):  # it announces its framework
-        import segmentation_models
-
-    config = train_config.get("segmentation_model")
-    parameters = config.get("model_parameters") if isinstance(config, dict) else None
-    if not isinstance(parameters, dict) or "backbone_name" not in parameters:
-        raise ModelError("train_config needs segmentation_model: {model_name, model_parameters: {backbone_name, ...}}")
-    architectures = ("Unet", "FPN", "Linknet", "PSPNet")
-    if config.get("model_name") not in architectures:
-        raise ModelError(f"model_name {reprlib.repr(config.get('model_name'))} is none of {', '.join(architectures)}")
-    backbones = segmentation_models.get_available_backbone_names()
-    if parameters["backbone_name"] not in backbones:
-        raise ModelError(
-            f"backbone_name {reprlib.repr(parameters['backbone_name'])} is none of {', '.join(sorted(backbones))}"
-        )
-    if parameters.get("classes", num_classes) != num_classes:
-        raise ModelError(
-            f"the network has {reprlib.repr(parameters['classes'])} classes, the dataset has {num_classes} mask folders"
-        )
-    for name, value in parameters.items():
-        values = value if isinstance(value, list) else [value]
-        largest = MAX_EDGE if name == "input_shape" else MAX_FILTERS
-        if len(values) > 16 or not all(_is_plain(value, largest) for value in values):
-            raise ModelError(
-                f"model_parameters: {reprlib.repr(name)} must be a text, a number up to {largest}, true, false, null, "
-                f"or a list of a few of these, not {reprlib.repr(value)}"
-            )
-
-    parameters = {"input_shape": (None, None, 1), "activation": "sigmoid"} | parameters
-    parameters = {name: tuple(v) if isinstance(v, list) else v for name, v in parameters.items()}
-    # model.hdf5 holds all weights: nothing is to be fetched from elsewhere, nor read from a path in the YAML.
-    parameters |= {"classes": num_classes, "encoder_weights": None, "weights": None}
-    try:
-        with strategy(tf).scope():
-            network = getattr(segmentation_models, config["model_name"])(**parameters)
-    except Exception as error:  # what segmentation-models and Keras make of parameters that nobody foresaw
-        raise ModelError(
-            f"segmentation-models cannot build {config['model_name']} from these model_parameters: {first_line(error)}"
-        ) from error
-    if network.input_shape[-1] != 1:
-        raise ModelError(f"the network takes {network.input_shape[-1]} channels, images are greyscale (1 channel)")
-    _load_weights(network, weights_path)
-    return network
-
-
-def _is_plain(value, largest):
-    # Keras takes a dictionary for an object to make, of any class of any module.
-    return value is None or isinstance(value, str | bool) or (isinstance(value, int | float) and abs(value) <= largest)
-
-
-def _load_weights(network, path):
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            nested = "layer_names" not in file.attrs and "model_weights" in file
-            group = _follow(file, "model_weights") if nested else file
-            arrays, stored, needed, expected = 0, 0, len(network.weights), network.count_params()
-            # Before Keras reads them: a file's own word for a shape could otherwise ask for any amount of memory.
-            for array in itertools.islice(_named_weights(group), needed + 1):
-                filters = array.id.get_create_plist().get_nfilters()
-                if array.dtype.kind not in "fiu" or array.external or array.is_virtual or filters:
-                    raise ModelError("its weights are not plain numbers stored in the file itself, uncompressed")
-                arrays, stored = arrays + 1, stored + array.size
-            if (arrays, stored) != (needed, expected):
-                more = " and more" if arrays > needed else ""
-                raise ModelError(
-                    f"it holds {stored:,} weights in {arrays} arrays{more}, the network of train_config has "
-                    f"{expected:,} in {needed}: the weights do not fit the network"
-                )
-        network.load_weights(path)
-    except ModelError:
-        raise
-    except Exception as error:  # h5py and Keras raise anything on a damaged file
-        raise ModelError(f"it is no Keras HDF5 file whose weights fit the network: {first_line(error)}") from error
-
-
-def _follow(group, path):
-    """What is at `path` below an HDF5 group, by hard links alone: others may lead in circles or to other files."""
-    import h5py
-
-    for name in (path.decode() if isinstance(path, bytes) else path).split("/"):
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise ModelError(f"{reprlib.repr(name)} in it is missing, or a link to elsewhere")
-        group = group[name]
-    return group
-
-
-def _named_weights(group):
-    """The datasets that Keras reads, in its order; one that is named twice comes twice."""
-
-    def names(item, attribute):
-        parts = [attribute] if attribute in item.attrs else (f"{attribute}{i}" for i in itertools.count())
-        for part in itertools.takewhile(item.attrs.__contains__, parts):
-            yield from item.attrs[part]
-
-    top = ["top_level_model_weights"] if "top_level_model_weights" in group else []
-    for layer in itertools.chain(names(group, "layer_names"), top):
-        weights = _follow(group, layer)
-        for weight in names(weights, "weight_names"):
-            yield _follow(weights, weight)
 
 
 def strategy(tf):
@@ -199,7 +123,329 @@ def strategy(tf):
 
 def device_names():
     """Names of the GPUs that the network runs on, joined by commas; empty for a CPU."""
+    return device_facts()["gpu"] or ""
+
+
+def device_facts():
+    """What the last bits of the probabilities depend on, for the result.
+
+    Returns
+    -------
+    dict
+        gpu: names of the GPUs, joined by commas. tf32: whether convolutions round their inputs to TF32, which
+        TensorFlow does by default on GPUs of compute capability 8.0 (Ampere) and later. cuda_version, cudnn_version:
+        of the installed wheels, else those that TensorFlow was built for. All None on a CPU.
+    """
     import tensorflow as tf
 
-    details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
-    return ", ".join(detail.get("device_name", "GPU") for detail in details)
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        return dict.fromkeys(("gpu", "tf32", "cuda_version", "cudnn_version"))
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    ampere = any(detail.get("compute_capability", (0, 0)) >= (8, 0) for detail in details)
+    built_for = tf.sysconfig.get_build_info()
+    return {
+        "gpu": ", ".join(detail.get("device_name", "GPU") for detail in details),
+        "tf32": ampere and tf.config.experimental.tensor_float_32_execution_enabled(),
+        "cuda_version": _wheel_version("nvidia-cuda-runtime-cu12") or built_for.get("cuda_version"),
+        "cudnn_version": _wheel_version("nvidia-cudnn-cu12") or built_for.get("cudnn_version"),
+    }
+
+
+def _wheel_version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From the configuration to the network
+
+
+def build_network(train_config, num_classes, target_size, weights_path, warn=warnings.warn):
+    """Rebuild the network that was trained and give it its weights. Nothing in the weights file is executed.
+
+    Parameters
+    ----------
+    train_config : dict
+        `segmentation_model: {model_name, model_parameters}` is what counts; loss and optimiser do not matter here.
+        Where it is silent the architecture's own defaults hold: FPN and PSPNet end in softmax, Unet and Linknet in
+        sigmoid. Only input_shape is (None, None, 1), and for PSPNet, which needs one, that of the images.
+    num_classes : int
+        Number of mask folders, which the network's output must have as channels.
+    target_size : (int, int)
+        Width and height of the images in pixels.
+    weights_path : path
+        Keras HDF5 file, a whole model or weights only; the network may lie in one wrapper layer (multi_gpu_model).
+    warn : callable taking a sentence
+
+    Returns
+    -------
+    tf.keras.Model
+        From (n, height, width, 1) float32 images in [0, 1] to (n, height, width, num_classes) probabilities.
+
+    Raises
+    ------
+    ModelError
+        The configuration does not describe such a network, the weights do not fit it, a whole model in the file is
+        another network than the configuration describes, or there is no memory for it.
+    """
+    import tensorflow as tf
+
+    with contextlib.redirect_stdout(None):  # it announces its framework
+        import segmentation_models
+    import model_file
+
+    name, parameters = _settings(segmentation_models, train_config, num_classes, target_size)
+    if preprocessing := _mentions_of("preprocess", train_config):
+        warn(
+            f"train_config has {', '.join(preprocessing)}: here an image enters the network as its grey values divided "
+            "by 255, and a network that was trained with another preprocessing does not fit that"
+        )
+    with _explaining_lack_of_memory(tf):
+        try:
+            with strategy(tf).scope():
+                network = getattr(segmentation_models, name)(**parameters)
+        except Exception as error:  # what segmentation-models and Keras make of parameters that nobody foresaw
+            if _is_lack_of_memory(tf, error):
+                raise
+            raise ModelError(
+                f"segmentation-models cannot build {name} from these model_parameters: {first_line(error)}"
+            ) from error
+        if network.input_shape[-1] != 1:
+            raise ModelError(f"the network takes {network.input_shape[-1]} channels, images are greyscale (1 channel)")
+        with model_file.opened(Path(weights_path), network.count_params()) as file:
+            described = model_file.described_layers(file)
+            if described is not None:
+                _compare(described, network, num_classes, target_size)
+            _load_weights(file, network, num_classes)
+    return network
+
+
+def _settings(segmentation_models, train_config, num_classes, target_size):
+    """The architecture's name and all arguments that it is called with."""
+    config = train_config.get("segmentation_model")
+    given = config.get("model_parameters") if isinstance(config, dict) else None
+    if not isinstance(given, dict):
+        raise ModelError("train_config needs segmentation_model: {model_name, model_parameters: {backbone_name, ...}}")
+    name = config.get("model_name")
+    if name not in ARCHITECTURES:
+        raise ModelError(f"model_name {reprlib.repr(name)} is none of {', '.join(ARCHITECTURES)}")
+    given = {key: _null_for_none(value) for key, value in given.items()}
+    for key, value in given.items():
+        values = value if isinstance(value, tuple) else [value]
+        largest = MAX_EDGE if key == "input_shape" else MAX_FILTERS
+        if len(values) > 16 or not all(_is_plain(value, largest) for value in values):
+            raise ModelError(
+                f"model_parameters: {reprlib.repr(key)} must be a text, a number up to {largest}, true, false, null, "
+                f"or a list of a few of these, not {reprlib.repr(value)}"
+            )
+    classes = given.get("classes")
+    if classes is not None and classes != num_classes:
+        raise ModelError(_other_classes("train_config says", classes, num_classes))
+
+    signature = inspect.signature(getattr(segmentation_models, name)).parameters.values()
+    defaults = {
+        parameter.name: parameter.default for parameter in signature if parameter.default is not parameter.empty
+    }
+    parameters = defaults | {"input_shape": (None, None, 1)} | given
+    # model.hdf5 holds all weights: nothing is to be fetched from elsewhere, nor read from a path in the YAML.
+    parameters |= {"classes": num_classes, "encoder_weights": None, "weights": None}
+    backbones = segmentation_models.get_available_backbone_names()
+    if parameters["backbone_name"] not in backbones:
+        raise ModelError(
+            f"backbone_name {reprlib.repr(parameters['backbone_name'])} is none of {', '.join(sorted(backbones))}"
+        )
+    if parameters["activation"] == "softmax" and num_classes == 1:
+        default = "" if "activation" in given else f", the default of {name},"
+        raise ModelError(
+            f"activation softmax{default} over one class makes every probability 1: write into model_parameters the "
+            "activation that the network was trained with"
+        )
+    parameters["input_shape"] = _input_shape(name, parameters, target_size)
+    return name, parameters
+
+
+def _null_for_none(value):
+    """YAML's null is often written None, as in Python, which YAML reads as a text. Lists become tuples."""
+    if isinstance(value, list):
+        return tuple(map(_null_for_none, value))
+    return None if value == "None" else value
+
+
+def _is_plain(value, largest):
+    # Keras takes a dictionary for an object to make, of any class of any module.
+    return value is None or isinstance(value, str | bool) or (isinstance(value, int | float) and abs(value) <= largest)
+
+
+def _input_shape(name, parameters, target_size):
+    """The input's shape, after a check that the architecture can take images of `target_size`."""
+    width, height = target_size
+    shape, factor = parameters["input_shape"], parameters.get("downsample_factor")
+    if isinstance(shape, tuple) and len(shape) == 3:
+        edges = shape[:2]
+        if name == "PSPNet":  # its pooling is made for one size
+            edges = tuple(edge or size for edge, size in zip(edges, (height, width), strict=True))
+        _check_size("input_shape in train_config", edges, target_size)
+        shape = (*edges, shape[2])
+    multiple = 6 * factor if name == "PSPNet" and factor in (4, 8, 16) else 32
+    if width % multiple or height % multiple:
+        what = f"{name} with downsample_factor {factor}" if name == "PSPNet" else name
+        raise ModelError(
+            f"{what} takes images whose width and height are multiples of {multiple}; target_size in the dataset's "
+            f"config.yaml is {width} x {height}"
+        )
+    return shape
+
+
+def _check_size(where, edges, target_size):
+    """`edges`: height and width, None where any will do."""
+    width, height = target_size
+    if any(edge not in (None, size) for edge, size in zip(edges, (height, width), strict=True)):
+        raise ModelError(
+            f"{where} is for images of {edges[1]} x {edges[0]} pixels, target_size in the dataset's config.yaml is "
+            f"{width} x {height}"
+        )
+
+
+def _other_classes(where, classes, num_classes):
+    text = f"{where} {reprlib.repr(classes)} classes, the dataset has {num_classes} mask folders"
+    if classes == num_classes + 1:
+        text += (
+            ": if one of the channels is the background, it needs a mask folder of its own, at its place in the order"
+        )
+    return text
+
+
+def _mentions_of(word, config, depth=20):
+    """Entries of nested dictionaries, as texts, with the word in key or value, unless they are switched off."""
+    found = []
+    for key, value in config.items() if depth else ():
+        if isinstance(value, dict):
+            found += _mentions_of(word, value, depth - 1)
+        if word in f"{key} {value if isinstance(value, str) else ''}".lower() and value not in (
+            None,
+            False,
+            "None",
+            "",
+        ):
+            found.append(f"{reprlib.repr(key)}: {reprlib.repr(value)}")
+    return found[:3]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Is the network in the file the one that was rebuilt?
+
+
+def _compare(described, network, num_classes, target_size):
+    """Raise ModelError unless the layers that a file describes are those of the network.
+
+    What the parameters of segmentation-models decide is compared: size, number of classes, activation, and the names,
+    kinds and order of the layers. The spelling of the rest changed from version to version of Keras.
+    """
+    classes = next((layer.filters for layer in reversed(described) if layer.filters is not None), None)
+    if classes != num_classes:
+        raise ModelError(_other_classes("the network in model.hdf5 has", classes, num_classes))
+    saved, rebuilt = described[-1].activation, network.layers[-1].activation.__name__
+    if saved != rebuilt:
+        raise ModelError(
+            f"the network in model.hdf5 ends in {reprlib.repr(saved)}, the one that train_config describes in "
+            f"{rebuilt!r}: write the activation that it was trained with into model_parameters"
+        )
+    shape = next(layer.shape for layer in described if layer.shape)
+    _check_size("the network in model.hdf5", shape[1:3], target_size)
+    automatic = _automatic_names(network)
+    saved = [f"{name} ({layer.kind})" for name, layer in zip(_identities(described, automatic), described, strict=True)]
+    rebuilt = [
+        f"{name} ({type(layer).__name__})"
+        for name, layer in zip(_identities(network.layers, automatic), network.layers, strict=True)
+    ]
+    _check_same_layers(saved, rebuilt)
+    for number, (one, other) in enumerate(zip(saved, rebuilt, strict=True)):
+        if one != other:
+            raise ModelError(
+                f"the layers in model.hdf5 come in another order than those that train_config describes: number "
+                f"{number} is {reprlib.repr(one)} there, {other!r} here"
+            )
+
+
+def _check_same_layers(saved, rebuilt):
+    """Raise ModelError with the first names that only one side has."""
+    only_saved, only_rebuilt = (
+        [name for name in names if name not in others]
+        for names, others in ((saved, set(rebuilt)), (rebuilt, set(saved)))
+    )
+    if only_saved or only_rebuilt:
+        there, here = (", ".join(map(reprlib.repr, names[:3])) or "none" for names in (only_saved, only_rebuilt))
+        raise ModelError(
+            f"the network in model.hdf5 does not fit the one that train_config describes: {len(only_saved)} layers are "
+            f"only there ({there}), {len(only_rebuilt)} only here ({here})"
+        )
+
+
+def _automatic_names(network):
+    """What Keras calls layers that get no name, without the number: conv2d, batch_normalization, ..."""
+    bases = {(layer.name.rstrip("0123456789").rstrip("_"), type(layer).__name__) for layer in network.layers}
+    return {base for base, kind in bases if base.replace("_", "") == kind.lower()} | {"input"}
+
+
+def _identities(layers, automatic):
+    """Names by which layers are the same in two sessions; of objects with a `name`.
+
+    An automatic name ends in a number that continues through a session, in which other networks may have been built
+    before. So it counts only which is first, second, ... by that number: the order in which the layers were made.
+    """
+    numbers = {}
+    for layer in layers:
+        base, _, number = layer.name.rpartition("_")
+        if layer.name in automatic:
+            numbers.setdefault(layer.name, {})[layer.name] = 0
+        elif base in automatic and number.isdecimal():
+            numbers.setdefault(base, {})[layer.name] = int(number[:18])
+    identities = {
+        name: f"{base} number {rank}"
+        for base, of_base in numbers.items()
+        for rank, name in enumerate(sorted(of_base, key=of_base.get))
+    }
+    return [identities.get(layer.name, layer.name) for layer in layers]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The weights
+
+
+def _load_weights(file, network, num_classes):
+    """Give each layer of the network the weights that the file has for it, after a check of all of them."""
+    import model_file
+
+    layers = [layer for layer in network.layers if layer.weights]
+    stored = model_file.stored_layers(file, len(layers))
+    automatic = _automatic_names(network)
+    in_file = dict(zip(_identities(stored, automatic), stored, strict=True))
+    identities = _identities(layers, automatic)
+    _check_same_layers(list(in_file), identities)
+    matched = [(layer, _arrays_for(layer, in_file[name])) for layer, name in zip(layers, identities, strict=True)]
+    last = layers[-1]
+    for layer, arrays in matched:
+        for weight, array in zip(layer.weights, arrays, strict=True):
+            if layer is last and array.shape[-1:] != (num_classes,):
+                raise ModelError(_other_classes("the network in model.hdf5 has", array.shape[-1], num_classes))
+            if array.shape != tuple(weight.shape):
+                raise ModelError(
+                    f"the weights of layer {layer.name!r} do not fit the network: {weight.name} is {array.shape} in "
+                    f"model.hdf5, {tuple(weight.shape)} in the network of train_config"
+                )
+    for layer, arrays in matched:
+        layer.set_weights([array[...] for array in arrays])
+
+
+def _arrays_for(layer, stored):
+    """The arrays in the file for layer.weights, in their order."""
+    kinds = [weight.name.rpartition("/")[2].partition(":")[0] for weight in layer.weights]
+    if set(kinds) != set(stored.arrays):
+        raise ModelError(
+            f"the weights of layer {layer.name!r} do not fit the network: {', '.join(sorted(stored.arrays))[:200]} in "
+            f"model.hdf5, {', '.join(sorted(kinds))} in the network of train_config"
+        )
+    return [stored.arrays[kind] for kind in kinds]

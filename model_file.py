@@ -1,0 +1,252 @@
+"""A model's file: HDF5 as Keras 2 writes it, read as names and numbers. Nothing in it is executed.
+
+Each thing is looked at before it is read: what it is, and that it takes no more memory than a network can need.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import re
+import reprlib
+from typing import NamedTuple
+
+import h5py
+
+from errors import ModelError, first_line
+
+# What a model's file may hold beside its weights. The largest network of segmentation-models has 7,000 layers.
+MAX_NAMES = 2**15
+MAX_DESCRIPTION_BYTES = 2**23  # of model_config
+MAX_FILE_BYTES = 2**26
+MAX_FILE_BYTES_PER_WEIGHT = 32  # an optimiser keeps up to three more numbers for each
+
+# ---------------------------------------------------------------------------------------------------------------
+# The file
+
+# How files begin that are named model.hdf5 and are none.
+OTHER_FILES = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: upload what `git lfs pull` fetches",
+    b"PK\x03\x04": "is a ZIP file, such as Keras 3 saves as .keras: save the model as HDF5 with Keras 2",
+    b"\x1f\x8b": "is compressed with gzip: upload it uncompressed",
+    b"<": "is a web page, as comes of a download that needs a login: upload the HDF5 file itself",
+}
+
+
+@contextlib.contextmanager
+def opened(path, num_weights):
+    """Open a model's file for reading.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+    num_weights : int
+        Of the network that it should hold: a file that is much larger is not read.
+
+    Yields
+    ------
+    h5py.File
+
+    Raises
+    ------
+    ModelError
+        It is something else, or damaged; this may show only while it is read.
+    """
+    if path.is_dir():
+        raise ModelError("it is a folder, such as TensorFlow's SavedModel: save the model as HDF5")
+    size = path.stat().st_size
+    if size == 0:
+        raise ModelError("it is empty (0 bytes): upload it again")
+    if size > MAX_FILE_BYTES + MAX_FILE_BYTES_PER_WEIGHT * num_weights:
+        raise ModelError(
+            f"it has {size:,} bytes, far more than the {num_weights:,} weights of the network that train_config "
+            "describes can take"
+        )
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    for beginning, what in OTHER_FILES.items():
+        if start.startswith(beginning):
+            raise ModelError(f"it {what}")
+    try:
+        with h5py.File(path, "r", locking=False) as file:  # whoever has it open for writing does not matter
+            yield file
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, OverflowError) as error:  # of h5py
+        reason = first_line(error)
+        if "truncated file" in reason:
+            raise ModelError(f"it is cut short ({size:,} bytes are here): upload it again") from error
+        if "already open for write" in reason:
+            raise ModelError(f"a program still writes it, or died while it did: save it again ({reason})") from error
+        raise ModelError(f"it is no Keras HDF5 file, or damaged: {reason}") from error
+
+
+def _follow(group, path):
+    """What is at `path` below an HDF5 group, by hard links only: others may lead in circles or to other files."""
+    for name in path.split("/"):
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise ModelError(f"{reprlib.repr(name)} in it is missing, or a link to elsewhere")
+        group = group[name]
+    return group
+
+
+def _names(item, attribute):
+    """A list of names, which Keras splits over `<attribute>0`, `<attribute>1`, ... where it is long."""
+    parts = [attribute] if attribute in item.attrs else (f"{attribute}{i}" for i in itertools.count())
+    names = []
+    for part in itertools.takewhile(item.attrs.__contains__, parts):
+        stored = item.attrs.get_id(part)  # its size, before it is read
+        if math.prod(stored.shape) == 0:
+            continue
+        is_text = h5py.check_string_dtype(stored.dtype) or stored.dtype.kind == "S"
+        if not is_text or len(stored.shape) != 1 or len(names) + stored.shape[0] > MAX_NAMES:
+            raise ModelError(f"{part} in it is no list of names")
+        names += [name.decode() if isinstance(name, bytes) else name for name in item.attrs[part]]
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A whole model's description
+
+
+class DescribedLayer(NamedTuple):
+    """What model_config says of a layer, as far as it is compared."""
+
+    name: str
+    kind: str  # its class
+    shape: list  # of an input: batch, height, width, channels; None where any will do
+    filters: int
+    activation: str
+
+
+def described_layers(file):
+    """The layers of a whole model, as its model_config lists them, which is JSON.
+
+    Returns
+    -------
+    list of DescribedLayer, or None
+        None for a file of weights only. Where one of the layers is a network itself, that network's layers.
+    """
+    if "model_config" not in file.attrs:
+        return None
+    stored = file.attrs.get_id("model_config")
+    if stored.shape != () or not h5py.check_string_dtype(stored.dtype):
+        raise ModelError("model_config in it is no text")
+    text = file.attrs["model_config"]
+    if len(text) > MAX_DESCRIPTION_BYTES:
+        raise ModelError(f"model_config in it has {len(text):,} characters, more than any network needs")
+    try:
+        return _layers_of(json.loads(text))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"model_config in it describes no network: {type(error).__name__} {first_line(error)}"
+        ) from error
+
+
+def _layers_of(description):
+    layers = description["config"]["layers"]
+    networks = [layer for layer in layers if "layers" in layer["config"]]
+    others = [layer for layer in layers if "layers" not in layer["config"] and not _passes_images_on(layer)]
+    if len(networks) == 1 and not others:
+        return _layers_of(networks[0])
+    if networks:
+        names = ", ".join(_described(layer).name for layer in others or networks)
+        raise ModelError(
+            f"the network in model.hdf5 is part of another one, which train_config does not describe: {names[:200]}"
+        )
+    return [_described(layer) for layer in layers]
+
+
+def _described(layer):
+    config = layer["config"]
+    activation = config.get("activation")
+    return DescribedLayer(
+        name=str(config["name"]),
+        kind=re.sub(r"^.*>|V[12]$", "", layer["class_name"]),  # without package, and TensorFlow 1's versions
+        shape=[
+            int(edge) if edge else None for edge in config.get("batch_input_shape") or config.get("batch_shape") or []
+        ],
+        filters=config.get("filters"),
+        activation=activation["config"] if isinstance(activation, dict) else activation,
+    )
+
+
+def _passes_images_on(layer):
+    """Whether a layer beside the network changes no number: inputs, and what multi_gpu_model adds."""
+    kind, config = layer["class_name"], layer["config"]
+    return (
+        kind == "InputLayer"
+        or (kind == "Lambda" and set(config.get("arguments") or ()) == {"i", "parts"})
+        or (kind == "Concatenate" and config.get("axis") == 0)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+class StoredLayer(NamedTuple):
+    """The weights of a layer as they lie in the file."""
+
+    name: str
+    arrays: dict  # h5py.Dataset by what it is: kernel, bias, gamma, ...
+
+
+def stored_layers(file, num_layers):
+    """The layers of the file that have weights, each once, in the file's order.
+
+    Parameters
+    ----------
+    file : h5py.File
+    num_layers : int
+        Layers with weights that the network has. Where the file has one, for more than one, that one is the network,
+        and its layers are in the names of its weights.
+
+    Returns
+    -------
+    list of StoredLayer
+        Nothing of the arrays has been read, but each has as many numbers as it says.
+    """
+    if "layer_names" not in file.attrs and "layer_names0" not in file.attrs:
+        if "model_weights" in file:
+            return stored_layers(_follow(file, "model_weights"), num_layers)
+        if "layers" in file or "_layer_checkpoint_dependencies" in file:
+            raise ModelError(
+                "its weights are in the layout of Keras 3 (.weights.h5): save the model as HDF5 with Keras 2"
+            )
+        raise ModelError("it is an HDF5 file without Keras weights: it has no layer_names")
+    stored, count = {}, 0
+    top = ["top_level_model_weights"] if "top_level_model_weights" in file else []
+    for name in dict.fromkeys(_names(file, "layer_names") + top):
+        group = _follow(file, name)
+        weights = _names(group, "weight_names")
+        count += len(weights)
+        if count > MAX_NAMES:
+            raise ModelError(f"it names more than {MAX_NAMES} weights")
+        if weights:
+            stored[name] = [(weight, _plain_array(_follow(group, weight), weight)) for weight in weights]
+    if len(stored) == 1 and num_layers > 1:
+        (weights,) = stored.values()
+        stored = {}
+        for weight, array in weights:
+            stored.setdefault(weight.rpartition("/")[0].rpartition("/")[2], []).append((weight, array))
+    return [StoredLayer(name, _by_kind(name, weights)) for name, weights in stored.items()]
+
+
+def _by_kind(layer_name, weights):
+    arrays = {weight.rpartition("/")[2].partition(":")[0]: array for weight, array in weights}
+    if len(arrays) != len(weights):
+        raise ModelError(f"layer {reprlib.repr(layer_name)} in it has several weights of one name")
+    return arrays
+
+
+def _plain_array(array, name):
+    """The dataset, if its numbers lie in the file itself as they are: all that it claims to hold is there."""
+    if not (
+        isinstance(array, h5py.Dataset)
+        and array.dtype.kind == "f"
+        and not array.external
+        and not array.is_virtual
+        and array.id.get_create_plist().get_nfilters() == 0
+        and array.id.get_storage_size() >= array.size * array.dtype.itemsize
+    ):
+        raise ModelError(f"{reprlib.repr(name)} in it is not plain numbers that lie in the file itself, uncompressed")
+    return array
