@@ -165,14 +165,18 @@ def _plain(limits):
 
 def remarks(result):
     """What a reader of the table should know of a class beside its numbers: sentences."""
-    guaranteed = result.guaranteed_recall
-    if not guaranteed or guaranteed.threshold is None:
-        return []
-    return [
-        f"{_title(result)}: threshold {threshold_text(guaranteed.threshold)} guarantees recall {guaranteed.level:g} on "
-        f"average over further blocks that hold the class: precision {guaranteed.precision:.4f} here, from "
-        f"{guaranteed.blocks} blocks"
-    ]
+    sentences, guaranteed = [], result.guaranteed_recall
+    if not result.trained.allowed_at_half:
+        sentences.append(
+            f"{_title(result)}: 0.5 does not reach the level that was asked for, so there is no gain over it"
+        )
+    if guaranteed and guaranteed.threshold is not None:
+        sentences.append(
+            f"{_title(result)}: threshold {threshold_text(guaranteed.threshold)} guarantees recall "
+            f"{guaranteed.level:g} on average over further blocks that hold the class: precision "
+            f"{guaranteed.precision:.4f} here, from {guaranteed.blocks} blocks"
+        )
+    return sentences
 
 
 def warnings(result, metric_name):
@@ -207,7 +211,7 @@ def table(results, metric_name):
         ("class", "folder", "threshold", "95 % interval", metric_name, "95 % interval", "expected", "at 0.5", "gain")
     ]
     for name, folder, trained, _, confidence, _ in results:
-        gain = "unknown" if confidence.gain is None else f"{confidence.gain:+.4f}"
+        gain = "-" if confidence.gain is None else f"{confidence.gain:+.4f}"
         rows.append(
             (
                 name,

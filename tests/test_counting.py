@@ -7,7 +7,7 @@ import threading
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, TRAIN_CONFIG, blobs_and_masks
+from helpers import ROOT, TRAIN_CONFIG, blobs_and_masks
 
 import models
 from counts import COARSE_BIN, COARSE_EDGES, GRID, Counts, bootstrap_weights, confusion
@@ -17,7 +17,7 @@ NAMES = ["class0 (class_0)", "class1 (class_1)"]
 
 @pytest.fixture(scope="module")
 def tf():
-    return models.import_tensorflow()
+    return network.import_tensorflow()
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_several_devices_give_the_same_counts(tmp_path, tiny_bucket):
     program = """
 import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import numpy as np, models
-from conftest import TRAIN_CONFIG, blobs_and_masks
+from helpers import TRAIN_CONFIG, blobs_and_masks
 from counts import Counts
 import os
 os.environ.update(TF_USE_LEGACY_KERAS="1", SM_FRAMEWORK="tf.keras", TF_CPP_MIN_LOG_LEVEL="3")

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import yaml
-from conftest import (
+from helpers import (
     MODEL,
     SCRIPT,
     SPLIT,
@@ -333,11 +333,11 @@ HOSTILE_NETWORKS = {
 @pytest.fixture(scope="module")
 def network():
     """A very small network, to load weights into."""
-    layers = models.import_tensorflow().keras.layers
+    layers = network.import_tensorflow().keras.layers
     x = image = layers.Input((None, None, 1))
     for layer in (layers.Conv2D(4, 3), layers.BatchNormalization(), layers.Conv2D(2, 1, activation="sigmoid")):
         x = layer(x)
-    return models.import_tensorflow().keras.Model(image, x)
+    return network.import_tensorflow().keras.Model(image, x)
 
 
 @pytest.fixture(scope="module")
@@ -787,7 +787,7 @@ def test_a_run_on_hostile_content_ends_with_one_clean_line(what, counted, no_ten
 
 def test_a_run_on_odd_content_gives_the_same_result_and_stays_clean(tiny_bucket, counted_template, tmp_path):
     """Code in the model's HDF5, steering characters in folder names and YAML, a screen that knows no Unicode."""
-    tf = models.import_tensorflow()
+    tf = network.import_tensorflow()
     layers = tf.keras.layers
     owned = tf.keras.Sequential([layers.Input((1,)), layers.Lambda(lambda x: __import__("os").system("touch owned"))])
     with h5py.File(tiny_bucket / MODEL / "model.hdf5", "r+") as file:

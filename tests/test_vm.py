@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import MODEL, arguments, upload
+from helpers import MODEL, arguments, upload
 from fake_gcs import fake_gcs_server, list_objects
 from packaging.utils import canonicalize_name
 from test_terraform import (
