@@ -16,6 +16,7 @@ from PIL import Image
 import train_segmentation_model_prediction_thresholds as script
 from gcp_utils import open_bucket
 from image_utils import pair_images_and_masks
+from network import import_tensorflow
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_segmentation_model_prediction_thresholds.py"
@@ -120,9 +121,7 @@ def sandbox():
 @pytest.fixture(scope="session")
 def tiny_network():
     """A small network with random weights, as tf.keras builds it."""
-    import models
-
-    tf = models.import_tensorflow()
+    tf = import_tensorflow()
     import segmentation_models
 
     tf.keras.utils.set_random_seed(7)
