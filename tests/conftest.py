@@ -120,9 +120,9 @@ def sandbox():
 @pytest.fixture(scope="session")
 def tiny_network():
     """A small network with random weights, as tf.keras builds it."""
-    import models
+    import network
 
-    tf = models.import_tensorflow()
+    tf = network.import_tensorflow()
     import segmentation_models
 
     tf.keras.utils.set_random_seed(7)
