@@ -249,7 +249,7 @@ def test_the_panel_says_what_was_found():
         f"{0.97 * trained.metric:.4f} expected on new images",
         f"gain {trained.metric - trained.metric_at_half:+.4f} [",
         f"{trained.metric_at_half:.4f} at 0.5",
-        "12,345 positive",
+        "12,345 positives",
     ]:
         assert part in said
     assert axes.get_ylabel() == "f1_score" and axes.get_xlabel() == "threshold"
