@@ -249,7 +249,7 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
                     raise
                 raise ModelError(
                     f"no batch of {', '.join(map(str, did_not_fit))} images of {width} x {height} pixels fits into "
-                    f"memory: {first_line(reasons[-1] if reasons else error)}"
+                    f"memory: {first_line(reasons[0] if reasons else error)}"
                 ) from error
             samples = itertools.chain(*(part for part, _ in started), batch, samples)  # neither was added yet
             started = following = []  # gives their memory back
