@@ -213,12 +213,12 @@ def test_the_best_threshold_is_on_the_list(tf, trained, shift, scale):
 
 @pytest.fixture(scope="module")
 def trained(tf, sandbox):
-    """The sandbox's network, eight images of its validation split, its last layer, and that one's weights."""
+    """The sandbox's network, its validation split, its last layer, and that one's weights."""
     network = tf.keras.models.load_model(next((sandbox / "models").iterdir()) / "model.hdf5", compile=False)
     split = next((sandbox / "datasets").iterdir()) / "validation"
     folders = sorted((split / "masks").iterdir())
     data = []
-    for path in sorted((split / "images").iterdir())[::7]:
+    for path in sorted((split / "images").iterdir()):
         masks = np.stack([np.asarray(Image.open(folder / path.name)) > 0 for folder in folders], axis=-1)
         data.append((path.name, np.asarray(Image.open(path)), masks.astype(np.uint8)))
     last = next(layer for layer in reversed(network.layers) if layer.weights)
@@ -290,7 +290,7 @@ def test_another_error_is_no_lack_of_memory(tf, data):
         count(failing_network(tf, error, 0), data, batch_size=2)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), 1.5, -0.1, float("inf"), -1e-45])
+@pytest.mark.parametrize("bad", [float("nan"), 1.5, -0.1, float("inf")])
 def test_probabilities_that_are_none_are_an_error(tf, data, bad):
     inputs = tf.keras.Input((None, None, 1))
     second = tf.where(inputs > 0.9, bad, inputs)
@@ -410,7 +410,7 @@ import tensorflow as tf
 if int(sys.argv[2]) > 1:
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * int(sys.argv[2]))
-network = build_network(TRAIN_CONFIG, 2, sys.argv[3])
+network = networks.build_network(TRAIN_CONFIG, 2, sys.argv[3])
 assert network.distribute_strategy.num_replicas_in_sync == int(sys.argv[2])
 images, masks = blobs_and_masks(11, 64, 96, 2, seed=3)
 counts = Counts.empty(2, 64, 96, 4)
