@@ -280,8 +280,10 @@ def listing_stub(names):
     handler = type("Handler", (ListingStub,), {"names": names, "page_sizes": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as listener:
         threading.Thread(target=listener.serve_forever, args=(0.02,), daemon=True).start()
-        yield f"http://127.0.0.1:{listener.server_port}", handler.page_sizes
-        listener.shutdown()
+        try:
+            yield f"http://127.0.0.1:{listener.server_port}", handler.page_sizes
+        finally:
+            listener.shutdown()  # else it spins on a closed socket, at the cost of all tests after it
 
 
 @pytest.mark.parametrize("name", UNSAFE_NAMES)
