@@ -734,7 +734,7 @@ fuzzed = settings(max_examples=200, deadline=None, derandomize=True, database=No
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes what image_utils does about them
 @fuzzed
-@given(st.sampled_from(sorted(FINE_IMAGES)), mutations)
+@given(st.sampled_from(sorted(what for what in FINE_IMAGES if "MB" not in what)), mutations)
 def test_fuzz_images(what, steps):
     name, make = FINE_IMAGES[what]
     data = mutate(make(), steps)
