@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
+import model_file
 import network as room
 from errors import ModelError, printable
 
@@ -191,31 +192,6 @@ def test_none_is_null(files):
     build(config("PSPNet", "mobilenet", **parameters), files / "whole.hdf5")
 
 
-def test_several_replicas_get_the_weights(files, tmp_path):
-    program = """
-import sys; sys.path[:0] = sys.argv[3:]
-import network, numpy as np
-tf = network.import_tensorflow()
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 3)
-from test_network import PSPNET, build
-rebuilt = build(PSPNET, sys.argv[1])
-assert rebuilt.distribute_strategy.num_replicas_in_sync == 3
-rebuilt.save_weights(sys.argv[2])
-"""
-    again = tmp_path / "again.hdf5"
-    paths = (files / "weights.hdf5", again, ROOT, ROOT / "tests")
-    program = program.replace(
-        "tf = network.import_tensorflow()",
-        "import os; os.environ['TF_USE_LEGACY_KERAS'] = '1'\n"
-        "os.environ['SM_FRAMEWORK'] = 'tf.keras'\nimport tensorflow as tf",
-    )  # before it has devices
-    subprocess.run([sys.executable, "-c", program, *paths], check=True, timeout=120)
-    with h5py.File(files / "weights.hdf5") as one, h5py.File(again) as other:
-        for name in one["final_conv/final_conv"]:
-            np.testing.assert_array_equal(one[f"final_conv/final_conv/{name}"], other[f"final_conv/final_conv/{name}"])
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Weights go to their layers
 
@@ -278,8 +254,7 @@ def test_a_multi_gpu_model_is_read(tf, tmp_path, pspnet, whole):
     layers, image = tf.keras.layers, tf.keras.Input((*SIZE, 1))
 
     def get_slice(data, i, parts):
-        step = tf.shape(data)[0] // parts
-        return data[i * step : (i + 1) * step]
+        return data[i::parts]
 
     outputs = [pspnet(layers.Lambda(get_slice, arguments={"i": i, "parts": 2})(image)) for i in range(2)]
     parallel = tf.keras.Model(image, layers.concatenate(outputs, axis=0, name="softmax"))
@@ -334,8 +309,14 @@ def test_a_background_channel_is_called_that(tf, tmp_path, path):
 
 
 def test_other_layers_are_an_error_that_says_both(path):
-    error(config("PSPNet", "mobilenet", psp_use_batchnorm=False), path, "aggregation_bn", "only here")
-    error(config("Unet", "mobilenet"), path, "only there ('", "only here ('", "decoder_stage0")
+    error(
+        config("PSPNet", "mobilenet", psp_use_batchnorm=False),
+        path,
+        "5 layers are only there (",
+        "psp_level1_bn",
+        "0 only here",
+    )
+    error(config("Unet", "mobilenet"), path, "only there ('", "only here ('", "conv_dw_6")
 
 
 def test_layers_of_another_kind_or_order_are_an_error(files, tmp_path):
@@ -373,6 +354,7 @@ def test_target_sizes_that_an_architecture_cannot_take(files, name, parameters, 
     assert f"multiples of {multiple};" in line and "{} x {}".format(*size) in line
 
 
+@pytest.mark.slow
 def test_it_is_true_that_other_sizes_do_not_fit(tf):
     """What the multiple of 32 rests on, for each architecture that takes images of any size."""
     for name in ("Unet", "FPN", "Linknet"):
@@ -414,10 +396,13 @@ def test_another_preprocessing_is_warned_of(files, more, warned):
 
 
 def test_lack_of_memory_is_called_that(tf, files, monkeypatch):
-    """A real error of TensorFlow's allocator, at the place where a network would be built."""
+    """TensorFlow's error where a network would be built; its own allocator takes 10 s to give up."""
     import segmentation_models
 
-    monkeypatch.setattr(segmentation_models, "PSPNet", lambda psp_conv_filters=1, **_: tf.zeros([2**45]))
+    def no_memory(activation="softmax", **_):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[3,3,512,512]")
+
+    monkeypatch.setattr(segmentation_models, "PSPNet", no_memory)
     line = error(PSPNET, files / "weights.hdf5", "has no memory for the network")
     assert "model_parameters" not in line
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU 0"])
@@ -438,6 +423,20 @@ def saved_by_keras_3(path):
     return path
 
 
+def refusal(path):
+    """Why a file is refused: before the network is looked at, or because it does not fit."""
+    try:
+        with model_file.opened(path, num_weights=150_000) as file:
+            model_file.described_layers(file)
+            model_file.stored_layers(file)
+    except ModelError as found:
+        line = printable(found)
+    else:
+        line = error(PSPNET, path)
+    assert line and len(line) < 2000
+    return line
+
+
 OTHER_FILES = {
     "empty": (lambda path: path.write_bytes(b""), "empty"),
     "a pointer of Git LFS": (
@@ -448,7 +447,7 @@ OTHER_FILES = {
     "compressed": (lambda path: path.write_bytes(__import__("gzip").compress(path.read_bytes(), 1)), "gzip"),
     "half of it": (lambda path: os.truncate(path, path.stat().st_size // 2), "cut short"),
     "all but the last byte": (lambda path: os.truncate(path, path.stat().st_size - 1), "cut short"),
-    "the head only": (lambda path: os.truncate(path, 500), "damaged"),
+    "the head only": (lambda path: os.truncate(path, 500), "cut short"),
     "the signature only": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n"), "damaged"),
     "text": (lambda path: path.write_text("weights"), "no Keras HDF5 file"),
     "a pickle": (lambda path: path.write_bytes(b"cos\nsystem\n(S'touch owned'\ntR."), "no Keras HDF5 file"),
@@ -464,7 +463,7 @@ def test_files_that_are_something_else_are_called_that(what, files, tmp_path):
     path = Path(shutil.copy(files / "whole.hdf5", tmp_path / "model.hdf5"))
     change, words = OTHER_FILES[what]
     change(path)
-    error(PSPNET, path, words)
+    assert words in refusal(path)
 
 
 def test_a_saved_model_is_called_that(tf, tmp_path):
@@ -636,7 +635,7 @@ def test_hostile_weights(what, files, tmp_path):
         HOSTILE_WEIGHTS[what](file, path)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is in use now
     before = memory("VmRSS")
-    line = error(PSPNET, path)
+    line = refusal(path)
     assert memory("VmHWM") - before < 150
     assert "root:" not in line
 
@@ -673,9 +672,9 @@ def test_hostile_descriptions(what, files, tmp_path, monkeypatch):
         file.attrs["model_config"] = HOSTILE_DESCRIPTIONS[what]
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    error(PSPNET, path)
+    refusal(path)
     assert memory("VmHWM") - before < 200
-    assert [name for name in os.listdir(tmp_path)] == ["whole.hdf5"]
+    assert os.listdir(tmp_path) == ["whole.hdf5"]
 
 
 def test_deeply_nested_groups_are_not_walked(path, pspnet):
@@ -695,7 +694,8 @@ def start(tmp_path, body, **environment):
     """Start TensorFlow as the tool does, with a stand-in that does what `body` says."""
     (tmp_path / "tensorflow.py").write_text(f"import os, sys\n{body}\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", **environment}
-    environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # which this process has set
+    if environment.get("TF_CPP_MIN_LOG_LEVEL") == "3":  # this process has set it
+        del environment["TF_CPP_MIN_LOG_LEVEL"]
     return subprocess.run(
         [
             sys.executable,
@@ -739,23 +739,11 @@ def test_an_exception_is_seen(tmp_path):
     assert process.stderr.endswith("ImportError: libfoo.so is missing\n") and "cuInit" not in process.stderr
 
 
-def test_without_grep_all_is_shown(tmp_path):
-    process = start(tmp_path, NOISE + DEVICES, PATH="/nowhere")
+@pytest.mark.parametrize("environment", [{"PATH": "/nowhere"}, {"TF_CPP_MIN_LOG_LEVEL": "0"}])
+def test_without_grep_or_if_asked_for_all_is_shown(tmp_path, environment):
+    process = start(tmp_path, NOISE + DEVICES, **environment)
     assert process.returncode == 0
     assert "oneDNN" in process.stderr and process.stderr.endswith("after\n")
-
-
-def test_tensorflow_itself_starts_quietly():
-    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-    process = subprocess.run(
-        [sys.executable, "-c", "import network; network.import_tensorflow()"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -779,4 +767,3 @@ def test_a_cpu_has_no_such_facts(tf):
     if tf.config.list_physical_devices("GPU"):
         pytest.skip("this machine has a GPU")
     assert room.device_facts() == {"gpu": None, "tf32": None, "cuda_version": None, "cudnn_version": None}
-    assert room.device_names() == ""
