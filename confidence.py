@@ -67,7 +67,9 @@ def blocks_of(names, stacks):
     -------
     Blocks
     """
-    stacks = [stack for stack in stacks if isinstance(stack, str) and stack] if isinstance(stacks, (list, tuple)) else []
+    stacks = (
+        [stack for stack in stacks if isinstance(stack, str) and stack] if isinstance(stacks, (list, tuple)) else []
+    )
     stacks = sorted(set(stacks), key=len, reverse=True)  # the longest name that fits is the stack's
     slices_of = {}  # stack -> slice -> positions of its images
     for position, name in enumerate(names):
@@ -94,7 +96,11 @@ def blocks_of(names, stacks):
     if not named:
         of = "images like these, taken in the order of their names, as no stacks are named"
     else:
-        of = "slices of this one stack, not of others" if len(ordered) == 1 else f"slices of these {len(ordered)} stacks, not of others"
+        of = (
+            "slices of this one stack, not of others"
+            if len(ordered) == 1
+            else f"slices of these {len(ordered)} stacks, not of others"
+        )
     return Blocks(labels, number, "runs of neighbouring slices", f"further {of}")
 
 
@@ -441,12 +447,16 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high):
     allowance = float(lost * (blocks + 1) - 1)  # what the miss rates of all blocks may add up to
     if allowance < 0:
         needed = math.ceil((1 - lost) / lost)
-        return none(f"to guarantee a recall of {level:g}, {needed} blocks that hold the class are needed, here are {blocks}")
+        return none(
+            f"to guarantee a recall of {level:g}, {needed} blocks that hold the class are needed, here are {blocks}"
+        )
     missed = np.sum(fn[holding] / (tp + fn)[holding], axis=0)
     coarse = np.arange(len(missed)) * _stride(thresholds, block_histograms)
     kept = np.flatnonzero((missed <= allowance) & (coarse >= low) & (coarse <= high))
     if not len(kept):
-        return none(f"the blocks miss too much for a guaranteed recall of {level:g} even at the lowest threshold allowed")
+        return none(
+            f"the blocks miss too much for a guaranteed recall of {level:g} even at the lowest threshold allowed"
+        )
     position = coarse[kept[-1]]
     tp, fp, _, _ = (int(count[position]) for count in confusion(histogram))
     return GuaranteedRecall(level, float(thresholds[position]), tp / (tp + fp) if tp + fp else 0.0, blocks, None)

@@ -1,16 +1,58 @@
-"""What the two config.yaml in the bucket say, checked."""
+"""What the command line and the two config.yaml in the bucket say, checked."""
 
+import argparse
 import itertools
 import reprlib
 
 import yaml
 
-from errors import ConfigurationError
+from errors import ConfigurationError, UsageError
 
 MAX_BYTES = 2**18
 MAX_NODES = 20_000
 MAX_EDGE = 2**14  # pixels
 SUBSET_SEED = 1234  # where neither the arguments nor train_config name one
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Both."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Shows the defaults, keeps the lines of its texts, and raises UsageError."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=HelpFormatter, **options)
+
+    def error(self, message):
+        raise UsageError(f"{message}; see --help")
+
+
+def number(kind, low, high, above_low=False):
+    """A `type=` for argparse: a number from `low` (or above it) to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (above_low and value == low):
+            raise argparse.ArgumentTypeError(
+                f"must be {'above' if above_low else 'at least'} {low} and at most {high}, not {text}"
+            )
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def folders(depth):
+    """A `type=` for argparse: a path of so many folders' names."""
+
+    def parse(text):
+        path = text.strip("/")
+        if not path or path.count("/") != depth - 1:
+            raise argparse.ArgumentTypeError(f"must be {'/'.join(['<name>'] * depth)}, not {text!r}")
+        return path
+
+    return parse
 
 
 def read_config(bucket, name, section):

@@ -162,7 +162,7 @@ class _GoogleBucket:
     def url(self, name):
         return printable(f"gs://{self._bucket}/{self._folder}{name}")
 
-    def list(self, prefix):
+    def list(self, prefix, skip=None):
         # A page names the next one, so that pages come one after the other: the folders are what can be listed at once.
         pool, blobs = ThreadPoolExecutor(self.threads), []
         try:
@@ -497,7 +497,7 @@ class _DirectoryBucket:
     def url(self, name):
         return printable(self._root / name)
 
-    def list(self, prefix):
+    def list(self, prefix, skip=None):
         place = self.url("")
         blobs, pending = [], [(_folder(prefix, place), ())]
         while pending:

@@ -74,6 +74,7 @@ CONSTRAINED_METRICS = {
     "recall_at_precision": ("recall", "precision"),
     "iou_score_at_recall": ("iou_score", "recall"),
 }
+METRIC_NAMES = [*CLASS_METRICS, *(f"{name}_<level>" for name in CONSTRAINED_METRICS)]
 
 
 class ClassMetric(NamedTuple):
@@ -145,8 +146,7 @@ def class_metric(name):
         return ClassMetric(name, CLASS_METRICS[value], CLASS_METRICS[constraint], Fraction(level), constraint)
     if name == "binary_cross_entropy":
         raise UsageError(f"{option} binary_cross_entropy does not depend on a threshold: choose another")
-    forms = ", ".join(f"{form}_<level>" for form in CONSTRAINED_METRICS)
-    raise UsageError(f"{option} {name!r} is none of {', '.join(CLASS_METRICS)}, {forms}")
+    raise UsageError(f"{option} {name!r} is none of {', '.join(METRIC_NAMES)}")
 
 
 def check_metric(metric):

@@ -163,28 +163,41 @@ def _plain(limits):
     return None if limits is None else list(limits)
 
 
-def remarks(result, metric_name):
-    """What a reader of the table must know of a class beside its numbers: (warnings, other sentences)."""
-    title = f"{result.name} ({result.folder})"
+def remarks(result):
+    """What a reader of the table should know of a class beside its numbers: sentences."""
+    sentences, guaranteed = [], result.guaranteed_recall
+    if not result.trained.allowed_at_half:
+        sentences.append(
+            f"{_title(result)}: 0.5 does not reach the level that was asked for, so there is no gain over it"
+        )
+    if guaranteed and guaranteed.threshold is not None:
+        sentences.append(
+            f"{_title(result)}: threshold {threshold_text(guaranteed.threshold)} guarantees recall "
+            f"{guaranteed.level:g} on average over further blocks that hold the class: precision "
+            f"{guaranteed.precision:.4f} here, from {guaranteed.blocks} blocks"
+        )
+    return sentences
+
+
+def warnings(result, metric_name):
+    """What a reader of the table must know of a class: sentences."""
     confidence, guaranteed = result.confidence, result.guaranteed_recall
-    warnings, sentences = list(result.trained.warnings), []
+    sentences = list(result.trained.warnings)
     if confidence.reason:
-        warnings.append(f"{title}: no interval can be given: {confidence.reason}")
+        sentences.append(f"{_title(result)}: no interval can be given: {confidence.reason}")
     if confidence.no_gain:
         low, high = confidence.gain_interval
-        warnings.append(
-            f"{title}: 0.5 does as well on this evidence: the gain in {metric_name} lies between {low:+.4f} and "
-            f"{high:+.4f}"
+        sentences.append(
+            f"{_title(result)}: 0.5 does as well on this evidence: the gain in {metric_name} lies between {low:+.4f} "
+            f"and {high:+.4f}"
         )
     if guaranteed and guaranteed.threshold is None:
-        warnings.append(f"{title}: no recall can be guaranteed: {guaranteed.reason}")
-    elif guaranteed:
-        sentences.append(
-            f"{title}: threshold {threshold_text(guaranteed.threshold)} guarantees recall {guaranteed.level:g} on "
-            f"average over further blocks that hold the class: precision {guaranteed.precision:.4f} here, from "
-            f"{guaranteed.blocks} blocks"
-        )
-    return warnings, sentences
+        sentences.append(f"{_title(result)}: no recall can be guaranteed: {guaranteed.reason}")
+    return sentences
+
+
+def _title(result):
+    return f"{result.name} ({result.folder})"
 
 
 def versions():
@@ -193,12 +206,12 @@ def versions():
 
 
 def table(results, metric_name):
-    """The lines of the table on the screen."""
+    """The lines of the table on the screen, with a blank one before and after."""
     rows = [
         ("class", "folder", "threshold", "95 % interval", metric_name, "95 % interval", "expected", "at 0.5", "gain")
     ]
     for name, folder, trained, _, confidence, _ in results:
-        gain = "unknown" if confidence.gain is None else f"{confidence.gain:+.4f}"
+        gain = "-" if confidence.gain is None else f"{confidence.gain:+.4f}"
         rows.append(
             (
                 name,
@@ -213,7 +226,8 @@ def table(results, metric_name):
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return ["", *lines, ""]
 
 
 def _interval(limits, text):

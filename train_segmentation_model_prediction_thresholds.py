@@ -23,6 +23,7 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,22 +31,15 @@ import numpy as np
 
 import configuration
 import figures
+import image_utils
 import models
 import network
 import results
 import workers
 from confidence import Blocks, assess, blocks_of, guarantee_recall
 from counts import THRESHOLDS, Counts
-from errors import BUG, DONE, EXIT_CODES, WORKER_LOST, ExpectedError, ModelError, UsageError, printable
-from gcp_utils import Blob, open_bucket
-from image_utils import (
-    check_sizes_in_bytes,
-    draw_subset,
-    evenly_spread,
-    is_leftover,
-    pair_images_and_masks,
-    start_decoding,
-)
+from errors import BUG, DONE, EXIT_CODES, WORKER_LOST, ExpectedError, ModelError, printable
+from gcp_utils import Blob, open_bucket, sweep
 from terminal import progress, show, warn
 
 TMP = Path("tmp")
@@ -55,43 +49,9 @@ SHOWN_SLICES = 6
 COUNTS_FORMAT = 2  # raise it when the meaning of cached counts changes
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and keeps the lines of the exit codes."""
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(f"{message}; see --help")
-
-
-def number(kind, low, high, more_than_low=False):
-    """A `type=` for argparse: a number from `low` (or above it) to `high`."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or (more_than_low and value == low):
-            raise argparse.ArgumentTypeError(f"must be {'above ' * more_than_low}{low} to {high}, not {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def folders(depth, example):
-    """A `type=` for argparse: the names of `depth` folders, one in the other."""
-
-    def parse(text):
-        path = text.strip("/")
-        if not path or path.count("/") != depth - 1:
-            raise argparse.ArgumentTypeError(f"must be like {example}, not {text!r}")
-        return path
-
-    return parse
-
-
-def parse_arguments(argv=None):
-    parser = ArgumentParser(
-        formatter_class=HelpFormatter,
+def parse_arguments():
+    """The command line; its errors are one line."""
+    parser = configuration.ArgumentParser(
         description="Find, for each class of a segmentation model, the prediction threshold that makes a class metric\n"
         "best on a validation or test set. The network runs once over the images. The result is written to\n"
         "<gcp-bucket>/models/<model-id>/model_thresholds_<timestamp>.yaml, with figures and curves beside it.",
@@ -100,45 +60,34 @@ def parse_arguments(argv=None):
         + "\n".join(f"  {code:3d}  {meaning}" for code, meaning in EXIT_CODES.items()),
     )
     needed = {"required": True, "default": argparse.SUPPRESS}
-    add = parser.add_argument
-    add(
-        "--gcp-bucket",
-        **needed,
-        help="the bucket that holds datasets/ and models/ and receives the result: gs://name, gs://name/folder, or a "
-        "plain directory of the same layout",
-    )
-    add(
-        "--dataset-directory",
-        **needed,
-        type=folders(2, "<dataset ID>/validation"),
-        help='the dataset ID + "/validation" or "/test" (or another split)',
-    )
-    add("--model-id", **needed, type=folders(1, "a folder's name in models/"), help="the model ID: its folder's name")
-    add("--batch-size", type=number(int, 1, 2**16), default=16, help="images per inference step and GPU")
-    add(
+    folders, number = configuration.folders, configuration.number
+    parser.add_argument("--gcp-bucket", help="gs://name[/folder], or a directory of the same layout", **needed)
+    parser.add_argument("--dataset-directory", type=folders(2), help="<dataset ID>/validation or /test", **needed)
+    parser.add_argument("--model-id", type=folders(1), help="name of the model's folder in models/", **needed)
+    parser.add_argument("--batch-size", type=number(int, 1, 2**16), default=16, help="images per step and GPU")
+    parser.add_argument(
         "--optimizing-class-metric",
         type=models.class_metric,
         default="iou_score",
         metavar="METRIC",
-        help=f"the metric to make best for each class: {', '.join(models.CLASS_METRICS)}, or one of "
-        f"{', '.join(models.CONSTRAINED_METRICS)} with a level: precision_at_recall_0.95",
+        help=f"the metric to make best for each class: {', '.join(models.METRIC_NAMES)}",
     )
-    add(
+    parser.add_argument(
         "--dataset-downsample-factor",
-        type=number(float, 0, 1, more_than_low=True),
+        type=number(float, 0, 1, above_low=True),
         default=1.0,
+        metavar="FACTOR",
         help="the part of the images to use, a random subset, above 0 and up to 1",
     )
-    add("--random-module-global-seed", type=int, help="seed for random.seed")
-    add(
+    parser.add_argument("--random-module-global-seed", type=int, help="for random.seed")
+    parser.add_argument(
         "--numpy-random-global-seed",
         type=number(int, 0, 2**32 - 1),
-        help="seed for np.random.seed; it also draws the subset, which otherwise is drawn with the seed that the "
-        "model's config.yaml names for the split",
+        help="for np.random.seed, and to draw the subset; else that is drawn with the seed in the model's config.yaml",
     )
-    add("--tf-random-global-seed", type=int, help="seed for tf.random.set_seed")
-    add("--message", help="a note to keep in the result")
-    return parser.parse_args(argv)
+    parser.add_argument("--tf-random-global-seed", type=int, help="for tf.random.set_seed")
+    parser.add_argument("--message", help="a note to keep in the result")
+    return parser.parse_args()
 
 
 def run(args, cluster):
@@ -151,16 +100,12 @@ def run(args, cluster):
     """
     started = time.monotonic()
     models.check_optimisation()
+    models.check_metric(args.optimizing_class_metric)
     random.seed(args.random_module_global_seed)
     np.random.seed(args.numpy_random_global_seed)
 
-    inputs = find_inputs(
-        args.gcp_bucket,
-        args.dataset_directory,
-        args.model_id,
-        args.dataset_downsample_factor,
-        args.numpy_random_global_seed,
-    )
+    subset = args.dataset_downsample_factor, args.numpy_random_global_seed
+    inputs = find_inputs(args.gcp_bucket, args.dataset_directory, args.model_id, *subset)
     counts = count_images(inputs, args.batch_size, args.tf_random_global_seed, cluster)
     if cluster.index > 0:
         show(f"{cluster} is done: its share is counted and summed with the others; the chief continues.")
@@ -179,8 +124,7 @@ class Inputs(NamedTuple):
     target_size: list  # width, height
     class_folders: list
     samples: list  # of image_utils.Sample; a worker's share of them while it counts
-    blocks: Blocks
-    block_labels: np.ndarray  # the block of each sample
+    blocks: Blocks  # of the samples
     seed: int  # that drew the subset
     problems_path: Path  # lists the files that cannot be used
 
@@ -196,7 +140,7 @@ class Inputs(NamedTuple):
         """What worker `index` of `number` counts."""
         return self._replace(
             samples=self.samples[index::number],
-            block_labels=self.block_labels[index::number],
+            blocks=replace(self.blocks, labels=self.blocks.labels[index::number]),
             problems_path=self.problems_path.with_suffix(f".{index}_of_{number}.txt"),
         )
 
@@ -209,7 +153,7 @@ class Inputs(NamedTuple):
             self.weights.version,
             self.class_folders,
             self.target_size,
-            self.block_labels.tolist(),
+            self.blocks.labels.tolist(),
             *([sample.name, sample.image.version, *(mask.version for mask in sample.masks)] for sample in self.samples),
         ):
             digest.update(f"{part!r}\n".encode(errors="surrogatepass"))
@@ -220,37 +164,27 @@ def find_inputs(gcp_bucket, dataset_directory, model_id, downsample_factor, seed
     """List and check what a run needs, and draw its subset of the images."""
     dataset_id, split = dataset_directory.split("/")
     dataset_yaml, split_directory = f"datasets/{dataset_id}/config.yaml", f"datasets/{dataset_directory}"
+    sweep(TMP)
     bucket = open_bucket(gcp_bucket, TMP / "objects")
     dataset_config, train_config, weights, blobs = in_parallel(
         lambda: configuration.read_config(bucket, dataset_yaml, "dataset_config"),
         lambda: configuration.read_config(bucket, f"models/{model_id}/config.yaml", "train_config"),
         lambda: bucket.stat(f"models/{model_id}/model.hdf5"),
-        lambda: bucket.list(split_directory, skip=is_leftover),
+        lambda: bucket.list(split_directory, skip=image_utils.is_leftover),
     )
     target_size = configuration.target_size(dataset_config, bucket.url(dataset_yaml))
     problems_path = TMP / f"problems_{dataset_id}_{split}.txt"
-    class_folders, all_samples = pair_images_and_masks(blobs, split_directory, bucket.url, problems_path)
+    class_folders, all_samples = image_utils.pair_images_and_masks(blobs, split_directory, bucket.url, problems_path)
     seed = configuration.subset_seed(train_config, split, seed)
-    samples = draw_subset(all_samples, downsample_factor, seed)
+    samples = image_utils.draw_subset(all_samples, downsample_factor, seed)
     blocks = blocks_of([sample.name for sample in samples], configuration.stacks(dataset_config, split))
 
     show(f"{bucket.url(split_directory)}: {len(all_samples)} images, {len(class_folders)} classes.")
     if len(samples) < len(all_samples):
         show(f"Using {len(samples)} of them, drawn with seed {seed}.")
     show(results.what_intervals_rest_on(blocks))
-    return Inputs(
-        bucket=bucket,
-        dataset_config=dataset_config,
-        train_config=train_config,
-        weights=weights,
-        target_size=target_size,
-        class_folders=class_folders,
-        samples=samples,
-        blocks=blocks,
-        block_labels=blocks.labels,
-        seed=seed,
-        problems_path=problems_path,
-    )
+    configs = dataset_config, train_config
+    return Inputs(bucket, *configs, weights, target_size, class_folders, samples, blocks, seed, problems_path)
 
 
 def in_parallel(*calls):
@@ -317,14 +251,14 @@ def fetching(share, done, batch_size):
     """
     bucket, weights, samples = share.bucket, share.weights, share.samples[done:]
     width, height = share.target_size
-    check_sizes_in_bytes(share.samples, bucket.url, share.target_size, share.problems_path)
+    image_utils.check_sizes_in_bytes(share.samples, bucket.url, share.target_size, share.problems_path)
     blobs = [weights, *(blob for sample in samples for blob in (sample.image, *sample.masks))]
     absent = [blob for blob in blobs if not bucket.is_here(blob)]
     bucket.check_room(absent)
     lookahead = max(2 * batch_size, DECODED_BYTES // (width * height * (1 + len(share.class_folders))))
 
     def fetch():  # the weights first: without them no image is of use
-        return bucket.fetch(weights), start_decoding(
+        return bucket.fetch(weights), image_utils.start_decoding(
             samples, bucket, share.target_size, lookahead, share.problems_path, warn
         )
 
@@ -343,7 +277,9 @@ def load_network(share, weights_path, tf_seed):
     if tf_seed is not None:
         network.set_seed(tf_seed)
     try:
-        built = network.build_network(share.train_config, len(share.class_folders), share.target_size, weights_path)
+        built = network.build_network(
+            share.train_config, len(share.class_folders), share.target_size, weights_path, warn
+        )
     except ModelError as error:
         raise ModelError(f"{share.bucket.url(share.weights.name)}, with the config.yaml beside it: {error}") from error
     share.bucket.fetch(share.weights)  # it has not changed while it was read
@@ -355,11 +291,11 @@ def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
     batches = models.count_probabilities(
         built,
         decoded,
-        share.block_labels[counts.images :],
+        share.blocks.labels[counts.images :],
         counts,
         share.class_titles,
         batch_size,
-        shown_names={sample.name for sample in evenly_spread(share.samples, SHOWN_SLICES)},
+        shown_names={sample.name for sample in image_utils.evenly_spread(share.samples, SHOWN_SLICES)},
         on_smaller_batch=lambda size, half: warn(
             f"a batch of {size} images does not fit into memory: continuing with {half}; next time use "
             f"--batch-size {half}"
@@ -424,15 +360,12 @@ def train_thresholds(inputs, counts, metric):
 def publish(arguments, inputs, counts, trained, started):
     """Show the table, draw the figures, and put everything into the model's folder."""
     metric, model_id = arguments["optimizing_class_metric"].name, arguments["model_id"]
-    show()
     for line in results.table(trained, metric):
         show(line)
-    show()
     for result in trained:
-        warnings, sentences = results.remarks(result, metric)
-        for line in sentences:
+        for line in results.remarks(result):
             show(line)
-        for line in warnings:
+        for line in results.warnings(result, metric):
             warn(line)
     title = f"{model_id} on {arguments['dataset_directory']} ({counts.images} images)"
     slices = figures.slices(counts, [result.trained.index for result in trained])

@@ -68,6 +68,13 @@ def read_tf_config(text):
     return addresses, tasks.index(own)
 
 
+CONTINUE = "start all workers again to continue"
+
+
+def read_cluster(text):
+    return Cluster(*read_tf_config(text))
+
+
 class Cluster:
     """The place of this process among the workers. Alone, it starts nothing and its sums are its own numbers.
 

@@ -24,7 +24,7 @@ import yaml  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import ROOT, SCRIPT, arguments, blobs_and_masks, tf_config, upload, write_split  # noqa: E402
+from helpers import ROOT, SCRIPT, arguments, blobs_and_masks, tf_config, upload, write_split  # noqa: E402
 from fake_gcs import fake_gcs_server, free_port  # noqa: E402
 
 import models  # noqa: E402
@@ -119,7 +119,7 @@ def make_bucket(bucket, images, size=SIZE):
     make = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import models
-tf = models.import_tensorflow()
+tf = network.import_tensorflow()
 import segmentation_models
 tf.keras.utils.set_random_seed(1)
 network = segmentation_models.Unet("resnet18", encoder_weights=None, input_shape=(None, None, 1), classes={CLASSES})
@@ -239,7 +239,7 @@ def main():
             ),
             unit="ms",
         )
-        gpu = bool(models.import_tensorflow().config.list_physical_devices("GPU"))
+        gpu = bool(network.import_tensorflow().config.list_physical_devices("GPU"))
         backbone, images = ("vgg16", 1024) if gpu else ("resnet18", 128)
         row(
             f"forward pass with counting and bootstrap / alone, Unet/{backbone}, 512 x 512, batch 16",
@@ -285,7 +285,7 @@ def unet(backbone, size=None):
 
 def pass_ratio(backbone, images, repeats):
     """Images per second of `count_probabilities` and of the network alone on the same batches; the ratio of times."""
-    tf = models.import_tensorflow()
+    tf = network.import_tensorflow()
     network = unet(backbone)
     pictures, masks = blobs_and_masks(16, 512, 512, CLASSES)
     samples = [(f"slice {i}", pictures[i % 16], masks[i % 16]) for i in range(images)]
@@ -308,7 +308,7 @@ def pass_ratio(backbone, images, repeats):
 
 def network_ratio(repeats):
     """Seconds an image of Unet/vgg16 and of the original U-Net, whose speed on GPUs is published; their ratio."""
-    tf = models.import_tensorflow()
+    tf = network.import_tensorflow()
     images, seconds_an_image = 2, []
     for name, network, size in (
         ("Unet/vgg16", unet("vgg16", 512), 512),

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import pytest
 import yaml
 from chaos_proxy import ChaosProxy
-from conftest import (
+from helpers import (
     MODEL,
     SCRIPT,
     SPLIT,

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from chaos_proxy import ChaosProxy
-from conftest import (
+from helpers import (
     MODEL,
     MODEL_ID,
     ROOT,
@@ -276,7 +276,7 @@ def test_seeds_do_what_they_say(counted, monkeypatch):
 
     assert random_after_inference(2) != random_after_inference(3) == random_after_inference(3)
     assert random_after(3) == random.Random(3).random()
-    tf = models.import_tensorflow()
+    tf = network.import_tensorflow()
     assert np.random.random() == np.random.RandomState(4).random()
     assert tf.compat.v1.get_seed(None)[0] == 5
     metadata = results(counted / "bucket")[-1]["metadata"]

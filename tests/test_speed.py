@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmark import multiply, peak_megabytes, seconds
 from chaos_proxy import ChaosProxy
-from conftest import SCRIPT, arguments, blobs_and_masks, run_tool, write_split
+from helpers import SCRIPT, arguments, blobs_and_masks, run_tool, write_split
 from fake_gcs import fake_gcs_server
 from test_run import SPLIT, upload
 

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 from chaos_proxy import ChaosProxy
-from conftest import (
+from helpers import (
     MODEL,
     SCRIPT,
     SPLIT,
