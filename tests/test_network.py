@@ -690,6 +690,14 @@ def test_deeply_nested_groups_are_not_walked(path, pspnet):
 # TensorFlow's start
 
 
+START = """
+import os, network, terminal
+terminal.open_streams()
+network.import_tensorflow()
+os.write(2, b"after\\n")
+"""
+
+
 def start(tmp_path, body, **environment):
     """Start TensorFlow as the tool does, with a stand-in that does what `body` says."""
     (tmp_path / "tensorflow.py").write_text(f"import os, sys\n{body}\n")
@@ -697,11 +705,7 @@ def start(tmp_path, body, **environment):
     if environment.get("TF_CPP_MIN_LOG_LEVEL") == "3":  # this process has set it
         del environment["TF_CPP_MIN_LOG_LEVEL"]
     return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import network; network.import_tensorflow(); os = network.os; os.write(2, b'after\\n')",
-        ],
+        [sys.executable, "-c", START],
         env=environment,
         capture_output=True,
         text=True,
@@ -737,6 +741,11 @@ def test_an_exception_is_seen(tmp_path):
     process = start(tmp_path, NOISE + "raise ImportError('libfoo.so is missing')")
     assert process.returncode == 1
     assert process.stderr.endswith("ImportError: libfoo.so is missing\n") and "cuInit" not in process.stderr
+
+
+def test_what_the_tool_itself_writes_meanwhile_is_seen_at_once(tmp_path):
+    process = start(tmp_path, NOISE + DEVICES + "sys.stderr.write('I0000  50 %'); sys.stderr.flush(); os._exit(3)")
+    assert (process.returncode, process.stderr) == (3, "I0000  50 %")
 
 
 @pytest.mark.parametrize("environment", [{"PATH": "/nowhere"}, {"TF_CPP_MIN_LOG_LEVEL": "0"}])
