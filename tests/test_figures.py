@@ -62,7 +62,7 @@ def result(name="class0", folder="class_0", centre=0.6, width=0.2, height=0.8, m
         "band_low": 0.9 * at_blocks,
         "band_high": np.minimum(1.1 * at_blocks, 1),
     }
-    return ClassResult(name, folder, trained, curve, SimpleNamespace(**{**values, **confidence}))
+    return ClassResult(name, folder, trained, curve, SimpleNamespace(**{**values, **confidence}), None)
 
 
 def draw(results, metric_name="iou_score", title="title"):
