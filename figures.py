@@ -197,7 +197,7 @@ def _numbers(result, metric_name):
         ("gain unknown" if confidence.gain is None else f"gain {confidence.gain:+.4f}")
         + f"{interval(confidence.gain_interval, '{:+.4f}'.format)} over {trained.metric_at_half:.4f} at 0.5",
         ("" if expected is None else f"{expected:.4f} expected on new images; ")
-        + f"{curve.tp[0] + curve.fn[0]:,} positive pixels",
+        + f"{curve.tp[0] + curve.fn[0]:,} positives",
     )
 
 

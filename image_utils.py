@@ -36,7 +36,8 @@ MAX_CLASSES = 100  # counts take some 5 MB a class
 MAX_PAGES = 32  # of a TIFF, thumbnails included
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_COLOURS = {2: "in colour", 3: "with a palette", 4: "with transparency", 6: "in colour, with transparency"}
+PNG_COLOURS = {2: "is in colour", 3: "has a palette", 4: "has transparency", 6: "is in colour, with transparency"}
+TIFF_COLOURS = {2: "is in colour", 3: "has a palette", 5: "is in colour", 6: "is in colour", 8: "is in colour"}
 OTHER_FORMATS = {  # by how a file begins
     PNG_SIGNATURE: "a PNG file",
     **dict.fromkeys(TiffImagePlugin.PREFIXES, "a TIFF file"),
@@ -415,10 +416,10 @@ def _open_png(data, url, target_size, depths):
             width, height, depth, colour = struct.unpack_from(">IIBB", data, start + 8)
             _check_size(width, height, url, target_size)
             if colour != 0:
-                raise _not_grey(url, PNG_COLOURS.get(colour, f"of colour type {colour}"))
+                raise _not_grey(url, PNG_COLOURS.get(colour, f"has colour type {colour}"))
             _check_depth(depth, url, depths)
         elif kind not in (b"PLTE", b"IDAT", b"IEND") or len(kept) == 1:
-            raise DatasetError(f"{url} is no standard PNG (it has a chunk {kind!r}): save it again as PNG")
+            raise DatasetError(f"{url} is no standard PNG (it has a chunk {kind.decode()}): save it again as PNG")
         if kind != b"PLTE":
             kept.append(data[start:position])
     return Image.open(io.BytesIO(b"".join(kept)), formats=["PNG"])
@@ -428,9 +429,13 @@ def _open_tiff(data, url, target_size, depths):
     """Open the page of a TIFF that is neither thumbnail nor transparency mask, if its tags let it pass."""
     if not data.startswith(tuple(TiffImagePlugin.PREFIXES)):
         raise _of_another_format(data, url)
+    if data.startswith(b"MM\0+"):  # Pillow takes it for a plain TIFF
+        raise DatasetError(f"{url} is a big-endian BigTIFF: save it as plain TIFF")
     pages = _pages(data, url)
+    if not all({256, 257} <= tags.keys() for tags in pages) or not pages:
+        raise ValueError("it is damaged or cut off: its size is missing")
     whole = [i for i, tags in enumerate(pages) if not tags.get(254, 0) & 5 and tags.get(255) != 2]
-    number = (whole or range(len(pages)))[0]
+    number = whole[0] if whole else 0
     tags = pages[number]
 
     def get(tag, default=None):
@@ -450,16 +455,16 @@ def _open_tiff(data, url, target_size, depths):
         raise DatasetError(
             f"{url} stores white as 0 (its photometric interpretation is 0, as with ImageJ's inverting LUT), so that "
             "programs disagree about its values: in ImageJ, choose Image > Lookup Tables > Invert LUT, see that the "
-            "values are as meant, and save it again"
+            "values are as meant, and save it again; in Python, save numbers of the type uint8, not bool"
         )
     for refused, what in (
-        (photometric == 3, "with a palette"),
-        (photometric != 1, f"of photometric interpretation {photometric}"),
-        (get(277, 1) != 1 or 338 in tags, "with several channels"),
-        (get(339, 1) == 2, "of signed numbers: its sample format is 2"),
-        (get(339, 1) == 3, "of floating-point numbers: its sample format is 3"),
-        (get(339, 1) != 1, f"of sample format {get(339)}"),
-        (get(266, 1) != 1, f"of reversed bits: its fill order is {get(266)}"),
+        (photometric is None, "does not say whether 0 is black: it has no photometric interpretation"),
+        (photometric != 1, TIFF_COLOURS.get(photometric, f"has the photometric interpretation {photometric}")),
+        (get(277, 1) != 1 or 338 in tags, "has several channels"),
+        (get(339, 1) == 2, "holds signed numbers: its sample format is 2"),
+        (get(339, 1) == 3, "holds floating-point numbers: its sample format is 3"),
+        (get(339, 1) != 1, f"has the sample format {get(339)}"),
+        (get(266, 1) != 1, f"has its bits in another order: its fill order is {get(266)}"),
     ):
         if refused:
             raise _not_grey(url, what)
@@ -501,7 +506,7 @@ def _check_size(width, height, url, target_size):
 
 def _check_depth(depth, url, depths):
     if depth not in depths:
-        raise _not_grey(url, f"of {depth} bits a pixel")
+        raise _not_grey(url, f"has {depth}-bit pixels")
 
 
 def _check_orientation(exif, url):
@@ -517,7 +522,7 @@ def _turned(orientation, url):
 
 
 def _not_grey(url, what):
-    return DatasetError(f"{url} is not 8-bit greyscale (but {what}): convert it")
+    return DatasetError(f"{url} is not 8-bit greyscale (it {what}): convert it")
 
 
 def _of_another_format(data, url):

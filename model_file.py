@@ -148,11 +148,14 @@ def _layers_of(description):
     if len(networks) == 1 and not others:
         return _layers_of(networks[0])
     if networks:
-        names = ", ".join(_described(layer).name for layer in others or networks)
-        raise ModelError(
-            f"the network in model.hdf5 is part of another one, which train_config does not describe: {names[:200]}"
-        )
+        raise ModelError(_part_of_another(_described(layer).name for layer in others or networks))
     return [_described(layer) for layer in layers]
+
+
+def _part_of_another(others):
+    """For a network that is a layer of another one, beside other layers, given by their names."""
+    names = ", ".join(others)[:200]
+    return f"the network in model.hdf5 is part of another one, which train_config does not describe: {names}"
 
 
 def _described(layer):
@@ -190,24 +193,22 @@ class StoredLayer(NamedTuple):
     arrays: dict  # h5py.Dataset by what it is: kernel, bias, gamma, ...
 
 
-def stored_layers(file, num_layers):
+def stored_layers(file):
     """The layers of the file that have weights, each once, in the file's order.
 
     Parameters
     ----------
     file : h5py.File
-    num_layers : int
-        Layers with weights that the network has. Where the file has one, for more than one, that one is the network,
-        and its layers are in the names of its weights.
 
     Returns
     -------
     list of StoredLayer
-        Nothing of the arrays has been read, but each has as many numbers as it says.
+        Where one layer is a network itself, that network's layers, which the names of its weights tell. Nothing of the
+        arrays has been read, but each has as many numbers as it says.
     """
     if "layer_names" not in file.attrs and "layer_names0" not in file.attrs:
         if "model_weights" in file:
-            return stored_layers(_follow(file, "model_weights"), num_layers)
+            return stored_layers(_follow(file, "model_weights"))
         if "layers" in file or "_layer_checkpoint_dependencies" in file:
             raise ModelError(
                 "its weights are in the layout of Keras 3 (.weights.h5): save the model as HDF5 with Keras 2"
@@ -223,12 +224,21 @@ def stored_layers(file, num_layers):
             raise ModelError(f"it names more than {MAX_NAMES} weights")
         if weights:
             stored[name] = [(weight, _plain_array(_follow(group, weight), weight)) for weight in weights]
-    if len(stored) == 1 and num_layers > 1:
-        (weights,) = stored.values()
-        stored = {}
-        for weight, array in weights:
-            stored.setdefault(weight.rpartition("/")[0].rpartition("/")[2], []).append((weight, array))
+    inner = {name: list(dict.fromkeys(_layer_of(weight) for weight, _ in stored[name])) for name in stored}
+    networks = [name for name in stored if len(inner[name]) > 1]
+    if networks and len(stored) > 1:
+        raise ModelError(_part_of_another(name for name in stored if name not in networks[:1]))
+    for network in networks:
+        stored = {
+            name: [(weight, array) for weight, array in stored[network] if _layer_of(weight) == name]
+            for name in inner[network]
+        }
     return [StoredLayer(name, _by_kind(name, weights)) for name, weights in stored.items()]
+
+
+def _layer_of(weight):
+    """The name of its layer, in the name of a weight: <layer>/<kernel>:0."""
+    return weight.rpartition("/")[0].rpartition("/")[2]
 
 
 def _by_kind(layer_name, weights):

@@ -398,11 +398,14 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
         except out_of_memory as error:  # a GPU may report it only where its results are read
             did_not_fit.append(batch_size)
             if batch_size == 1:
-                if not isinstance(error, MemoryError) and not MEMORY_WORDS.search(str(error)):
+                # TensorFlow puts the lines of a traceback before the one that counts.
+                lines = [line.strip() for line in str(error).splitlines()]
+                reasons = [line for line in lines if MEMORY_WORDS.search(line) and not line.startswith("File ")]
+                if not reasons and not isinstance(error, MemoryError):
                     raise
                 raise ModelError(
                     f"no batch of {', '.join(map(str, did_not_fit))} images of {width} x {height} pixels fits into "
-                    f"memory: {first_line(error)}"
+                    f"memory: {first_line(reasons[0] if reasons else error)}"
                 ) from error
             samples = itertools.chain(*(part for part, _ in started), batch, samples)  # neither was added yet
             started = following = []  # gives their memory back

@@ -58,7 +58,7 @@ def _without_log_lines():
 def import_tensorflow():
     """TensorFlow with Keras 2 behind `tf.keras`, quiet; segmentation-models finds both as it needs them.
 
-    Who sets TF_CPP_MIN_LOG_LEVEL sees TensorFlow's own messages.
+    Who sets TF_CPP_MIN_LOG_LEVEL to 0, 1 or 2 sees TensorFlow's own messages.
 
     Raises
     ------
@@ -68,10 +68,8 @@ def import_tensorflow():
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
     os.environ["SM_FRAMEWORK"] = "tf.keras"
     sys.modules.setdefault("pandas", None)  # where it is installed Keras would import it, for nothing that is used here
-    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
-        return _start_tensorflow()
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    with _without_log_lines():
+    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _without_log_lines() if level == "3" else contextlib.nullcontext():
         return _start_tensorflow()
 
 
@@ -119,11 +117,6 @@ def strategy(tf):
     if len(devices) == 1:
         return tf.distribute.get_strategy()
     return tf.distribute.MirroredStrategy([device.name for device in devices])
-
-
-def device_names():
-    """Names of the GPUs that the network runs on, joined by commas; empty for a CPU."""
-    return device_facts()["gpu"] or ""
 
 
 def device_facts():
@@ -324,12 +317,8 @@ def _mentions_of(word, config, depth=20):
     for key, value in config.items() if depth else ():
         if isinstance(value, dict):
             found += _mentions_of(word, value, depth - 1)
-        if word in f"{key} {value if isinstance(value, str) else ''}".lower() and value not in (
-            None,
-            False,
-            "None",
-            "",
-        ):
+        switched_off = value in (None, False, "None", "")
+        if word in f"{key} {value if isinstance(value, str) else ''}".lower() and not switched_off:
             found.append(f"{reprlib.repr(key)}: {reprlib.repr(value)}")
     return found[:3]
 
@@ -341,33 +330,33 @@ def _mentions_of(word, config, depth=20):
 def _compare(described, network, num_classes, target_size):
     """Raise ModelError unless the layers that a file describes are those of the network.
 
-    What the parameters of segmentation-models decide is compared: size, number of classes, activation, and the names,
-    kinds and order of the layers. The spelling of the rest changed from version to version of Keras.
+    What the parameters of segmentation-models decide is compared: number of classes, the names, kinds and order of the
+    layers, activation, and size. The spelling of the rest changed from version to version of Keras.
     """
     classes = next((layer.filters for layer in reversed(described) if layer.filters is not None), None)
     if classes != num_classes:
         raise ModelError(_other_classes("the network in model.hdf5 has", classes, num_classes))
-    saved, rebuilt = described[-1].activation, network.layers[-1].activation.__name__
-    if saved != rebuilt:
-        raise ModelError(
-            f"the network in model.hdf5 ends in {reprlib.repr(saved)}, the one that train_config describes in "
-            f"{rebuilt!r}: write the activation that it was trained with into model_parameters"
-        )
-    shape = next(layer.shape for layer in described if layer.shape)
-    _check_size("the network in model.hdf5", shape[1:3], target_size)
     automatic = _automatic_names(network)
     saved = [f"{name} ({layer.kind})" for name, layer in zip(_identities(described, automatic), described, strict=True)]
     rebuilt = [
         f"{name} ({type(layer).__name__})"
         for name, layer in zip(_identities(network.layers, automatic), network.layers, strict=True)
     ]
-    _check_same_layers(saved, rebuilt)
-    for number, (one, other) in enumerate(zip(saved, rebuilt, strict=True)):
-        if one != other:
+    _check_same_layers(saved[:-1], rebuilt[:-1])  # the last one has the name of the activation
+    for number, (there, here) in enumerate(zip(saved[:-1], rebuilt[:-1], strict=True)):
+        if there != here:
             raise ModelError(
                 f"the layers in model.hdf5 come in another order than those that train_config describes: number "
-                f"{number} is {reprlib.repr(one)} there, {other!r} here"
+                f"{number} is {there[:80]!r} there, {here!r} here"
             )
+    there, here = described[-1].activation, network.layers[-1].activation.__name__
+    if there != here:
+        raise ModelError(
+            f"the network in model.hdf5 ends in {reprlib.repr(there)}, the one that train_config describes in "
+            f"{here!r}: write the activation that it was trained with into model_parameters"
+        )
+    shape = next((layer.shape for layer in described if layer.shape), [None] * 4)
+    _check_size("the network in model.hdf5", shape[1:3], target_size)
 
 
 def _check_same_layers(saved, rebuilt):
@@ -376,8 +365,10 @@ def _check_same_layers(saved, rebuilt):
         [name for name in names if name not in others]
         for names, others in ((saved, set(rebuilt)), (rebuilt, set(saved)))
     )
-    if only_saved or only_rebuilt:
-        there, here = (", ".join(map(reprlib.repr, names[:3])) or "none" for names in (only_saved, only_rebuilt))
+    if only_saved or only_rebuilt or len(saved) != len(rebuilt):
+        there, here = (
+            ", ".join(repr(name[:80]) for name in names[:3]) or "none" for names in (only_saved, only_rebuilt)
+        )
         raise ModelError(
             f"the network in model.hdf5 does not fit the one that train_config describes: {len(only_saved)} layers are "
             f"only there ({there}), {len(only_rebuilt)} only here ({here})"
@@ -420,7 +411,7 @@ def _load_weights(file, network, num_classes):
     import model_file
 
     layers = [layer for layer in network.layers if layer.weights]
-    stored = model_file.stored_layers(file, len(layers))
+    stored = model_file.stored_layers(file)
     automatic = _automatic_names(network)
     in_file = dict(zip(_identities(stored, automatic), stored, strict=True))
     identities = _identities(layers, automatic)

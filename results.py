@@ -20,7 +20,7 @@ import yaml
 
 import models
 import terminal
-from confidence import LEVEL, REPLICATES, Confidence, GuaranteedRecall
+from confidence import FEWEST_BLOCKS, LEVEL, REPLICATES, Confidence, GuaranteedRecall
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
 from errors import BucketError
 
@@ -41,6 +41,8 @@ class ClassResult(NamedTuple):
 
 def what_intervals_rest_on(blocks):
     """A sentence on the blocks of a run."""
+    if blocks.number < FEWEST_BLOCKS:
+        return f"No intervals: they would rest on {blocks.number} {blocks.kind} only, and {FEWEST_BLOCKS} are needed."
     return f"Intervals rest on {blocks.number} {blocks.kind} and speak of {blocks.speaks_of}."
 
 

@@ -24,6 +24,8 @@ def open_streams():
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
+    # Descriptor 2 is left to native code, whose log lines are kept off the screen now and then.
+    sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")  # noqa: SIM115
 
 
 def end_on_signals():

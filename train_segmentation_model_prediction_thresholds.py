@@ -100,6 +100,7 @@ def run(args, cluster):
     """
     started = time.monotonic()
     models.check_optimisation()
+    models.check_metric(args.optimizing_class_metric)
     random.seed(args.random_module_global_seed)
     np.random.seed(args.numpy_random_global_seed)
 

@@ -3,6 +3,7 @@
 Usage: python3 terraform/check_gpu.py
 """
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -76,21 +77,21 @@ def refuse_what_cannot_work(gpus):
 
 
 def libraries_that_do_not_load():
-    """`<library>: <the loader's reason>` for each of `LIBRARIES` that does not load."""
+    """(library, the loader's reason) for each of `LIBRARIES` that does not load."""
     folders = [*site.getsitepackages(), site.getusersitepackages()]
     for library in LIBRARIES:
         from_pip = [path for folder in folders for path in Path(folder).glob(f"nvidia/*/lib/{library}")]
         try:
             ctypes.CDLL(str(next(iter(from_pip), library)), mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
-            yield f"{library} ({error})"
+            yield library, error
 
 
 def fail(what):
     """End with `what`, or with the libraries that explain it."""
     if missing := list(libraries_that_do_not_load()):
         sys.exit(
-            f"error: {what}: missing or damaged: {', '.join(missing)}; "
+            f"error: {what}: missing or damaged: {', '.join(library for library, _ in missing)} ({missing[0][1]}); "
             "pip install --force-reinstall -r requirements.txt -r requirements-gpu.txt"
         )
     if "CUDA_VISIBLE_DEVICES" in os.environ:
@@ -98,19 +99,36 @@ def fail(what):
     sys.exit(f"error: {what}; TF_CPP_MIN_LOG_LEVEL=0 before this command shows what TensorFlow says to it")
 
 
+@contextlib.contextmanager
+def quiet():
+    """Keep off the screen what TensorFlow's native code says, unless TF_CPP_MIN_LOG_LEVEL asks for it."""
+    screen = os.dup(2)
+    if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        yield
+    finally:
+        os.dup2(screen, 2)
+
+
 def main():
     gpus = gpus_of_the_driver()
     refuse_what_cannot_work(gpus)
+    with quiet():
+        compute_on(len(gpus))
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+def compute_on(number_of_gpus):
+    """A convolution on each GPU."""
     import tensorflow as tf
 
     try:
         seen = tf.config.list_logical_devices("GPU")
     except (RuntimeError, tf.errors.OpError) as error:
         fail(f"TensorFlow cannot start on the GPU: {str(error).splitlines()[0]}")
-    if len(seen) != len(gpus):
-        fail(f"TensorFlow sees {len(seen)} of {len(gpus)} GPUs")
+    if len(seen) != number_of_gpus:
+        fail(f"TensorFlow sees {len(seen)} of {number_of_gpus} GPUs")
     for gpu in seen:
         try:
             with tf.device(gpu.name):
@@ -121,7 +139,7 @@ def main():
             fail(f"a convolution failed on {gpu.name}: {str(error).splitlines()[0]}")
         if not pixels.device.endswith(gpu.name) or total != 9 * 36:
             fail(f"a convolution meant for {gpu.name} ran on {pixels.device} and its sum is {total}, not {9 * 36}")
-    print(f"TensorFlow {tf.__version__} computes on {len(seen)} of {len(gpus)} GPUs")
+    print(f"TensorFlow {tf.__version__} computes on {len(seen)} of {number_of_gpus} GPUs")
 
 
 if __name__ == "__main__":

@@ -2,22 +2,24 @@
 
 import subprocess
 import sys
-import threading
 
 import h5py
 import numpy as np
 import pytest
 from helpers import ROOT, TRAIN_CONFIG, blobs_and_masks
+from PIL import Image
 
 import models
-from counts import COARSE_BIN, COARSE_EDGES, GRID, Counts, bootstrap_weights, confusion
+from counts import BLOCK_THRESHOLDS, THRESHOLDS, Counts, confusion
+from errors import ModelError
+from network import build_network, import_tensorflow
 
 NAMES = ["class0 (class_0)", "class1 (class_1)"]
 
 
 @pytest.fixture(scope="module")
 def tf():
-    return network.import_tensorflow()
+    return import_tensorflow()
 
 
 @pytest.fixture(scope="module")
@@ -26,53 +28,99 @@ def data():
     return [(f"slice {i}", image, mask) for i, (image, mask) in enumerate(zip(images, masks, strict=True))]
 
 
-def count(network, data, batch_size=4, shown=()):
-    counts = Counts.empty(2, *data[0][1].shape)
+def count(network, data, batch_size=4, shown=(), blocks=None, names=NAMES):
+    """Counts of the data, in 3 blocks unless said otherwise, and what was said of batches that did not fit."""
+    blocks = np.arange(len(data)) % 3 if blocks is None else blocks
+    counts = Counts.empty(len(names), *data[0][1].shape, max(blocks) + 1)
     smaller = []
-    sizes = list(models.count_probabilities(network, data, counts, NAMES, batch_size, set(shown), smaller.append))
+    sizes = list(
+        models.count_probabilities(
+            network, data, blocks, counts, names, batch_size, set(shown), lambda *sizes: smaller.append(sizes)
+        )
+    )
     assert sum(sizes) == counts.images == len(data)
     return counts, smaller
 
 
+def test_the_list_of_thresholds():
+    assert THRESHOLDS.dtype == np.float32
+    assert THRESHOLDS[0] == 2**-40 and THRESHOLDS[-1] == 1 - 2**-24
+    assert 0.5 in THRESHOLDS and 0.5 in BLOCK_THRESHOLDS
+    t = THRESHOLDS.astype(np.float64)
+    step, room = np.diff(t), np.minimum(t, 1 - t)
+    assert (step > 0).all() and step.max() == 1 / 65536
+    # never wider apart than 1 / 1024 of the smaller of t and 1 - t, but for float32's own last step
+    assert (step <= np.maximum(np.minimum(room[1:], room[:-1]) / 1024, 2**-24 * (t[1:] > 0.5))).all()
+    np.testing.assert_array_equal(BLOCK_THRESHOLDS, THRESHOLDS[::64])
+
+
+def constant_network(tf, probabilities):
+    """A network that gives each image these probabilities, shape (height, width, classes), whatever it shows."""
+    inputs = tf.keras.Input((None, None, 1))
+    constant = tf.constant(probabilities, tf.float32)
+    return tf.keras.Model(inputs, tf.keras.layers.Lambda(lambda x: 0 * x[..., :1] + constant)(inputs))
+
+
+def test_the_bin_of_every_probability_is_exact(tf):
+    rng = np.random.default_rng(0)
+    tiny = np.float32([0, -0.0, 1, 1e-45, 1e-40, 2**-126, 2**-41])
+    each = [np.nextafter(THRESHOLDS, np.float32(0)), THRESHOLDS, np.nextafter(THRESHOLDS, np.float32(1)), tiny]
+    each += [10 ** rng.uniform(-46, 0, 10**6), 1 - 10 ** rng.uniform(-8, 0, 10**6), rng.random(10**6)]
+    p = np.concatenate(each).astype(np.float32)
+    p = np.resize(p, (-(-len(p) // 2**18), 2**18)).T.reshape(512, 512, -1)
+    masks = (rng.random(p.shape) < 0.3).astype(np.uint8)
+    names = [f"class{i}" for i in range(p.shape[2])]
+    counts, _ = count(constant_network(tf, p), [("image", masks[..., 0], masks)], 1, ["image"], names=names)
+    np.testing.assert_array_equal(counts.shown_bins[0], np.searchsorted(THRESHOLDS, p, side="left"))
+    for i in range(p.shape[2]):
+        for truth in (0, 1):
+            own = p[..., i][masks[..., i] == truth]
+            for thresholds, histogram in (
+                (THRESHOLDS, counts.histogram),
+                (BLOCK_THRESHOLDS, counts.block_histograms[0]),
+            ):
+                expected = np.bincount(np.searchsorted(thresholds, own, side="left"), minlength=len(thresholds) + 1)
+                np.testing.assert_array_equal(histogram[i, truth], expected)
+
+
+def predictions(network, data, batch_size=4):
+    """Of tf-keras, compiled and in the same batches as in the pass: else a convolution may sum in another order."""
+    images = np.stack([image for _, image, _ in data])
+    padded = np.concatenate([images, *[images[-1:]] * (-len(images) % batch_size)])
+    batches = (padded * (1 / 255)).astype(np.float32)[..., None].reshape(-1, batch_size, *images.shape[1:], 1)
+    return np.concatenate([network.predict_on_batch(batch) for batch in batches])[: len(images)]
+
+
 def test_counts_are_those_of_keras_metrics(tf, tiny_network, data):
     counts, _ = count(tiny_network, data, shown=["slice 2", "slice 10"])
-    images = np.stack([image for _, image, _ in data])
     truth = np.stack([mask for _, _, mask in data])
-    # compiled and in the same batches as in the pass: else a convolution may sum in another order
-    probabilities = np.concatenate(
-        [
-            tiny_network.predict_on_batch((images[i : i + 4] * (1 / 255)).astype(np.float32)[..., None])
-            for i in range(0, 11, 4)
-        ]
-    )
-    spread = np.quantile(np.ceil(probabilities * GRID), np.linspace(0, 1, 60)).astype(int)
-    positions = np.unique(np.concatenate([spread, spread - 1, [0, 1, GRID // 2, GRID - 1, GRID]]))
-    thresholds = [float(k) / GRID for k in positions]
+    probabilities = predictions(tiny_network, data)
+    bins = np.searchsorted(THRESHOLDS, probabilities)
+    spread = np.quantile(bins, np.linspace(0, 1, 60)).astype(int)
+    positions = np.unique(np.concatenate([spread, spread - 1, [0, 1, len(THRESHOLDS) - 1]]))
     for c in range(2):
         ours = confusion(counts.histogram[c])
         assert len(np.unique(ours[0][positions])) > 40
         for metric, own in zip(
             ("TruePositives", "FalsePositives", "FalseNegatives", "TrueNegatives"), ours, strict=True
         ):
-            keras_metric = getattr(tf.keras.metrics, metric)(thresholds=thresholds)
+            keras_metric = getattr(tf.keras.metrics, metric)(thresholds=THRESHOLDS[positions].tolist())
             keras_metric.update_state(truth[..., c], probabilities[..., c])
             np.testing.assert_array_equal(
                 own[positions], keras_metric.result().numpy().astype(np.int64), err_msg=metric
             )
 
     assert counts.shown_names == ["slice 2", "slice 10"]
-    np.testing.assert_array_equal(counts.shown_bins, np.ceil(probabilities[[2, 10]] * GRID))
+    np.testing.assert_array_equal(counts.shown_bins, bins[[2, 10]])
     np.testing.assert_array_equal(counts.shown_truth, truth[[2, 10]] == 1)
 
-    # the replicates are the same histogram, coarser, each image weighted by its own draws
-    expected = np.zeros_like(counts.replicates)
-    bins = COARSE_BIN[np.ceil(probabilities * GRID).astype(int)]
-    for i, (name, _, mask) in enumerate(data):
-        for c in range(2):
-            for value in (0, 1):
-                own = np.bincount(bins[i, ..., c][mask[..., c] == value], minlength=len(COARSE_EDGES))
-                expected[:, c, value] += np.outer(bootstrap_weights(name), own)
-    np.testing.assert_array_equal(counts.replicates, expected)
+    # the blocks are the same counts, at every 64th threshold
+    for ours, whole in zip(confusion(counts.block_histograms), confusion(counts.histogram), strict=True):
+        np.testing.assert_array_equal(ours.sum(axis=0), whole[..., ::64])
+    for block in range(3):
+        above = probabilities[block::3, ..., None] > BLOCK_THRESHOLDS[::100]
+        tp = (above & (truth[block::3, ..., None] == 1)).sum(axis=(0, 1, 2))
+        np.testing.assert_array_equal(confusion(counts.block_histograms[block])[0][:, ::100], tp)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 11, 16])
@@ -83,63 +131,198 @@ def test_counts_do_not_depend_on_the_batch_size(tiny_network, data, batch_size):
     drift = np.abs(np.cumsum(counts.histogram - reference.histogram, axis=2))
     assert drift.sum() <= 0.02 * reference.histogram.sum()
     np.testing.assert_array_equal(counts.histogram.sum(axis=2), reference.histogram.sum(axis=2))
+    np.testing.assert_array_equal(counts.block_histograms.sum(axis=3), reference.block_histograms.sum(axis=3))
 
 
 def test_counts_do_not_depend_on_how_the_images_are_divided(tiny_network, data):
     whole, _ = count(tiny_network, data)
-    parts = [count(tiny_network, part)[0] for part in (data[:5], data[5:6], data[6:])]
-    np.testing.assert_array_equal(sum(part.histogram for part in parts), whole.histogram)
-    np.testing.assert_array_equal(sum(part.replicates for part in parts), whole.replicates)
+    parts = Counts.empty(2, 64, 96, 3)
+    for own in (slice(0, 5), slice(5, 6), slice(6, 11)):
+        blocks = (np.arange(11) % 3)[own]
+        list(models.count_probabilities(tiny_network, data[own], blocks, parts, NAMES, 4, set(), print))
+    np.testing.assert_array_equal(parts.histogram, whole.histogram)
+    np.testing.assert_array_equal(parts.block_histograms, whole.block_histograms)
 
 
 def test_a_pixel_is_an_exact_table_value(tf, data):
     inputs = tf.keras.Input((None, None, 1))
     outputs = tf.keras.layers.Concatenate()([inputs, 1 - inputs])
     counts, _ = count(tf.keras.Model(inputs, outputs), data)
-    values = np.stack([image for _, image, _ in data]).ravel() * (1 / 255)
-    expected = np.bincount(np.ceil(values.astype(np.float32) * np.float32(GRID)).astype(int), minlength=GRID + 1)
+    values = (np.stack([image for _, image, _ in data]).ravel() * (1 / 255)).astype(np.float32)
+    expected = np.bincount(np.searchsorted(THRESHOLDS, values), minlength=len(THRESHOLDS) + 1)
     np.testing.assert_array_equal(counts.histogram[0].sum(axis=0), expected)
 
 
-class MemoryHog:
-    """Layers that really ask for more memory than there is once a batch is larger than `limit`."""
+def test_32_classes_in_a_batch_of_1024(tf):
+    """Indices of all classes and images together would not fit into 32 bits."""
+    rng = np.random.default_rng(0)
+    p = rng.random((32, 32, 32), np.float32)
+    masks = (rng.random((8, 32, 32, 32)) < 0.5 * p).astype(np.uint8)
+    data = [(f"slice {i}", masks[0, ..., 0], masks[i % 8]) for i in range(1500)]
+    names = [f"class{i}" for i in range(32)]
+    counts, _ = count(constant_network(tf, p), data, 1024, blocks=[i // 750 for i in range(1500)], names=names)
+    truth = np.stack([mask for _, _, mask in data]).astype(bool)
+    for k in (0, 30_000, 66_560, 90_000):
+        above = p > THRESHOLDS[k]
+        tp, fp, fn, tn = (count[:, k] for count in confusion(counts.histogram))
+        np.testing.assert_array_equal(tp, (truth & above).sum(axis=(0, 1, 2)))
+        np.testing.assert_array_equal(fp, (~truth & above).sum(axis=(0, 1, 2)))
+        np.testing.assert_array_equal(tp + fp + fn + tn, 1500 * 32 * 32)
+    tp = confusion(counts.block_histograms)[0]
+    np.testing.assert_array_equal(tp[1, :, 1040], (truth[750:] & (p > 0.5)).sum(axis=(0, 1, 2)))
 
-    def __new__(cls, tf, limit):
-        inputs = tf.keras.Input((None, None, 1))
 
-        def hog(x):
-            too_much = tf.cast(tf.shape(x)[0] > limit, tf.int64) * 2**50
-            return tf.concat([x, x], axis=-1) + tf.reduce_sum(tf.random.uniform([too_much]))
+@pytest.mark.parametrize("lost", ["histogram", "coarse"])
+def test_counts_that_lose_a_pixel_are_a_bug(lost):
+    counts = Counts.empty(1, 2, 2, 1)
+    batch = {
+        "histogram": np.zeros((1, 2, len(THRESHOLDS) + 1), np.int64),
+        "coarse": np.zeros((2, 1, 2, len(BLOCK_THRESHOLDS) + 1), np.int64),
+    }
+    batch["histogram"][0, 1, 5], batch["coarse"][:, 0, 1, 1] = 8, 4
+    batch[lost][..., 1, 1 if lost == "coarse" else 5] -= 1
+    with pytest.raises(RuntimeError, match="2 images of 4 pixels"):
+        counts.add(["a", "b"], [0, 0], **batch)
+    assert counts.images == 0 and not counts.histogram.any()
 
-        return tf.keras.Model(inputs, tf.keras.layers.Lambda(hog)(inputs))
+
+def best_iou(truth, probabilities):
+    """Exact optimum over all distinct probabilities: positives are those above a threshold."""
+    order = np.argsort(-probabilities, kind="stable")
+    tp, above = np.cumsum(truth[order], dtype=np.int64), np.arange(1, len(order) + 1)
+    last_of_value = np.append(np.diff(probabilities[order]) != 0, True)
+    return (tp / (above + truth.sum(dtype=np.int64) - tp))[last_of_value].max()
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(-20, 1), (-14, 1), (-8, 1), (0, 1), (8, 1), (14, 1), (0, 0.005)])
+def test_the_best_threshold_is_on_the_list(tf, trained, shift, scale):
+    """Networks whose probabilities crowd at one end, or around 1/2: the best IoU is near the exact optimum's."""
+    network, data, last, (kernel, bias) = trained
+    last.set_weights([kernel * np.float32(scale), bias * np.float32(scale) + shift])
+    counts, _ = count(network, data, 8, names=["a", "b", "c"])
+    probabilities = network.predict(
+        np.stack([(image * (1 / 255)).astype(np.float32)[..., None] for _, image, _ in data]), batch_size=8, verbose=0
+    )
+    truth = np.stack([mask for _, _, mask in data])
+    tp, fp, fn, _ = confusion(counts.histogram)
+    for c in range(3):
+        exact = best_iou(truth[..., c].ravel(), probabilities[..., c].ravel())
+        assert exact > 0.3
+        assert abs((tp[c] / (tp[c] + fp[c] + fn[c])).max() - exact) <= 2e-5
+
+
+@pytest.fixture(scope="module")
+def trained(tf, sandbox):
+    """The sandbox's network, its validation split, its last layer, and that one's weights."""
+    network = tf.keras.models.load_model(next((sandbox / "models").iterdir()) / "model.hdf5", compile=False)
+    split = next((sandbox / "datasets").iterdir()) / "validation"
+    folders = sorted((split / "masks").iterdir())
+    data = []
+    for path in sorted((split / "images").iterdir()):
+        masks = np.stack([np.asarray(Image.open(folder / path.name)) > 0 for folder in folders], axis=-1)
+        data.append((path.name, np.asarray(Image.open(path)), masks.astype(np.uint8)))
+    last = next(layer for layer in reversed(network.layers) if layer.weights)
+    return network, data, last, last.get_weights()
+
+
+def lambda_network(tf, function):
+    inputs = tf.keras.Input((None, None, 1))
+    return tf.keras.Model(inputs, tf.keras.layers.Lambda(function)(inputs))
+
+
+def memory_hog(tf, limit):
+    """A network that really asks for more memory than there is once a batch is larger than `limit`."""
+
+    def hog(x):
+        too_much = tf.cast(tf.shape(x)[0] > limit, tf.int64) * 2**50
+        return tf.concat([x, x], axis=-1) + tf.reduce_sum(tf.random.uniform([too_much]))
+
+    return lambda_network(tf, hog)
 
 
 def test_a_batch_that_does_not_fit_is_halved(tf, data):
-    counts, smaller = count(MemoryHog(tf, limit=3), data, batch_size=8)
-    assert smaller == [4, 2]
-    reference, none = count(MemoryHog(tf, limit=100), data, batch_size=8)
+    counts, smaller = count(memory_hog(tf, limit=3), data, batch_size=8)
+    assert smaller == [(8, 4), (4, 2)]
+    reference, none = count(memory_hog(tf, limit=100), data, batch_size=8)
     assert none == []
     np.testing.assert_array_equal(counts.histogram, reference.histogram)
-    np.testing.assert_array_equal(counts.replicates, reference.replicates)
+    np.testing.assert_array_equal(counts.block_histograms, reference.block_histograms)
 
 
 def test_one_image_that_does_not_fit_is_an_error(tf, data):
-    with pytest.raises(models.ModelError, match="does not fit into memory"):
-        count(MemoryHog(tf, limit=0), data, batch_size=1)
+    with pytest.raises(ModelError, match="4, 2, 1 images of 96 x 64 .*memory.*OOM"):
+        count(memory_hog(tf, limit=0), data, batch_size=4)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), 1.5, -0.1])
+def failing_network(tf, error, limit):
+    """A network that fails as a device does whose memory is full once a batch is larger than `limit`."""
+
+    def fail(x):
+        if len(x) > limit:
+            raise error
+        return np.concatenate([x, x], axis=-1)
+
+    return lambda_network(tf, lambda x: tf.ensure_shape(tf.numpy_function(fail, [x], tf.float32), (*x.shape[:3], 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("AbortedError", "Operation received an exception: could not create a primitive"),
+        ("NotFoundError", "No algorithm worked!  Error messages:"),
+        ("InternalError", "Blas GEMM launch failed"),
+        ("UnknownError", "CUDNN_STATUS_ALLOC_FAILED"),
+        ("ResourceExhaustedError", "OOM when allocating tensor"),
+        (None, "Unable to allocate 7.00 GiB"),
+    ],
+)
+def test_no_memory_has_many_names(tf, data, name, text):
+    error = getattr(tf.errors, name)(None, None, text) if name else MemoryError(text)
+    counts, smaller = count(failing_network(tf, error, 3), data, batch_size=8)
+    assert smaller == [(8, 4), (4, 2)]
+    with pytest.raises(ModelError, match=f"2, 1 images of 96 x 64 .*memory.*{text[:20]}"):
+        count(failing_network(tf, error, 0), data, batch_size=2)
+
+
+def test_another_error_is_no_lack_of_memory(tf, data):
+    error = tf.errors.InternalError(None, None, "a shape that cannot be")
+    with pytest.raises(tf.errors.OpError, match="a shape that cannot be"):
+        count(failing_network(tf, error, 0), data, batch_size=2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1.5, -0.1, float("inf")])
 def test_probabilities_that_are_none_are_an_error(tf, data, bad):
     inputs = tf.keras.Input((None, None, 1))
     second = tf.where(inputs > 0.9, bad, inputs)
-    with pytest.raises(models.ModelError, match=r"class1 \(class_1\).*NaN or outside"):
+    with pytest.raises(ModelError, match=r"class1 \(class_1\).*NaN or outside"):
         count(tf.keras.Model(inputs, tf.concat([inputs, second], axis=-1)), data)
 
 
 def test_images_that_the_network_cannot_take_are_an_error(tiny_network):
     images, masks = blobs_and_masks(1, 50, 70, 2)
-    with pytest.raises(models.ModelError, match="70 x 50"):
+    with pytest.raises(ModelError, match="70 x 50"):
         count(tiny_network, [("slice", images[0], masks[0])])
+
+
+def test_damaged_counts_are_not_read(tiny_network, data, tmp_path):
+    counts, _ = count(tiny_network, data, shown=["slice 2"])
+    path = tmp_path / "counts.npz"
+    counts.save(path)
+    content = path.read_bytes()
+    read = Counts.load(path)
+    for name, value in vars(counts).items():
+        np.testing.assert_array_equal(getattr(read, name), value)
+    positions = range(0, len(content), len(content) // 60)
+    around = [i for start in (0, len(content) - 2048) for i in range(start, start + 2048, 41)]
+    for position in {*positions, *around}:
+        damaged = bytearray(content)
+        damaged[position] ^= 4
+        path.write_bytes(damaged)
+        assert Counts.load(path) is None, position
+    for length in (0, 1, 31, 32, 33, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        assert Counts.load(path) is None, length
+    assert Counts.load(tmp_path / "none.npz") is None
 
 
 def config(architecture, backbone, **parameters):
@@ -176,7 +359,7 @@ def test_networks_are_rebuilt_with_their_weights(tf, tmp_path, architecture, bac
     path = tmp_path / "model.hdf5"
     original.save(path) if whole else original.save_weights(path)
     parameters = {"activation": activation} | ({"input_shape": input_shape} if input_shape else {})
-    rebuilt = models.build_network(config(architecture, backbone, **parameters), 2, path)
+    rebuilt = build_network(config(architecture, backbone, **parameters), 2, path)
     x = np.random.default_rng(0).random((1, 96, 96, 1), np.float32)
     np.testing.assert_array_equal(rebuilt(x, training=False), original(x, training=False))
 
@@ -198,8 +381,8 @@ def test_networks_are_rebuilt_with_their_weights(tf, tmp_path, architecture, bac
     ],
 )
 def test_configurations_that_do_not_fit_are_errors(tiny_bucket, train_config, words):
-    with pytest.raises(models.ModelError, match=words):
-        models.build_network(train_config, 2, tiny_bucket / "models/segmentation-model-tiny/model.hdf5")
+    with pytest.raises(ModelError, match=words):
+        build_network(train_config, 2, tiny_bucket / "models/segmentation-model-tiny/model.hdf5")
 
 
 def test_weights_of_another_shape_are_an_error(tiny_network, tmp_path):
@@ -210,41 +393,15 @@ def test_weights_of_another_shape_are_an_error(tiny_network, tmp_path):
         data = file[kernel][kernel]["kernel:0"][...]
         del file[kernel][kernel]["kernel:0"]
         file[kernel][kernel]["kernel:0"] = data.transpose(3, 0, 1, 2)  # as many numbers, in another shape
-    with pytest.raises(models.ModelError, match="fit the network"):
-        models.build_network(TRAIN_CONFIG, 2, path)
-
-
-def test_tensorflow_works_outside_of_the_main_thread(tf, tmp_path, data, monkeypatch):
-    """What a signal handler raises comes in the main thread, and crashes TensorFlow now and then."""
-    import segmentation_models
-
-    threads = []
-
-    class Noted(tf.keras.layers.Layer):
-        def call(self, x):
-            threads.append(threading.current_thread())
-            return x
-
-    def unet(**_):
-        threads.append(threading.current_thread())
-        x = image = tf.keras.Input((None, None, 1))
-        for layer in (tf.keras.layers.Conv2D(2, 3, padding="same", activation="sigmoid"), Noted()):
-            x = layer(x)
-        return tf.keras.Model(image, x)
-
-    unet().save_weights(tmp_path / "weights.h5")
-    threads.clear()
-    monkeypatch.setattr(segmentation_models, "Unet", unet)
-    count(models.build_network(TRAIN_CONFIG, 2, tmp_path / "weights.h5"), data)
-    assert len(threads) >= 3
-    assert threading.main_thread() not in threads
+    with pytest.raises(ModelError, match="fit the network"):
+        build_network(TRAIN_CONFIG, 2, path)
 
 
 def test_several_devices_give_the_same_counts(tmp_path, tiny_bucket):
     """MirroredStrategy over logical CPUs: 11 images, 2 a replica, so that the last step leaves replicas without any."""
     program = """
 import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-import numpy as np, models
+import numpy as np, models, network as networks
 from helpers import TRAIN_CONFIG, blobs_and_masks
 from counts import Counts
 import os
@@ -253,12 +410,12 @@ import tensorflow as tf
 if int(sys.argv[2]) > 1:
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * int(sys.argv[2]))
-network = models.build_network(TRAIN_CONFIG, 2, sys.argv[3])
+network = networks.build_network(TRAIN_CONFIG, 2, sys.argv[3])
 assert network.distribute_strategy.num_replicas_in_sync == int(sys.argv[2])
 images, masks = blobs_and_masks(11, 64, 96, 2, seed=3)
-counts = Counts.empty(2, 64, 96)
+counts = Counts.empty(2, 64, 96, 4)
 data = [(f"slice {i}", *pair) for i, pair in enumerate(zip(images, masks))]
-steps = list(models.count_probabilities(network, data, counts, ["a", "b"], 2, {"slice 5"}, print))
+steps = list(models.count_probabilities(network, data, np.arange(11) % 4, counts, ["a", "b"], 2, {"slice 5"}, print))
 print(steps)
 counts.save(sys.argv[4])
 """
@@ -270,5 +427,5 @@ counts.save(sys.argv[4])
             [sys.executable, "-c", program, str(ROOT), str(replicas), str(weights), str(path)], check=True, timeout=120
         )
         found.append(Counts.load(path))
-    for name in ("histogram", "replicates", "shown_names", "shown_bins", "shown_images"):
+    for name in ("histogram", "block_histograms", "shown_names", "shown_bins", "shown_images"):
         np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
