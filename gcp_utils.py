@@ -249,22 +249,22 @@ class _GoogleBucket:
     def create(self, name, data):
         path = self._folder + _checked(name, self.url(""))
         content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        seconds = SOCKET_SECONDS + len(data) / UPLOAD_SPEED  # to send all of it counts as one step
 
-        def upload(bucket, socket_seconds):
+        def upload(bucket, seconds):
             bucket.blob(path).upload_from_string(
                 data,
                 content_type,
                 if_generation_match=0,
                 checksum="crc32c",  # which the server compares before it stores anything
-                timeout=min(seconds, socket_seconds),
+                timeout=seconds,
                 retry=None,
             )
             return True
 
         clash = None
         try:
-            if not self._ask("create", name, upload, seconds):
+            # To send all of it counts as one step.
+            if not self._ask("create", name, upload, SOCKET_SECONDS + len(data) / UPLOAD_SPEED):
                 raise self._no_bucket()
         except FileExistsError as error:
             clash = error  # with an earlier attempt at this very upload, whose answer was lost, or with another object
