@@ -59,7 +59,13 @@ def trained(tf, architecture, backbone, classes=2, **parameters):
 
 def shuffle_weights(network):
     rng = np.random.default_rng(1)
-    network.set_weights([rng.uniform(0.05, 0.15, weight.shape).astype("f4") for weight in network.get_weights()])
+
+    def any_weights(shape):
+        if len(shape) == 1:  # biases, and the means, variances, ... of normalisation
+            return rng.uniform(0.5, 1.5, shape).astype("f4")
+        return rng.normal(0, 1 / np.sqrt(np.prod(shape[:-1])), shape).astype("f4")  # keeps numbers in bounds
+
+    network.set_weights([any_weights(weight.shape) for weight in network.get_weights()])
 
 
 def build(train_config, path, classes=2, size=SIZE, warn=print):
@@ -582,6 +588,17 @@ def virtual(group, shape, path):
     group.create_virtual_dataset(KERNEL, layout)
 
 
+def link_to_another_file(group, shape, path):
+    with h5py.File(path.with_name("other.h5"), "w") as other:
+        other["kernel"] = np.zeros(shape, "f4")
+    group[KERNEL] = h5py.ExternalLink("other.h5", "/kernel")
+
+
+def link_to_another_place(group, shape, path):
+    group["kernel"] = np.zeros(shape, "f4")
+    group[KERNEL] = h5py.SoftLink("/kernel")
+
+
 def weight_names(names):
     return lambda group, path: group["final_conv"].attrs.__setitem__("weight_names", names)
 
@@ -603,6 +620,8 @@ HOSTILE_WEIGHTS = {
     "an external link to itself": replaced(
         lambda g, shape, path: g.__setitem__(KERNEL, h5py.ExternalLink(path.name, KERNEL))
     ),
+    "a link to another file": replaced(link_to_another_file),
+    "a link to another place": replaced(link_to_another_place),
     "a soft link to itself": replaced(lambda g, shape, path: g.__setitem__(KERNEL, h5py.SoftLink(f"/{KERNEL}"))),
     "a layer that is a link to itself": soft_loop,
     "external storage": replaced(
@@ -615,7 +634,11 @@ HOSTILE_WEIGHTS = {
         lambda g, shape, path: g.create_dataset(KERNEL, data=np.zeros(2**24, "f4"), compression="gzip")
     ),
     "compressed": replaced(
-        lambda g, shape, path: g.create_dataset(KERNEL, data=np.zeros(shape, "f4"), compression="gzip")
+        lambda g, shape, path: g.create_dataset(
+            KERNEL,
+            data=np.frombuffer(np.random.default_rng(0).bytes(4 * np.prod(shape)), "f4").reshape(shape),
+            compression="gzip",
+        )
     ),
     "texts": replaced(lambda g, shape, path: g.create_dataset(KERNEL, shape, h5py.string_dtype())),
     "references": replaced(lambda g, shape, path: g.create_dataset(KERNEL, shape, h5py.ref_dtype)),
