@@ -29,7 +29,7 @@ class UsageError(ExpectedError):
 
 
 class ConfigurationError(ExpectedError):
-    """A config.yaml cannot be used; the message names it."""
+    """A config.yaml, or what is configured in models.py, cannot be used; the message names it."""
 
 
 class DatasetError(ExpectedError):

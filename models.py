@@ -5,23 +5,29 @@ TensorFlow is imported only by the functions that run the network: a rerun from 
 
 import itertools
 import math
+import numbers
 import re
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS, confusion
-from errors import ModelError, NotConvergedError, first_line
+from errors import ConfigurationError, ModelError, NotConvergedError, UsageError, first_line
 
-# How thresholds are trained; these go to scipy.optimize.minimize_scalar and into the result. Should a class not
+# How thresholds are trained: this goes to scipy.optimize.minimize_scalar and into the result. Should a class not
 # converge, raise maxiter or the tolerance.
-OPT_BOUNDS = [0.0, 1.0]  # the thresholds to choose from, within [0, 1]
-OPT_METHOD = "bounded"  # the method of minimize_scalar that keeps to bounds
-OPT_TOL = 1e-4  # on the threshold; the grid of thresholds is 1.5e-5 wide
-OPT_OPTIONS = {"maxiter": 500}
+OPT_BOUNDS = [0.0, 1.0]  # the trained thresholds lie within
+OPT_METHOD = "bounded"  # or "brent" or "golden"
+OPT_TOL = 1e-4  # on the threshold: absolute for bounded, relative for brent and golden
+OPT_OPTIONS = {"maxiter": 500}  # maxiter, disp, and xatol (bounded) or xtol (brent, golden) instead of OPT_TOL
 
-CONFIDENCE = 0.95  # of the bootstrap intervals
+
+# ---------------------------------------------------------------------------------------------------------------
+# Class metrics
 
 
 def ratio(numerator, denominator):
@@ -36,10 +42,20 @@ def matthews_corrcoef(tp, fp, fn, tn):
     if isinstance(tp, np.ndarray):
         tp, fp, fn, tn = (count.astype(np.float64) for count in (tp, fp, fn, tn))
         return ratio(tp * tn - fp * fn, np.sqrt(tp + fp) * np.sqrt(tp + fn) * np.sqrt(tn + fp) * np.sqrt(tn + fn))
-    return (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn) or 1)
+    # Its square is a fraction. With counts below 2**63, two such squares differ by at least 2**-512, so roots rounded
+    # down to 640 bits are in the order of the exact ones.
+    covariance, product = tp * tn - fp * fn, (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    root = Fraction(math.isqrt((covariance**2 << 1280) // (product or 1)), 1 << 640)
+    return root if covariance >= 0 else -root
 
 
-# Every metric is a function of the four counts, larger is better; to add one, add a line.
+# To add a metric, add a line. A metric is a function of four counts of pixels: true positives, false positives, false
+# negatives, true negatives. Larger is better, and 0 / 0 is 0: `ratio` divides so. It is called in two ways, and leaves
+# its arguments as they are:
+# - with arrays of one shape, int64 or (in the bootstrap) float64, it returns a float64 array of that shape, finite;
+# - with Python integers it returns the same value exactly, as a Fraction (`ratio` gives one). Thresholds whose metrics
+#   float64 cannot tell apart are compared by it.
+# A metric that does otherwise ends the run with an error before the network runs (`check_metric`).
 CLASS_METRICS = {
     "iou_score": lambda tp, fp, fn, tn: ratio(tp, tp + fp + fn),
     "f1_score": lambda tp, fp, fn, tn: ratio(2 * tp, 2 * tp + fp + fn),
@@ -51,6 +67,146 @@ CLASS_METRICS = {
     "balanced_accuracy": lambda tp, fp, fn, tn: (ratio(tp, tp + fn) + ratio(tn, tn + fp)) / 2,
     "matthews_corrcoef": matthews_corrcoef,
 }
+
+# Form of the name: the metric to make best, and the one that must reach the level at the name's end.
+CONSTRAINED_METRICS = {
+    "precision_at_recall": ("precision", "recall"),
+    "recall_at_precision": ("recall", "precision"),
+    "iou_score_at_recall": ("iou_score", "recall"),
+}
+
+
+class ClassMetric(NamedTuple):
+    """A class metric to make best, where need be among the thresholds at which a second one reaches a level.
+
+    Attributes
+    ----------
+    name : str
+        As `class_metric` takes it.
+    value : callable
+        The metric, as described above CLASS_METRICS.
+    constraint : callable or None
+        The second metric.
+    constraint_name : str or None
+    level : Fraction or None
+        What the second metric must reach, in (0, 1); exactly the decimal number in the name.
+    """
+
+    name: str
+    value: Callable
+    constraint: Callable | None = None
+    level: Fraction | None = None
+    constraint_name: str | None = None
+
+    def __call__(self, tp, fp, fn, tn):
+        """The metric without its constraint: a float64 array for arrays, exact for Python integers."""
+        return self.value(tp, fp, fn, tn)
+
+    def allowed(self, tp, fp, fn, tn):
+        """Whether the second metric reaches the level: a bool array for arrays, a bool for Python integers."""
+        if not isinstance(tp, np.ndarray):
+            return self.constraint is None or self.constraint(tp, fp, fn, tn) >= self.level
+        if self.constraint is None:
+            return np.ones(tp.shape, bool)
+        reached, level = self.constraint(tp, fp, fn, tn), float(self.level)
+        allowed = reached >= level
+        if tp.dtype.kind == "i":  # where rounding could have decided, the counts do
+            near = np.abs(reached - level) < 1e-15
+            values, which = _exact(self.constraint, np.stack([tp, fp, fn, tn])[:, near])
+            allowed[near] = np.array([value >= self.level for value in values], bool)[which]
+        return allowed
+
+
+def class_metric(name):
+    """The class metric of that name.
+
+    Parameters
+    ----------
+    name : str
+        A key of CLASS_METRICS, or a key of CONSTRAINED_METRICS with a level: precision_at_recall_0.95. The level is a
+        decimal number in (0, 1) with at most 15 digits after the point.
+
+    Returns
+    -------
+    ClassMetric
+
+    Raises
+    ------
+    UsageError
+    """
+    option = "--optimizing-class-metric"
+    if name in CLASS_METRICS:
+        return ClassMetric(name, CLASS_METRICS[name])
+    form, _, level = name.rpartition("_")
+    if form in CONSTRAINED_METRICS:
+        if not re.fullmatch(r"0?\.[0-9]{1,15}", level) or not Fraction(level):
+            raise UsageError(f"{option} {name}: write the level as a decimal number between 0 and 1: {form}_0.95")
+        value, constraint = CONSTRAINED_METRICS[form]
+        return ClassMetric(name, CLASS_METRICS[value], CLASS_METRICS[constraint], Fraction(level), constraint)
+    if name == "binary_cross_entropy":
+        raise UsageError(f"{option} binary_cross_entropy does not depend on a threshold: choose another")
+    forms = ", ".join(f"{form}_<level>" for form in CONSTRAINED_METRICS)
+    raise UsageError(f"{option} {name!r} is none of {', '.join(CLASS_METRICS)}, {forms}")
+
+
+def check_metric(metric):
+    """Raise ConfigurationError where a metric breaks the rule above CLASS_METRICS, tried on a few small counts."""
+    counts = np.array(list(itertools.product([0, 1, 7], repeat=4)), np.int64).T  # (4, 81): every way to be empty
+    for function in filter(None, (metric.value, metric.constraint)):
+        values = _values(metric, function, counts)
+        _values(metric, function, counts.reshape(4, 9, 9).astype(np.float64))
+        for value, whole in zip(values, counts.T.tolist(), strict=True):
+            try:
+                exact = function(*whole)
+            except Exception as error:
+                raise _broken(metric, f"with the Python integers {whole} it raises {error!r}") from error
+            if not isinstance(exact, numbers.Real) or not abs(exact - value) < 1e-9:
+                raise _broken(metric, f"with {whole} it is {exact!r} for Python integers and {value!r} for arrays")
+
+
+def _values(metric, function, counts):
+    """What a metric gives for int64 or float64 arrays, shape (4, ...), checked."""
+    given = counts.copy()
+    try:
+        with np.errstate(all="ignore"):
+            values = function(*given)
+    except Exception as error:
+        raise _broken(metric, f"with {counts.dtype} arrays it raises {error!r}") from error
+    if not isinstance(values, np.ndarray) or values.dtype != np.float64 or values.shape != counts.shape[1:]:
+        got = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else reprlib.repr(values)
+        raise _broken(metric, f"for {counts.dtype} arrays of shape {counts.shape[1:]} it returns {got}")
+    if not np.isfinite(values).all():
+        at = counts[:, ~np.isfinite(values)][:, 0].tolist()
+        raise _broken(metric, f"it is {values[~np.isfinite(values)][0]} for tp, fp, fn, tn = {at}")
+    if (given != counts).any():
+        raise _broken(metric, "it changes its arguments")
+    return values
+
+
+def _broken(metric, how):
+    return ConfigurationError(
+        f"the class metric {metric.name} breaks the rule above CLASS_METRICS in models.py: {first_line(how)}; it must "
+        "return a finite float64 array of the counts' shape for arrays, the same value for Python integers, and 0 for "
+        "0 / 0 (`ratio` divides so)"
+    )
+
+
+def _exact(function, counts):
+    """A metric of int64 counts in exact arithmetic, once for equal neighbours.
+
+    Parameters
+    ----------
+    function : callable
+    counts : int64 array, shape (4, n)
+
+    Returns
+    -------
+    values : list
+    which : integer array, shape (n,)
+        The place of each column's value in `values`.
+    """
+    new = np.append(True, (counts[:, 1:] != counts[:, :-1]).any(axis=0))[: counts.shape[1]]
+    return [function(*column) for column in counts[:, new].T.tolist()], np.cumsum(new) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -265,38 +421,45 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
 # ---------------------------------------------------------------------------------------------------------------
 # Thresholds
 
+# The methods of minimize_scalar and their options; the first is their tolerance.
+OPTIONS_OF_METHODS = {
+    "bounded": ("xatol", "maxiter", "disp"),
+    "brent": ("xtol", "maxiter", "disp"),
+    "golden": ("xtol", "maxiter", "disp"),
+}
+
+USELESS = 0.01  # a mask that holds less of its class, or leaves out less of the rest, is of no use
+
 
 @dataclass
 class TrainedThreshold:
-    """What training gives for one class. All thresholds lie on the grid k / GRID unless said otherwise."""
+    """What training gives for one class. Every threshold is one of THRESHOLDS."""
 
+    index: int  # of x in THRESHOLDS
     x: float  # the trained threshold
-    metric: float  # the class metric at x: the best there is within the bounds
-    metric_at_half: float
-    x_interval: tuple  # 95 % bootstrap interval of x; not on the grid
-    metric_interval: tuple  # 95 % bootstrap interval of the metric at x
+    metric: float  # the class metric at x: the best there is within the bounds, and under the constraint
+    metric_at_half: float  # at 0.5, whether the constraint holds there or not
+    allowed_at_half: bool  # whether it does
     best_stretch: tuple  # lowest and highest threshold of the stretch around x that is equally good
-    plain: tuple  # threshold and metric that minimize_scalar finds alone, over the whole bounds
-    success: bool
+    success: bool  # this and the next two: as minimize_scalar ended
     status: int
     message: str
-    nfev: int
-    history: list  # (threshold, metric) of every evaluation
+    nfev: int  # evaluations in the history
+    history: list  # (threshold, metric) of every evaluation by minimize_scalar, and at last of x
     warnings: list  # sentences
 
 
 @dataclass
-class ClassCurves:
-    """Metric, precision and recall of one class over thresholds, with the bootstrap band of the metric."""
+class ClassCurve:
+    """Counts and metrics of one class at every threshold of THRESHOLDS."""
 
-    thresholds: np.ndarray  # (GRID + 1,) float64, k / GRID
-    metric: np.ndarray  # (GRID + 1,) float64
-    precision: np.ndarray
-    recall: np.ndarray
-    band_thresholds: np.ndarray  # (len(COARSE_EDGES),)
-    band_low: np.ndarray
-    band_high: np.ndarray
-    positive_pixels: int
+    tp: np.ndarray  # (N,) int64; likewise fp, fn, tn
+    fp: np.ndarray
+    fn: np.ndarray
+    tn: np.ndarray
+    metric: np.ndarray  # (N,) float64: the class metric without its constraint
+    precision: np.ndarray  # (N,) float64, in [0, 1]
+    recall: np.ndarray  # (N,) float64, in [0, 1]
 
 
 def check_trainable(counts, class_names):
@@ -312,218 +475,244 @@ def check_trainable(counts, class_names):
             )
 
 
-def train_prediction_threshold(counts, class_index, class_name, metric_name, on_evaluation):
+def check_optimisation():
+    """Raise ConfigurationError where minimize_scalar could not work with OPT_BOUNDS, OPT_METHOD, OPT_TOL, OPT_OPTIONS.
+
+    Returns
+    -------
+    low, high : int
+        Index of the first and the last of THRESHOLDS within OPT_BOUNDS.
+    """
+
+    def refuse(name, value, why):
+        raise ConfigurationError(f"{name} = {reprlib.repr(value)} at the top of models.py: {why}")
+
+    def from_0_to_1(value):  # false for NaN; plain types only, since the result's YAML keeps them
+        return type(value) in (int, float) and 0 <= value <= 1
+
+    if not isinstance(OPT_BOUNDS, list | tuple) or len(OPT_BOUNDS) != 2 or not all(map(from_0_to_1, OPT_BOUNDS)):
+        refuse("OPT_BOUNDS", OPT_BOUNDS, "it must be two numbers from 0 to 1, [lowest, highest]")
+    if OPT_BOUNDS[0] > OPT_BOUNDS[1]:
+        refuse("OPT_BOUNDS", OPT_BOUNDS, "the first is above the second")
+    low = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[0]), "left"))
+    high = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[1]), "right")) - 1
+    if low > high:
+        around = " and ".join(str(THRESHOLDS[k]) for k in (high, low) if 0 <= k < len(THRESHOLDS))
+        refuse("OPT_BOUNDS", OPT_BOUNDS, f"no threshold lies within; the nearest are {around}: widen them")
+
+    if not isinstance(OPT_METHOD, str) or OPT_METHOD not in OPTIONS_OF_METHODS:
+        refuse("OPT_METHOD", OPT_METHOD, f"it must be one of {', '.join(OPTIONS_OF_METHODS)}")
+    if not from_0_to_1(OPT_TOL):
+        refuse("OPT_TOL", OPT_TOL, "it must be a number from 0 to 1")
+    if not isinstance(OPT_OPTIONS, dict):
+        refuse("OPT_OPTIONS", OPT_OPTIONS, "it must be a dictionary")
+    for name, value in OPT_OPTIONS.items():
+        known = OPTIONS_OF_METHODS[OPT_METHOD]
+        if name not in known:
+            refuse("OPT_OPTIONS", OPT_OPTIONS, f"the method {OPT_METHOD} has the options {', '.join(known)} only")
+        if name == "maxiter" and not (type(value) is int and value > 0):
+            refuse("OPT_OPTIONS", OPT_OPTIONS, "maxiter must be a whole number, 1 or more")
+        if name in ("xatol", "xtol") and not from_0_to_1(value):
+            refuse("OPT_OPTIONS", OPT_OPTIONS, f"{name} must be a number from 0 to 1")
+        if name == "disp" and not (isinstance(value, int) and 0 <= value <= 3):
+            refuse("OPT_OPTIONS", OPT_OPTIONS, "disp must be 0, 1, 2 or 3")
+    return low, high
+
+
+def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     """Train the threshold of one class with `scipy.optimize.minimize_scalar` on 1 - metric.
 
     Parameters
     ----------
-    counts : counts.Counts
-    class_index : int
+    histogram : int64 array, shape (2, N + 1)
+        One class of `Counts.histogram`, with at least one pixel in the mask and one outside.
     class_name : str
         For messages.
-    metric_name : str
-        A key of CLASS_METRICS.
+    metric : ClassMetric
     on_evaluation : callable taking (number of the evaluation, threshold, metric)
 
     Returns
     -------
-    TrainedThreshold, ClassCurves
+    TrainedThreshold, ClassCurve
 
     Raises
     ------
+    ConfigurationError
+        From `check_optimisation`, or for a metric that breaks the rule above CLASS_METRICS.
+    ModelError
+        The constraint's level is not reached at any threshold.
     NotConvergedError
     """
-    class_metric = CLASS_METRICS[metric_name]
-    tp, fp, fn, tn = confusion(counts.histogram[class_index])
-    metric = class_metric(tp, fp, fn, tn)
-    low, high = math.ceil(OPT_BOUNDS[0] * GRID), math.floor(OPT_BOUNDS[1] * GRID)
-    first, last = global_optimum(class_metric, tp, fp, fn, tn, low, high)
-    middle = (first + last) // 2
+    low, high = check_optimisation()
+    counts = np.stack(confusion(histogram))
+    values = _values(metric, metric.value, counts)
+    allowed = metric.allowed(*counts)
+    if not allowed[low : high + 1].any():
+        raise _level_not_reached(metric, class_name, counts, allowed, low, high)
 
+    loss = 1 - values
+    if metric.constraint:  # where the level is not reached: worse than any other threshold, and the worse the farther
+        short = float(metric.level) - metric.constraint(*counts)
+        loss[~allowed] = 1 - values.min() + short[~allowed].clip(min=0)
     history = []
 
-    def objective(threshold):
-        k = round(threshold * GRID)
-        history.append((k / GRID, float(metric[k])))
+    def evaluate(k):
+        history.append((float(THRESHOLDS[k]), float(values[k])))
         on_evaluation(len(history) - 1, *history[-1])
-        return 1 - metric[k]
+        return loss[k]
 
-    # A bounded search can settle on any local optimum, or on a flat shoulder of the best one. Since the metric is known
-    # at every threshold, a search that got stuck starts again in the basin of the global optimum, and the last
-    # evaluation is the middle of the widest best stretch, which is what is reported: no threshold is better.
-    result = plain = _minimize(objective, class_name, low, high)
-    plain_position = round(plain.x * GRID)
-    if metric[plain_position] < metric[middle]:
-        result = _minimize(objective, class_name, *basin(metric, first, last, low, high))
-    objective(middle / GRID)
+    # minimize_scalar finds a local optimum, or a place on a plateau. Since the counts give the metric at every
+    # threshold, the number reported is the exact optimum among them, and the last evaluation in the history.
+    search = _minimize(evaluate, class_name, low, high, worst=loss.max() + 1)
+    best = best_thresholds(metric, counts, values, allowed, low, high)
+    first, index, last = widest_stretch(best)
+    evaluate(index)
 
-    x_interval, metric_interval, band = bootstrap_intervals(counts.replicates[:, class_index], class_metric, middle)
+    half = int(np.searchsorted(THRESHOLDS, 0.5))
     trained = TrainedThreshold(
-        x=middle / GRID,
-        metric=float(metric[middle]),
-        metric_at_half=float(metric[GRID // 2]),
-        x_interval=x_interval,
-        metric_interval=metric_interval,
-        best_stretch=(first / GRID, last / GRID),
-        plain=(plain_position / GRID, float(metric[plain_position])),
-        success=bool(result.success),
-        status=int(result.status),
-        message=result.message.strip(),
+        index=index,
+        x=float(THRESHOLDS[index]),
+        metric=float(values[index]),
+        metric_at_half=float(values[half]),
+        allowed_at_half=bool(allowed[half]),
+        best_stretch=(float(THRESHOLDS[first]), float(THRESHOLDS[last])),
+        success=bool(search.success),
+        status=int(search.get("status", 0)),  # brent and golden have none
+        message=" ".join(search.message.split()),
         nfev=len(history),
         history=history,
-        warnings=_degenerate(class_name, metric_name, metric, tp, fp, fn, low, middle, high),
+        warnings=_warnings(class_name, metric, counts, values, allowed, best, index, low, high),
     )
-    curves = ClassCurves(
-        thresholds=np.arange(GRID + 1) / GRID,
-        metric=metric,
-        precision=CLASS_METRICS["precision"](tp, fp, fn, tn),
-        recall=CLASS_METRICS["recall"](tp, fp, fn, tn),
-        band_thresholds=COARSE_EDGES / GRID,
-        band_low=band[0],
-        band_high=band[1],
-        positive_pixels=int(tp[0] + fn[0]),
+    curve = ClassCurve(
+        *counts,
+        metric=values,
+        precision=CLASS_METRICS["precision"](*counts),
+        recall=CLASS_METRICS["recall"](*counts),
     )
-    return trained, curves
+    return trained, curve
 
 
-def _minimize(objective, class_name, low, high):
+def _minimize(evaluate, class_name, low, high, worst):
+    """Run minimize_scalar, as configured, over THRESHOLDS[low] to THRESHOLDS[high]; `evaluate` takes an index."""
     from scipy.optimize import minimize_scalar  # here, so that the first run can import it while the network runs
 
-    result = minimize_scalar(
-        objective,
-        bounds=(low / GRID, high / GRID),
-        method=OPT_METHOD,
-        options={**OPT_OPTIONS, "xatol": OPT_TOL},
-    )
+    thresholds = THRESHOLDS.astype(np.float64)
+    start, end = thresholds[low], thresholds[high]
+
+    def objective(x):
+        if not start <= x <= end:
+            return worst
+        right = int(np.searchsorted(thresholds, x))
+        left = max(right - 1, low)
+        return evaluate(left if x - thresholds[left] <= thresholds[right] - x else right)
+
+    if OPT_METHOD == "bounded":
+        within = {"bounds": (start, end)}
+    else:  # These take no bounds, but never leave a bracket: three points, the middle one better than the others.
+        within = {"bracket": (np.nextafter(start, -1), (start + end) / 2, np.nextafter(end, 2))}
+    options = {OPTIONS_OF_METHODS[OPT_METHOD][0]: OPT_TOL, **OPT_OPTIONS}
+    result = minimize_scalar(objective, method=OPT_METHOD, options=options, **within)
     if not result.success:
         raise NotConvergedError(
-            f"{class_name}: minimize_scalar did not converge ({result.message.strip()}); raise maxiter in OPT_OPTIONS "
-            "or OPT_TOL at the top of models.py and run again"
+            f"{class_name}: minimize_scalar did not converge ({' '.join(result.message.split())}); raise maxiter in "
+            "OPT_OPTIONS or OPT_TOL at the top of models.py and run again"
         )
     return result
 
 
-def _widest_run(chosen, positions):
-    """First and last position of the widest run of true values; the first of equally wide ones.
-
-    Parameters
-    ----------
-    chosen : bool array, shape (n,), at least one true
-    positions : increasing array, shape (n,)
-    """
-    change = np.diff(np.concatenate([[0], chosen.astype(np.int8), [0]]))
-    first, last = positions[np.flatnonzero(change == 1)], positions[np.flatnonzero(change == -1) - 1]
-    widest = np.argmax(last - first)
-    return first[widest], last[widest]
-
-
-def global_optimum(class_metric, tp, fp, fn, tn, low, high):
-    """The widest stretch of best thresholds k / GRID with low <= k <= high.
+def best_thresholds(metric, counts, values, allowed, low, high):
+    """Which of the allowed thresholds from `low` to `high` are best.
 
     Rounding can make unequal metrics equal, and other ones for IoU than for F1, whose optima are the same. So the
     best few are compared again in exact arithmetic.
 
     Parameters
     ----------
-    class_metric : callable, a value of CLASS_METRICS
-    tp, fp, fn, tn : int64 arrays, shape (GRID + 1,)
+    metric : ClassMetric
+    counts : int64 array, shape (4, N)
+    values : float64 array, shape (N,)
+        The metric of the counts.
+    allowed : bool array, shape (N,)
     low, high : int
 
     Returns
     -------
-    first, last : int
+    bool array, shape (N,)
+        At least one is true.
     """
-    positions = np.arange(low, high + 1)
-    window = np.stack([tp, fp, fn, tn])[:, low : high + 1]
-    metric = class_metric(*window)
-    near = np.flatnonzero(metric >= metric.max() - 1e-14)
-    distinct, which = np.unique(window[:, near], axis=1, return_inverse=True)
-    exact = [class_metric(*counts) for counts in distinct.T.tolist()]
-    best = max(exact)
-    chosen = np.zeros(len(positions), bool)
-    chosen[near] = np.array([value == best for value in exact])[which.ravel()]
-    first, last = _widest_run(chosen, positions)
-    return int(first), int(last)
+    candidates = np.flatnonzero(allowed[low : high + 1]) + low
+    highest = values[candidates].max()
+    candidates = candidates[values[candidates] >= highest - 1e-14 * max(1, abs(highest))]
+    exact, which = _exact(metric.value, counts[:, candidates])
+    highest = max(exact)
+    best = np.zeros(len(values), bool)
+    best[candidates] = np.array([value == highest for value in exact])[which]
+    return best
 
 
-def basin(metric, first, last, low, high):
-    """The interval around a best stretch in which the metric never falls on the way to it.
+def widest_stretch(chosen):
+    """The widest stretch of chosen thresholds: the largest difference between its last and first threshold.
 
     Parameters
     ----------
-    metric : float64 array, shape (GRID + 1,)
-    first, last, low, high : int
-        The stretch and the bounds, as positions on the grid.
+    chosen : bool array, shape (N,), at least one true
 
     Returns
     -------
-    left, right : int
-        At least one step wide, within the bounds.
+    first, middle, last : int
+        Indices into THRESHOLDS: of the lowest stretch among equally wide ones, and of the threshold nearest to the
+        mean of first and last, the lower of two equally near ones.
     """
-    step = np.diff(metric)
-    falls = np.flatnonzero(step[low:first] < 0)
-    rises = np.flatnonzero(step[last:high] > 0)
-    left = low + falls[-1] + 1 if len(falls) else low
-    right = last + rises[0] if len(rises) else high
-    return int(min(left, max(first - 1, low))), int(max(right, min(last + 1, high)))
+    change = np.diff(chosen.astype(np.int8), prepend=0, append=0)
+    firsts, lasts = np.flatnonzero(change == 1), np.flatnonzero(change == -1) - 1
+    thresholds = THRESHOLDS.astype(np.float64)
+    widest = np.argmax(thresholds[lasts] - thresholds[firsts])
+    first, last = int(firsts[widest]), int(lasts[widest])
+    stretch = thresholds[first : last + 1]
+    middle = first + int(np.argmin(np.abs(stretch - (stretch[0] + stretch[-1]) / 2)))
+    return first, middle, last
 
 
-def bootstrap_intervals(replicates, class_metric, position):
-    """How much threshold and metric would vary with other images of the same kind.
-
-    Parameters
-    ----------
-    replicates : float64 array, shape (REPLICATES, 2, len(COARSE_EDGES))
-        One class of `Counts.replicates`.
-    class_metric : callable, a value of CLASS_METRICS
-    position : int
-        The trained threshold is position / GRID.
-
-    Returns
-    -------
-    x_interval : (float, float)
-        Percentile interval of each replicate's own best threshold; widened, where need be, to hold the trained one.
-    metric_interval : (float, float)
-        Percentile interval of the metric at the trained threshold.
-    band : float64 array, shape (2, len(COARSE_EDGES))
-        The same interval of the metric at every coarse threshold.
-    """
-    # A replicate in which the class cannot be trained says nothing about its threshold.
-    replicates = replicates[replicates.sum(axis=2).all(axis=1)]
-    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    x = position / GRID
-    if not len(replicates):
-        return (0.0, 1.0), (0.0, 1.0), np.tile([[0.0], [1.0]], len(COARSE_EDGES))
-    tp, fp, fn, tn = confusion(replicates)
-    metric = class_metric(tp, fp, fn, tn)
-    edges = COARSE_EDGES / GRID
-    inside = (edges >= OPT_BOUNDS[0]) & (edges <= OPT_BOUNDS[1])
-    best = [sum(_widest_run(row == row.max(), edges[inside])) / 2 for row in metric[:, inside]]
-    x_low, x_high = np.quantile(best, tails)
-
-    # At x itself, between two coarse thresholds, the counts are interpolated.
-    j = min(int(COARSE_BIN[position]), len(edges) - 1)
-    share = (x - edges[j - 1]) / (edges[j] - edges[j - 1]) if j else 1.0
-    at_x = [count[:, max(j - 1, 0)] * (1 - share) + count[:, j] * share for count in (tp, fp, fn, tn)]
-    metric_low, metric_high = np.quantile(class_metric(*at_x), tails)
-    return (
-        (float(min(x_low, x)), float(max(x_high, x))),
-        (float(metric_low), float(metric_high)),
-        np.quantile(metric, tails, axis=0),
+def _level_not_reached(metric, class_name, counts, allowed, low, high):
+    k = low + int(np.argmax(metric.constraint(*counts)[low : high + 1]))
+    highest = math.floor(10**6 * metric.constraint(*counts[:, k].tolist())) / 10**6  # not above what is reached
+    where = "at any threshold within OPT_BOUNDS, though outside" if allowed.any() else "at any threshold"
+    return ModelError(
+        f"{class_name}: {metric.constraint_name} does not reach the level of {metric.name} {where}: the highest is "
+        f"{highest}, at {THRESHOLDS[k]!s}; ask for less, or train another model"
     )
 
 
-def _degenerate(class_name, metric_name, metric, tp, fp, fn, low, middle, high):
-    """Warnings for a metric that is best where the mask is useless."""
-    positives = tp[0] + fn[0]
-    if metric[low] == metric[middle]:
-        useless = f"holds everything above {low / GRID:g}"
+def _warnings(class_name, metric, counts, values, allowed, best, index, low, high):
+    """What a user must know of a trained threshold: one sentence for each cause."""
+    tp, fp, fn, tn = counts
+    positives, negatives = int(tp[0] + fn[0]), int(fp[0] + tn[0])
+    if fp[index] == fn[index] == 0:
+        return [
+            f"{class_name}: at the trained threshold the mask is right in every pixel; make sure that these images are "
+            "not those that the network was trained on, and that their masks are not its own"
+        ]
+    if tp[0] < USELESS * positives:
+        return [
+            f"{class_name}: only {tp[0]:,} of its {positives:,} pixels have a probability above {THRESHOLDS[0]!s}, the "
+            "lowest threshold: the network does not find this class, whatever the threshold"
+        ]
+    k = int(np.argmax(np.where(allowed, values, -np.inf)))
+    if values[k] > values[index] + 1e-12:
+        return [
+            f"{class_name}: OPT_BOUNDS = {OPT_BOUNDS} at the top of models.py cut the optimum off: {metric.name} is "
+            f"{values[index]:.9g} at most within them, and {values[k]:.9g} at {THRESHOLDS[k]!s}; widen them"
+        ]
+    lowest, highest = np.flatnonzero(best)[[0, -1]]
+    if tn[index] < USELESS * negatives or (lowest == low and fp[low] > fp[index]):
+        k, useless = lowest, f"the mask holds {100 * fp[lowest] / negatives:.3g} % of the pixels outside the class"
+    elif tp[highest] + fp[highest] == 0:
+        k, useless = highest, "the mask is empty"
+    elif tp[highest] < USELESS * positives:
+        k, useless = highest, f"the mask holds {100 * tp[highest] / positives:.3g} % of the class"
     else:
-        top = np.flatnonzero((tp + fp)[low : high + 1])[-1] + low  # nothing is in the mask from there on
-        if tp[middle] >= 0.01 * positives and (metric[top] < metric[middle] or tp[top] >= 0.01 * positives):
-            return []
-        useless = "holds less than 1 % of the class"
+        return []
     return [
-        f"{class_name}: {metric_name} is at its best also where the mask {useless}, so it says nothing about a good "
-        "threshold; train with another metric, or another model"
+        f"{class_name}: no threshold has a better {metric.name} than {THRESHOLDS[k]!s}, where {useless}: here the "
+        "metric says nothing about a good threshold; train with another metric, or another model"
     ]
