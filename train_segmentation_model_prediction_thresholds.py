@@ -33,6 +33,7 @@ import numpy as np
 import configuration
 import figures
 import image_utils
+import inference
 import models
 import network
 import results
@@ -289,7 +290,7 @@ def load_network(share, weights_path, tf_seed):
 
 def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
     """Count what the network makes of the decoded samples; keep a checkpoint now and then."""
-    batches = models.count_probabilities(
+    batches = inference.count_probabilities(
         built,
         decoded,
         share.blocks.labels[counts.images :],
