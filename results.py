@@ -24,7 +24,7 @@ from confidence import FEWEST_BLOCKS, LEVEL, REPLICATES, Confidence, GuaranteedR
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
 from errors import BucketError
 
-LIBRARIES = ("tensorflow", "tf-keras", "segmentation-models", "numpy", "scipy", "pillow", "gcsfs")
+LIBRARIES = ("tensorflow", "tf-keras", "segmentation-models", "numpy", "scipy", "pillow", "google-cloud-storage")
 CURVE_STEP = 2  # every second of BLOCK_THRESHOLDS, 0.5 among them, has a row in the curves' file
 
 
