@@ -111,7 +111,7 @@ def natural_order(text):
 
 
 def _begins_with(name, stack):
-    """Whether the stack's name ends where a word or number of the image's name ends: stack_1 does not begin stack_10."""
+    """Whether an image's name begins with a stack's and a word or number ends there: stack_1 does not begin stack_10."""
     following = name[len(stack) : len(stack) + 1]
     same_number = stack[-1].isdigit() and following.isdigit()
     same_word = stack[-1].isalpha() and following.isalpha()
@@ -180,9 +180,12 @@ class Confidence:
 def assess(thresholds, histogram, block_histograms, metric, index, low, high):
     """Intervals of a trained threshold, its metric and its gain over 0.5, and what to expect on new images.
 
-    A bootstrap over blocks (Efron, 1979): each replicate draws as many blocks as there are, with replacement, and adds
-    up their counts. The tails are widened for few blocks (Hesterberg, "What Teachers Should Know About the Bootstrap",
-    The American Statistician 69, 2015). Replicates in which no pixel, or every pixel, is of the class say nothing about
+    A bootstrap over blocks (Efron, 1979): each replicate draws as many blocks as there are, with replacement, adds up
+    their counts, and chooses a threshold of its own. The intervals of threshold and gain and the band are percentiles,
+    their tails widened for few blocks (Hesterberg, "What Teachers Should Know About the Bootstrap", The American
+    Statistician 69, 2015). What a replicate's best metric is above the metric of all images at that threshold is the
+    optimism of a metric whose threshold was chosen on the same images (Efron, 1983); it makes the expected metric, and
+    its spread the metric's interval. Replicates in which no pixel, or every pixel, is of the class say nothing about
     its threshold and are left out.
 
     Parameters
@@ -229,12 +232,15 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
     values, chosen, chosen_values = _replicates(histogram, block_histograms, coarse, points, metric, low, high)
     tail = _tail(blocks)
 
-    optimism = np.mean(chosen_values - full[chosen] - (values[:, x_column] - at_x))
+    # A replicate's best is to all images' metric there what our metric is to that of all images there could be.
+    optimism = float(np.mean(chosen_values - full[chosen] - (values[:, x_column] - at_x)))
+    expected = at_x - max(optimism, 0.0)
+    metric_interval = _limits_of_the_best(chosen_values, full[chosen], at_x, expected, blocks, full.min() < 0)
     x_low, x_high = _limits(chosen, tail, index)
     gain_interval = None
     if gain is not None:
         gain_interval = _limits(values[:, x_column] - values[:, half_column], tail, gain)
-        gain_interval = tuple(map(float, gain_interval))
+        gain_interval = (float(gain_interval[0]) - (at_x - expected), float(gain_interval[1]))
 
     # The band follows the curve: between the points that were tried its distance from the curve is interpolated.
     limits = _limits(np.ascontiguousarray(values.T), tail, full[points])
@@ -243,8 +249,8 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
         blocks=blocks,
         reason=None,
         x_interval=(float(thresholds[x_low]), float(thresholds[x_high])),
-        metric_interval=(float(limits[0][x_column]), float(limits[1][x_column])),
-        expected_metric=at_x - max(float(optimism), 0.0),
+        metric_interval=metric_interval,
+        expected_metric=expected,
         metric_at_half=at_half,
         gain=gain,
         gain_interval=gain_interval,
@@ -375,8 +381,42 @@ def _widest_stretches(best, positions):
     return column[starts[widest]], column[ends[widest]]
 
 
+def _limits_of_the_best(best, of_all, metric, expected, blocks, signed):
+    """The interval of a metric whose threshold was chosen on the same images.
+
+    Student's t with the spread of `best` around `of_all`, on the logit scale, where a metric's distribution is more
+    symmetric and no limit leaves [0, 1]; for a metric in [-1, 1] on Fisher's z, which is the logit of that range. The
+    lower limit starts from the expected metric, the upper one from the metric seen.
+
+    Parameters
+    ----------
+    best, of_all : float64 arrays, shape (replicates,)
+        Each replicate's metric at the threshold that it chose, and the metric of all images there.
+    metric, expected : float
+    blocks : int
+    signed : bool
+        Whether the metric lies in [-1, 1] instead of [0, 1].
+
+    Returns
+    -------
+    (float, float)
+    """
+    from scipy.special import stdtrit
+
+    def stretched(value):
+        value = value if signed else 2 * value - 1
+        return np.arctanh(np.clip(value, -1 + 1e-6, 1 - 1e-6))
+
+    def back(value):
+        return float(np.tanh(value) if signed else (np.tanh(value) + 1) / 2)
+
+    spread = np.std(stretched(best) - stretched(of_all)) * math.sqrt(blocks / (blocks - 1))
+    reach = stdtrit(blocks - 1, (1 + LEVEL) / 2) * spread
+    return min(back(stretched(expected) - reach), expected), max(back(stretched(metric) + reach), metric)
+
+
 def _tail(blocks):
-    """The probability in each tail: percentiles of n blocks are too narrow by what Student's t and n - 1 make up for."""
+    """The probability in each tail: percentiles are too narrow by what Student's t and n - 1 make up for."""
     from scipy.special import ndtr, stdtrit  # here, so that a first run can import it while the network runs
 
     return float(ndtr(-math.sqrt(blocks / (blocks - 1)) * stdtrit(blocks - 1, (1 + LEVEL) / 2)))

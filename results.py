@@ -20,11 +20,11 @@ import yaml
 
 import models
 import terminal
-from confidence import LEVEL, REPLICATES, Confidence, GuaranteedRecall
+from confidence import FEWEST_BLOCKS, LEVEL, REPLICATES, Confidence, GuaranteedRecall
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
 from errors import BucketError
 
-LIBRARIES = ("tensorflow", "tf-keras", "segmentation-models", "numpy", "scipy", "pillow", "gcsfs")
+LIBRARIES = ("tensorflow", "tf-keras", "segmentation-models", "numpy", "scipy", "pillow", "google-cloud-storage")
 CURVE_STEP = 2  # every second of BLOCK_THRESHOLDS, 0.5 among them, has a row in the curves' file
 
 
@@ -41,6 +41,8 @@ class ClassResult(NamedTuple):
 
 def what_intervals_rest_on(blocks):
     """A sentence on the blocks of a run."""
+    if blocks.number < FEWEST_BLOCKS:
+        return f"No intervals: they would rest on {blocks.number} {blocks.kind} only, and {FEWEST_BLOCKS} are needed."
     return f"Intervals rest on {blocks.number} {blocks.kind} and speak of {blocks.speaks_of}."
 
 
@@ -201,8 +203,14 @@ def _title(result):
 
 
 def versions():
-    """The versions of the libraries that numbers depend on."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+    """The versions of the libraries that numbers depend on; None for one that is not installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a rerun needs no TensorFlow
+            found[name] = None
+    return found
 
 
 def table(results, metric_name):

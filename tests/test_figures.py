@@ -62,7 +62,7 @@ def result(name="class0", folder="class_0", centre=0.6, width=0.2, height=0.8, m
         "band_low": 0.9 * at_blocks,
         "band_high": np.minimum(1.1 * at_blocks, 1),
     }
-    return ClassResult(name, folder, trained, curve, SimpleNamespace(**{**values, **confidence}))
+    return ClassResult(name, folder, trained, curve, SimpleNamespace(**{**values, **confidence}), None)
 
 
 def draw(results, metric_name="iou_score", title="title"):
@@ -249,7 +249,7 @@ def test_the_panel_says_what_was_found():
         f"{0.97 * trained.metric:.4f} expected on new images",
         f"gain {trained.metric - trained.metric_at_half:+.4f} [",
         f"{trained.metric_at_half:.4f} at 0.5",
-        "12,345 positive",
+        "12,345 positives",
     ]:
         assert part in said
     assert axes.get_ylabel() == "f1_score" and axes.get_xlabel() == "threshold"

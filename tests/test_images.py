@@ -174,6 +174,8 @@ def test_names_that_differ_only_in_unicode_form_are_paired(image, mask):
     assert [blob.name for blob in sample.masks] == [f"{SPLIT}/masks/class_0/{mask}"]
     with pytest.raises(DatasetError, match="has no partner"):  # one mask is not for two images
         paired([f"images/{image}", f"images/{mask}", f"masks/class_0/{mask}"])
+    with pytest.raises(DatasetError, match="has no partner"):  # nor is it in a third form
+        paired(["images/\u00c5.png", "images/\u212b.png", "masks/class_0/A\u030a.png"])
 
 
 def test_all_names_that_are_wrong_are_counted_and_ten_are_named(tmp_path):
@@ -734,7 +736,7 @@ fuzzed = settings(max_examples=200, deadline=None, derandomize=True, database=No
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes what image_utils does about them
 @fuzzed
-@given(st.sampled_from(sorted(FINE_IMAGES)), mutations)
+@given(st.sampled_from(sorted(what for what in FINE_IMAGES if "MB" not in what)), mutations)
 def test_fuzz_images(what, steps):
     name, make = FINE_IMAGES[what]
     data = mutate(make(), steps)
