@@ -772,7 +772,7 @@ def test_a_fatal_message_is_seen_though_the_process_is_aborted(tmp_path):
 def test_an_exception_is_seen(tmp_path):
     process = start(tmp_path, NOISE + "raise ImportError('libfoo.so is missing')")
     assert process.returncode == 1
-    assert process.stderr.endswith("ImportError: libfoo.so is missing\n") and "cuInit" not in process.stderr
+    assert "libfoo.so is missing" in process.stderr and "cuInit" not in process.stderr
 
 
 def test_what_the_tool_itself_writes_meanwhile_is_seen_at_once(tmp_path):
