@@ -111,7 +111,7 @@ def natural_order(text):
 
 
 def _begins_with(name, stack):
-    """Whether an image's name begins with a stack's and a word or number ends there: stack_1 does not begin stack_10."""
+    """Whether a name begins with a stack's, and a word or number ends there: stack_1 does not begin stack_10."""
     following = name[len(stack) : len(stack) + 1]
     same_number = stack[-1].isdigit() and following.isdigit()
     same_word = stack[-1].isalpha() and following.isalpha()
