@@ -24,6 +24,7 @@ import yaml  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import coverage_simulation  # noqa: E402
 from conftest import ROOT, SCRIPT, arguments, blobs_and_masks, tf_config, upload, write_split  # noqa: E402
 from fake_gcs import fake_gcs_server, free_port  # noqa: E402
 
@@ -251,6 +252,7 @@ def main():
             *network_ratio(repeats),
         )
         print_rates(folder)
+    coverage_simulation.print_table(coverage_simulation.population(ROOT / "sandbox"), models.class_metric("iou_score"), 1000)
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}")
 
 
