@@ -252,7 +252,8 @@ def main():
             *network_ratio(repeats),
         )
         print_rates(folder)
-    coverage_simulation.print_table(coverage_simulation.population(ROOT / "sandbox"), models.class_metric("iou_score"), 1000)
+    pictures = coverage_simulation.population(ROOT / "sandbox")
+    coverage_simulation.print_table(pictures, models.class_metric("iou_score"), worlds=1000)
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}")
 
 
