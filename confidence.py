@@ -67,8 +67,9 @@ def blocks_of(names, stacks):
     -------
     Blocks
     """
-    stacks = {stack for stack in stacks if isinstance(stack, str)} if isinstance(stacks, (list, tuple)) else set()
-    lengths = sorted({len(stack) for stack in stacks} - {0}, reverse=True)  # the longest name that fits is the stack's
+    stacks = stacks if isinstance(stacks, (list, tuple)) else []
+    stacks = {stack for stack in stacks if isinstance(stack, str) and stack}
+    lengths = sorted({len(stack) for stack in stacks}, reverse=True)  # the longest name that fits is the stack's
     images_of = {}
     for image, name in enumerate(names):
         beginnings = (name[:length] for length in lengths)
@@ -111,7 +112,7 @@ def natural_order(text):
 
 
 def _ends_a_word(stack, name):
-    """Whether a word or number of the image's name ends with the stack's: stack_1 is not the stack of stack_10-0003."""
+    """Whether a word or number of the name ends where the stack's does: stack_1 is not the stack of stack_10-0003."""
     following = name[len(stack) : len(stack) + 1]
     same_number = stack[-1].isdigit() and following.isdigit()
     same_word = stack[-1].isalpha() and following.isalpha()
