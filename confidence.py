@@ -477,7 +477,8 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high):
     GuaranteedRecall
     """
     # As the decimal fraction that was asked for: in binary, 10 * (1 - 0.9) is less than 1.
-    lost = 1 - Fraction(repr(float(level)))
+    level = float(level)
+    lost = 1 - Fraction(repr(level))
     tp, fp, fn, _ = confusion(block_histograms)
     holding = tp[:, 0] + fn[:, 0] > 0
     blocks = int(holding.sum())
