@@ -203,8 +203,14 @@ def _title(result):
 
 
 def versions():
-    """The versions of the libraries that numbers depend on."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+    """The versions of the libraries that numbers depend on; None for one that is not installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a rerun needs no TensorFlow
+            found[name] = None
+    return found
 
 
 def table(results, metric_name):

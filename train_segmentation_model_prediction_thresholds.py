@@ -12,6 +12,7 @@ import terminal
 
 if __name__ == "__main__":
     terminal.open_streams()
+    terminal.explain_missing_packages()
     last_words = terminal.end_on_signals()
     gc.disable()  # garbage collection during imports costs a fifth of their time and finds nothing
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its idle threads would take cores from the network
@@ -32,6 +33,7 @@ import numpy as np
 import configuration
 import figures
 import image_utils
+import inference
 import models
 import network
 import results
@@ -288,7 +290,7 @@ def load_network(share, weights_path, tf_seed):
 
 def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
     """Count what the network makes of the decoded samples; keep a checkpoint now and then."""
-    batches = models.count_probabilities(
+    batches = inference.count_probabilities(
         built,
         decoded,
         share.blocks.labels[counts.images :],

@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT, TRAIN_CONFIG, blobs_and_masks
 from PIL import Image
 
-import models
+import inference
 from counts import BLOCK_THRESHOLDS, THRESHOLDS, Counts, confusion
 from errors import ModelError
 from network import build_network, import_tensorflow
@@ -34,7 +34,7 @@ def count(network, data, batch_size=4, shown=(), blocks=None, names=NAMES):
     counts = Counts.empty(len(names), *data[0][1].shape, max(blocks) + 1)
     smaller = []
     sizes = list(
-        models.count_probabilities(
+        inference.count_probabilities(
             network, data, blocks, counts, names, batch_size, set(shown), lambda *sizes: smaller.append(sizes)
         )
     )
@@ -139,7 +139,7 @@ def test_counts_do_not_depend_on_how_the_images_are_divided(tiny_network, data):
     parts = Counts.empty(2, 64, 96, 3)
     for own in (slice(0, 5), slice(5, 6), slice(6, 11)):
         blocks = (np.arange(11) % 3)[own]
-        list(models.count_probabilities(tiny_network, data[own], blocks, parts, NAMES, 4, set(), print))
+        list(inference.count_probabilities(tiny_network, data[own], blocks, parts, NAMES, 4, set(), print))
     np.testing.assert_array_equal(parts.histogram, whole.histogram)
     np.testing.assert_array_equal(parts.block_histograms, whole.block_histograms)
 
@@ -401,7 +401,7 @@ def test_several_devices_give_the_same_counts(tmp_path, tiny_bucket):
     """MirroredStrategy over logical CPUs: 11 images, 2 a replica, so that the last step leaves replicas without any."""
     program = """
 import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-import numpy as np, models, network as networks
+import numpy as np, inference, network as networks
 from helpers import TRAIN_CONFIG, blobs_and_masks
 from counts import Counts
 import os
@@ -415,7 +415,7 @@ assert network.distribute_strategy.num_replicas_in_sync == int(sys.argv[2])
 images, masks = blobs_and_masks(11, 64, 96, 2, seed=3)
 counts = Counts.empty(2, 64, 96, 4)
 data = [(f"slice {i}", *pair) for i, pair in enumerate(zip(images, masks))]
-steps = list(models.count_probabilities(network, data, np.arange(11) % 4, counts, ["a", "b"], 2, {"slice 5"}, print))
+steps = list(inference.count_probabilities(network, data, np.arange(11) % 4, counts, ["a", "b"], 2, {"slice 5"}, print))
 print(steps)
 counts.save(sys.argv[4])
 """
