@@ -541,7 +541,7 @@ def test_the_promises_on_patience():
 
 
 def test_an_upload_that_nobody_reads_is_given_up(brief, monkeypatch, tmp_path):
-    """An attempt takes longer than the patience here, so the second gets what is left of that, and there is no third."""
+    """An attempt takes longer than the patience here: the second gets what is left of that, and there is no third."""
     monkeypatch.setattr(gcp_utils, "UPLOAD_SPEED", 1e7)
     attempt, connections, times = gcp_utils.SOCKET_SECONDS + 2, [], [time.monotonic()]
 
