@@ -93,7 +93,7 @@ def bucket(request):
 def brief(monkeypatch):
     """Patience that a test can wait for."""
     monkeypatch.setattr(gcp_utils, "RETRY_SECONDS", 0.6)
-    monkeypatch.setattr(gcp_utils, "SOCKET_SECONDS", 0.4)
+    monkeypatch.setattr(gcp_utils, "SOCKET_SECONDS", 0.8)
     monkeypatch.setattr(gcp_utils, "BACKOFF_SECONDS", (0.1, 16))
 
 
@@ -537,7 +537,8 @@ def test_a_server_that_is_down_is_told(brief, monkeypatch, tmp_path):
 def test_the_promises_on_patience():
     """Two minutes after the first failure, and four minutes for a figure of 4 MB that the server does not read."""
     assert gcp_utils.RETRY_SECONDS == 120 and gcp_utils.SOCKET_SECONDS == 30
-    assert gcp_utils.SOCKET_SECONDS + 4e6 / gcp_utils.UPLOAD_SPEED + gcp_utils.RETRY_SECONDS <= 240
+    first_attempt = gcp_utils.SOCKET_SECONDS + 4e6 / gcp_utils.UPLOAD_SPEED
+    assert first_attempt + gcp_utils.RETRY_SECONDS + gcp_utils.SOCKET_SECONDS <= 240
 
 
 def test_an_upload_that_nobody_reads_is_given_up(brief, monkeypatch, tmp_path):
