@@ -67,25 +67,28 @@ def blocks_of(names, stacks):
     -------
     Blocks
     """
-    stacks = (
-        [stack for stack in stacks if isinstance(stack, str) and stack] if isinstance(stacks, (list, tuple)) else []
-    )
-    stacks = sorted(set(stacks), key=len, reverse=True)  # the longest name that fits is the stack's
-    slices_of = {}  # stack -> slice -> positions of its images
-    for position, name in enumerate(names):
-        stack = next((stack for stack in stacks if _begins_with(name, stack)), None)
-        slices_of.setdefault(stack, {}).setdefault(_slice_of(name), []).append(position)
+    stacks = stacks if isinstance(stacks, (list, tuple)) else []
+    stacks = {stack for stack in stacks if isinstance(stack, str) and stack}
+    lengths = sorted({len(stack) for stack in stacks}, reverse=True)  # the longest name that fits is the stack's
+    images_of = {}
+    for image, name in enumerate(names):
+        beginnings = (name[:length] for length in lengths)
+        stack = next((stack for stack in beginnings if stack in stacks and _ends_a_word(stack, name)), None)
+        images_of.setdefault(stack, []).append(image)
 
-    named = len(slices_of.keys() - {None})
-    ordered = sorted(slices_of, key=lambda stack: (stack is None, natural_order(stack or "")))
+    ordered = sorted(images_of, key=lambda stack: (stack is None, natural_order(stack or "")))
     labels = np.zeros(len(names), np.int64)
     if len(ordered) >= FEWEST_BLOCKS:
         number = min(len(ordered), MOST_BLOCKS)
         for rank, stack in enumerate(ordered):
-            labels[[i for slice_ in slices_of[stack].values() for i in slice_]] = rank * number // len(ordered)
+            labels[images_of[stack]] = rank * number // len(ordered)
         kind = "stacks" if number == len(ordered) else "groups of stacks"
         return Blocks(labels, number, kind, f"further stacks of the same kind as these {len(ordered)}")
 
+    slices_of = {stack: {} for stack in ordered}
+    for stack, images in images_of.items():
+        for image in images:
+            slices_of[stack].setdefault(_slice_of(names[image]), []).append(image)
     number = 0
     runs = _runs_per_stack([len(slices_of[stack]) for stack in ordered])
     for stack, runs_here in zip(ordered, runs, strict=True):
@@ -93,14 +96,12 @@ def blocks_of(names, stacks):
         for rank, slice_ in enumerate(slices):
             labels[slices_of[stack][slice_]] = number + rank * runs_here // len(slices)
         number += runs_here
-    if not named:
+    if ordered == [None]:
         of = "images like these, taken in the order of their names, as no stacks are named"
+    elif len(ordered) == 1:
+        of = "slices of this one stack, not of others"
     else:
-        of = (
-            "slices of this one stack, not of others"
-            if len(ordered) == 1
-            else f"slices of these {len(ordered)} stacks, not of others"
-        )
+        of = f"slices of these {len(ordered)} stacks, not of others"
     return Blocks(labels, number, "runs of neighbouring slices", f"further {of}")
 
 
@@ -110,12 +111,12 @@ def natural_order(text):
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
-def _begins_with(name, stack):
-    """Whether the stack's name ends where a word or number of the image's name ends: stack_1 does not begin stack_10."""
+def _ends_a_word(stack, name):
+    """Whether a word or number of the name ends where the stack's does: stack_1 is not the stack of stack_10-0003."""
     following = name[len(stack) : len(stack) + 1]
     same_number = stack[-1].isdigit() and following.isdigit()
     same_word = stack[-1].isalpha() and following.isalpha()
-    return name.startswith(stack) and not same_number and not same_word
+    return not same_number and not same_word
 
 
 def _slice_of(name):
@@ -180,9 +181,12 @@ class Confidence:
 def assess(thresholds, histogram, block_histograms, metric, index, low, high):
     """Intervals of a trained threshold, its metric and its gain over 0.5, and what to expect on new images.
 
-    A bootstrap over blocks (Efron, 1979): each replicate draws as many blocks as there are, with replacement, and adds
-    up their counts. The tails are widened for few blocks (Hesterberg, "What Teachers Should Know About the Bootstrap",
-    The American Statistician 69, 2015). Replicates in which no pixel, or every pixel, is of the class say nothing about
+    A bootstrap over blocks (Efron, 1979): each replicate draws as many blocks as there are, with replacement, adds up
+    their counts, and chooses a threshold of its own. The intervals of threshold and gain and the band are percentiles,
+    their tails widened for few blocks (Hesterberg, "What Teachers Should Know About the Bootstrap", The American
+    Statistician 69, 2015). What a replicate's best metric is above the metric of all images at that threshold is the
+    optimism of a metric whose threshold was chosen on the same images (Efron, 1983); it makes the expected metric, and
+    its spread the metric's interval. Replicates in which no pixel, or every pixel, is of the class say nothing about
     its threshold and are left out.
 
     Parameters
@@ -229,12 +233,15 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
     values, chosen, chosen_values = _replicates(histogram, block_histograms, coarse, points, metric, low, high)
     tail = _tail(blocks)
 
-    optimism = np.mean(chosen_values - full[chosen] - (values[:, x_column] - at_x))
+    # A replicate's best is to all images' metric there what our metric is to that of all images there could be.
+    optimism = float(np.mean(chosen_values - full[chosen] - (values[:, x_column] - at_x)))
+    expected = at_x - max(optimism, 0.0)
+    metric_interval = _limits_of_the_best(chosen_values, full[chosen], at_x, expected, blocks, full.min() < 0)
     x_low, x_high = _limits(chosen, tail, index)
     gain_interval = None
     if gain is not None:
         gain_interval = _limits(values[:, x_column] - values[:, half_column], tail, gain)
-        gain_interval = tuple(map(float, gain_interval))
+        gain_interval = (float(gain_interval[0]) - (at_x - expected), float(gain_interval[1]))
 
     # The band follows the curve: between the points that were tried its distance from the curve is interpolated.
     limits = _limits(np.ascontiguousarray(values.T), tail, full[points])
@@ -243,8 +250,8 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
         blocks=blocks,
         reason=None,
         x_interval=(float(thresholds[x_low]), float(thresholds[x_high])),
-        metric_interval=(float(limits[0][x_column]), float(limits[1][x_column])),
-        expected_metric=at_x - max(float(optimism), 0.0),
+        metric_interval=metric_interval,
+        expected_metric=expected,
         metric_at_half=at_half,
         gain=gain,
         gain_interval=gain_interval,
@@ -375,8 +382,42 @@ def _widest_stretches(best, positions):
     return column[starts[widest]], column[ends[widest]]
 
 
+def _limits_of_the_best(best, of_all, metric, expected, blocks, signed):
+    """The interval of a metric whose threshold was chosen on the same images.
+
+    Student's t with the spread of `best` around `of_all`, on the logit scale, where a metric's distribution is more
+    symmetric and no limit leaves [0, 1]; for a metric in [-1, 1] on Fisher's z, which is the logit of that range. The
+    lower limit starts from the expected metric, the upper one from the metric seen.
+
+    Parameters
+    ----------
+    best, of_all : float64 arrays, shape (replicates,)
+        Each replicate's metric at the threshold that it chose, and the metric of all images there.
+    metric, expected : float
+    blocks : int
+    signed : bool
+        Whether the metric lies in [-1, 1] instead of [0, 1].
+
+    Returns
+    -------
+    (float, float)
+    """
+    from scipy.special import stdtrit
+
+    def stretched(value):
+        value = value if signed else 2 * value - 1
+        return np.arctanh(np.clip(value, -1 + 1e-6, 1 - 1e-6))
+
+    def back(value):
+        return float(np.tanh(value) if signed else (np.tanh(value) + 1) / 2)
+
+    spread = np.std(stretched(best) - stretched(of_all)) * math.sqrt(blocks / (blocks - 1))
+    reach = stdtrit(blocks - 1, (1 + LEVEL) / 2) * spread
+    return min(back(stretched(expected) - reach), expected), max(back(stretched(metric) + reach), metric)
+
+
 def _tail(blocks):
-    """The probability in each tail: percentiles of n blocks are too narrow by what Student's t and n - 1 make up for."""
+    """The probability in each tail: percentiles are too narrow by what Student's t and n - 1 make up for."""
     from scipy.special import ndtr, stdtrit  # here, so that a first run can import it while the network runs
 
     return float(ndtr(-math.sqrt(blocks / (blocks - 1)) * stdtrit(blocks - 1, (1 + LEVEL) / 2)))
@@ -436,7 +477,8 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high):
     GuaranteedRecall
     """
     # As the decimal fraction that was asked for: in binary, 10 * (1 - 0.9) is less than 1.
-    lost = 1 - Fraction(repr(float(level)))
+    level = float(level)
+    lost = 1 - Fraction(repr(level))
     tp, fp, fn, _ = confusion(block_histograms)
     holding = tp[:, 0] + fn[:, 0] > 0
     blocks = int(holding.sum())

@@ -5,7 +5,7 @@ DONE, BUG, USAGE, INPUT, BUCKET, NOT_CONVERGED, WORKER_LOST = range(7)
 EXIT_CODES = {
     DONE: "done",
     BUG: "a bug in this program: please report it",
-    USAGE: "usage: an argument is missing or wrong",
+    USAGE: "usage: an argument or a package is missing or wrong",
     INPUT: "input: dataset, masks, model or configuration",
     BUCKET: "bucket: not reached, not permitted, changed during the run, or no room for what it holds or receives",
     NOT_CONVERGED: "a class did not converge",

@@ -3,7 +3,8 @@
 `open_bucket` takes ``gs://name[/folder]`` or a plain directory of the same layout. Both give the same methods, all of
 them thread-safe; they raise `BucketError`:
 
-    list(prefix) -> list[Blob]     all blobs below the folder `prefix`, sorted by name
+    list(prefix) -> list[Blob]     all blobs below the folder `prefix`, sorted by name; with `skip`, none where
+                                   skip(name below the folder) is true, whatever may be wrong with it
     stat(name) -> Blob             one blob; BlobNotFoundError
     read(blob) -> bytes            its content, checked
     fetch(blob) -> Path            its content, checked, as a local file that is not to be changed
@@ -67,8 +68,8 @@ _REFUSALS = (
     (r"serviceusage", "the account needs roles/serviceusage.serviceUsageConsumer on the project that pays"),
     (r"KMS", "that is about the key that encrypts the bucket: ask whoever manages it"),
 )
-# Control characters, halves of surrogate pairs, and parts that are empty, "." or "..".
-_UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|(?:^|/)\.{0,2}(?:/|\Z)")
+# Control characters, and parts that are empty, "." or "..".
+_UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f]|(?:^|/)\.{0,2}(?:/|\Z)")
 _jitter = random.Random()  # its own: the sequence of the global generator belongs to whoever seeded that
 
 
@@ -163,15 +164,28 @@ class _GoogleBucket:
         return printable(f"gs://{self._bucket}/{self._folder}{name}")
 
     def list(self, prefix, skip=None):
-        # A page names the next one, so that pages come one after the other: the folders are what can be listed at once.
+        root = self._folder + _folder(prefix, self.url(""))
+
+        def wanted(name):
+            return not (skip and skip(name.removeprefix(root).rstrip("/")))
+
+        def list_folder(folder, levels):
+            blobs, folders, token = self._list_page(folder, levels, wanted)
+            while token:
+                page, subfolders, token = self._list_page(folder, levels, wanted, token)
+                blobs += page
+                folders |= subfolders
+            return blobs, [(subfolder, levels - 1) for subfolder in folders]
+
+        # A page names the next one, so pages come one after the other: the folders are what can be listed at once.
         pool, blobs = ThreadPoolExecutor(self.threads), []
         try:
-            pending = {pool.submit(self._list_folder, self._folder + _folder(prefix, self.url("")), _LEVELS)}
+            pending = {pool.submit(list_folder, root, _LEVELS)}
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for found, folders, levels in (future.result() for future in done):
+                for found, folders in (future.result() for future in done):
                     blobs += found
-                    pending |= {pool.submit(self._list_folder, folder, levels) for folder in folders}
+                    pending |= {pool.submit(list_folder, *folder) for folder in folders}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         return sorted(blobs)
@@ -185,7 +199,9 @@ class _GoogleBucket:
 
         blob = self._ask("get", name, ask)
         if blob is None:
-            self._list_page("", None, None, 1)  # for its error, should it be the bucket that is missing
+            self._list_page(
+                self._folder, 0, lambda name: False
+            )  # for its error, should it be the bucket that is missing
             raise BlobNotFoundError(f"{self.url(name)}: there is no such object")
         return blob
 
@@ -198,12 +214,14 @@ class _GoogleBucket:
 
     def check_room(self, blobs):
         needed = sum(math.ceil(blob.size / BLOCK) * BLOCK for blob in blobs if not self.is_here(blob))
-        place = next(path for path in (self._cache.absolute(), *self._cache.absolute().parents) if path.exists())
+        cache = self._cache.absolute()
+        place = next(path for path in (cache, *cache.parents) if path.exists())
         missing = needed + ROOM_TO_SPARE - shutil.disk_usage(place).free
         if needed and missing > 0:
+            needed, missing = (f"{math.ceil(number / 1e9):,}" for number in (needed, missing))
             raise BucketError(
-                f"{printable(self._cache)}: {_gigabytes(needed)} GB are to be fetched, and for these and the results "
-                f"the disk lacks {_gigabytes(missing)} GB; make room there, or set a larger disk_gb in Terraform"
+                f"{printable(cache)}: {needed} GB are to be fetched, and for these and the results the disk lacks "
+                f"{missing} GB; make room there, or set a larger disk_gb in Terraform"
             )
 
     def fetch(self, blob):
@@ -221,7 +239,7 @@ class _GoogleBucket:
             partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
             try:
                 with open(partial, "xb") as file:
-                    _persistently(self.url(blob.name), lambda left: self._download(blob, file, left))
+                    self._download(blob, file)
                 os.replace(partial, path)
             except BaseException:
                 partial.unlink(missing_ok=True)
@@ -280,43 +298,42 @@ class _GoogleBucket:
         checksum = f"crc32c:{found.crc32c}" if found.crc32c else f"md5:{found.md5_hash}" if found.md5_hash else ""
         return Blob(name, int(found.size), int(found.generation), checksum)
 
-    def _list_folder(self, folder, levels):
-        """List a folder page by page; returns its blobs, its subfolders if levels > 0, and levels - 1."""
-        blobs, folders, token = [], set(), ""
-        while token is not None:
-            page, subfolders, token = self._list_page(folder, "/" if levels else None, token or None)
-            blobs += page
-            folders |= subfolders
-        return blobs, folders, levels - 1
+    def _list_page(self, folder, levels, wanted, token=None):
+        """List a page of a folder; returns its blobs, its subfolders if levels > 0, and the next page's token."""
 
-    def _list_page(self, prefix, delimiter, token, size=PAGE_SIZE):
         def ask(bucket, seconds):
             pages = self._client.list_blobs(
-                bucket, prefix=prefix, delimiter=delimiter, page_token=token, page_size=size, fields=_FIELDS,
-                timeout=seconds, retry=None,
+                bucket, prefix=folder, delimiter="/" if levels else None, page_token=token, page_size=PAGE_SIZE,
+                fields=_FIELDS, timeout=seconds, retry=None,
             )  # fmt: skip
             page = next(pages.pages)
             if page.raw_page["kind"] != "storage#objects":
                 raise ValueError("no listing")
-            blobs = [self._blob(found) for found in page if not found.name.endswith("/")]  # those are placeholders
-            return blobs, pages.prefixes, pages.next_page_token
+            # A name that ends with "/" is a placeholder, as the console makes one for a folder.
+            blobs = [self._blob(found) for found in page if not found.name.endswith("/") and wanted(found.name)]
+            return blobs, {name for name in pages.prefixes if wanted(name)}, pages.next_page_token
 
-        answer = self._ask("list", prefix.removeprefix(self._folder), ask)
+        answer = self._ask("list", folder.removeprefix(self._folder), ask)
         if answer is None:
             raise self._no_bucket()
         return answer
 
-    def _download(self, blob, file, left):
+    def _download(self, blob, file):
         import urllib3
 
         kind, _, value = blob.checksum.partition(":")
-        checksum, received = _checksum(kind), 0
-        file.seek(0)
-        file.truncate()
-        path = self._client.bucket(self._bucket).blob(self._folder + blob.name).path
-        query = {"alt": "media", "generation": blob.generation} | ({"userProject": self._payer} if self._payer else {})
-        seconds = min(SOCKET_SECONDS, left)
-        try:
+        received = 0
+
+        def ask(bucket, seconds):
+            nonlocal received
+            self.on_bytes(-received)
+            checksum, received = _checksum(kind), 0
+            file.seek(0)
+            file.truncate()
+            query = {"alt": "media", "generation": blob.generation}
+            if bucket.user_project:
+                query["userProject"] = bucket.user_project
+            path = bucket.blob(self._folder + blob.name).path
             answer = self._http.urlopen(
                 "GET",
                 f"{self._client.api_endpoint}/download/storage/v1{path}?{urlencode(query)}",
@@ -326,7 +343,7 @@ class _GoogleBucket:
                 redirect=False,
                 retries=False,
             )
-            try:
+            with contextlib.closing(answer):
                 while answer.status == 200 and (chunk := answer.read(CHUNK, decode_content=False)):
                     received += len(chunk)
                     self.on_bytes(len(chunk))
@@ -335,21 +352,20 @@ class _GoogleBucket:
                     checksum.update(chunk)
                     with self._cache_explained():
                         file.write(chunk)
-            finally:
-                answer.close()
             if answer.status == 404:
                 raise self._has_changed(blob)
+            if 400 <= answer.status < 500:
+                self.stat(blob.name)  # for its error: where content is asked for, a refusal comes without its reason
             if answer.status != 200:
-                if 400 <= answer.status < 500:
-                    self.stat(blob.name)  # for its error: with content, a refusal does not come with its reason
                 raise _TransientError(f"the status {answer.status}")
             if _base64(checksum) != value:
                 raise _TransientError("content that does not match its checksum")
-        except BaseException as error:
+
+        try:
+            self._ask("get", blob.name, ask)
+        except BaseException:
             self.on_bytes(-received)
-            if isinstance(error, (BucketError, _TransientError)) or not isinstance(error, Exception):
-                raise
-            raise self._meant(error, "get", blob.name) from error
+            raise
 
     def _ask(self, permission, name, ask, longest=None):
         """Return what `ask` returns, called with the bucket and its time limit; None if there is no such thing."""
@@ -359,7 +375,7 @@ class _GoogleBucket:
             try:
                 bucket = self._client.bucket(self._bucket, user_project=self._payer)
                 return ask(bucket, min(longest or SOCKET_SECONDS, left))
-            except BucketError:
+            except (BucketError, _TransientError):
                 raise
             except NotFound:
                 return None
@@ -498,8 +514,8 @@ class _DirectoryBucket:
         return printable(self._root / name)
 
     def list(self, prefix, skip=None):
-        place = self.url("")
-        blobs, pending = [], [(_folder(prefix, place), ())]
+        place, root = self.url(""), _folder(prefix, self.url(""))
+        blobs, pending = [], [(root, ())]
         while pending:
             folder, above = pending.pop()
             with self._explained(folder):
@@ -508,6 +524,8 @@ class _DirectoryBucket:
                 except (FileNotFoundError, NotADirectoryError):
                     continue  # as in the cloud, where a folder is nothing but a part of names
             for entry in entries:
+                if skip and skip((folder + entry).removeprefix(root)):
+                    continue
                 name = _checked(folder + entry, place)
                 with self._explained(name):
                     found = os.stat(os.path.join(self._root, name))
@@ -598,7 +616,7 @@ def _create_file(folder, name, data, nameless=True):
             except FileExistsError:
                 return False
             except OSError:
-                if nameless:
+                if not hidden:
                     return _create_file(folder, name, data, nameless=False)
         # No hard links here either, as on exFAT and gcsfuse. The name is taken first, which only one can do, and then
         # at once replaced by the whole file.
@@ -634,10 +652,6 @@ def _persistently(url, attempt):
         pause = min(2 * pause, longest)
 
 
-def _gigabytes(number):
-    return f"{math.ceil(number / 1e8) / 10:,.1f}"
-
-
 def _checksum(kind, data=b""):
     """Begin a checksum of a kind that Google Cloud Storage gives: "crc32c" or "md5"."""
     if kind == "md5":
@@ -664,6 +678,8 @@ def _is_intact(path, blob):
 
 
 def _checked(name, place):
+    if not name.isascii() and re.search(r"[\ud800-\udfff]", name):
+        raise BucketError(f"{place}: '{printable(name)}' is not UTF-8 as a name, which it must be; rename it")
     if _UNSAFE_NAME.search(name):
         raise BucketError(
             f"{place}: '{printable(name)}' is refused as a name (control characters, or parts that are empty, '.' or "

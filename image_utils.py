@@ -448,9 +448,7 @@ def _open_tiff(data, url, target_size, depths):
     if images > 1 or (about.startswith('{"shape":') and '"truncated": true' in about):
         raise DatasetError(f"{url} holds {images if images > 1 else 'several'} pages or slices, one is expected")
 
-    width, height, photometric, orientation = get(256), get(257), get(262), get(274, 1)
-    if orientation != 1:
-        raise _turned(orientation, url)
+    width, height, photometric = get(256), get(257), get(262)
     if photometric == 0:
         raise DatasetError(
             f"{url} stores white as 0 (its photometric interpretation is 0, as with ImageJ's inverting LUT), so that "
@@ -478,7 +476,7 @@ def _open_tiff(data, url, target_size, depths):
         raise DatasetError(f"{url} has more strips than its {height} rows need: save it again")
     image = Image.open(io.BytesIO(data), formats=["TIFF"])
     image.seek(number)
-    _check_orientation(image.getexif(), url)  # which may come from its XMP, too, and turn it
+    _check_orientation(image.getexif(), url)  # from its tag 274 or its XMP: Pillow obeys both
     return image
 
 
@@ -511,14 +509,10 @@ def _check_depth(depth, url, depths):
 
 def _check_orientation(exif, url):
     if (orientation := exif.get(ExifTags.Base.Orientation, 1)) != 1:
-        raise _turned(orientation, url)
-
-
-def _turned(orientation, url):
-    return DatasetError(
-        f"{url} is turned or mirrored by its orientation tag ({orientation}), which not every program obeys: turn the "
-        "pixels themselves and save it without the tag"
-    )
+        raise DatasetError(
+            f"{url} is turned or mirrored by its orientation tag ({orientation}), which not every program obeys: turn "
+            "the pixels themselves and save it without the tag"
+        )
 
 
 def _not_grey(url, what):

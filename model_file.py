@@ -224,15 +224,14 @@ def stored_layers(file):
             raise ModelError(f"it names more than {MAX_NAMES} weights")
         if weights:
             stored[name] = [(weight, _plain_array(_follow(group, weight), weight)) for weight in weights]
-    inner = {name: list(dict.fromkeys(_layer_of(weight) for weight, _ in stored[name])) for name in stored}
-    networks = [name for name in stored if len(inner[name]) > 1]
+    networks = [name for name, weights in stored.items() if len({_layer_of(weight) for weight, _ in weights}) > 1]
     if networks and len(stored) > 1:
         raise ModelError(_part_of_another(name for name in stored if name not in networks[:1]))
-    for network in networks:
-        stored = {
-            name: [(weight, array) for weight, array in stored[network] if _layer_of(weight) == name]
-            for name in inner[network]
-        }
+    if networks:
+        (weights,) = stored.values()
+        stored = {}
+        for weight, array in weights:
+            stored.setdefault(_layer_of(weight), []).append((weight, array))
     return [StoredLayer(name, _by_kind(name, weights)) for name, weights in stored.items()]
 
 

@@ -16,7 +16,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from errors import ModelError, first_line
+from errors import ModelError, UsageError, first_line
 
 ARCHITECTURES = ("Unet", "FPN", "Linknet", "PSPNet")
 
@@ -62,6 +62,8 @@ def import_tensorflow():
 
     Raises
     ------
+    UsageError
+        It is not installed, or not whole.
     ModelError
         A GPU has no memory to start with.
     """
@@ -74,8 +76,10 @@ def import_tensorflow():
 
 
 def _start_tensorflow():
-    import tensorflow as tf
-
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise UsageError(f"TensorFlow cannot be imported: {first_line(error)}; install requirements.txt") from error
     for gpu in tf.config.list_physical_devices("GPU"):
         # Two runs share a GPU only if neither takes all of its memory at once.
         with contextlib.suppress(RuntimeError):  # already in use: this process set it before
@@ -87,7 +91,9 @@ def _start_tensorflow():
 
 def _is_lack_of_memory(tf, error):
     exhausted = isinstance(error, tf.errors.ResourceExhaustedError | MemoryError)
-    return exhausted or bool(re.search(r"out.of.memory|\bOOM\b", str(error), re.IGNORECASE))
+    # The last two are what a weight meets on its way to a full GPU.
+    words = r"out.of.memory|\bOOM\b|ALLOC_FAILED|Dst tensor is not initialized"
+    return exhausted or bool(re.search(words, str(error), re.IGNORECASE))
 
 
 @contextlib.contextmanager

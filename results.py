@@ -24,7 +24,7 @@ from confidence import FEWEST_BLOCKS, LEVEL, REPLICATES, Confidence, GuaranteedR
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
 from errors import BucketError
 
-LIBRARIES = ("tensorflow", "tf-keras", "segmentation-models", "numpy", "scipy", "pillow", "gcsfs")
+LIBRARIES = ("tensorflow", "tf-keras", "segmentation-models", "numpy", "scipy", "pillow", "google-cloud-storage")
 CURVE_STEP = 2  # every second of BLOCK_THRESHOLDS, 0.5 among them, has a row in the curves' file
 
 
@@ -203,8 +203,14 @@ def _title(result):
 
 
 def versions():
-    """The versions of the libraries that numbers depend on."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+    """The versions of the libraries that numbers depend on; None for one that is not installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a rerun needs no TensorFlow
+            found[name] = None
+    return found
 
 
 def table(results, metric_name):

@@ -12,7 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
-from errors import BUG, printable
+from errors import BUG, USAGE, printable
 
 INTERRUPTED = "interrupted; what was fetched and counted is kept in tmp: run the same command again to continue"
 LAST_WORD_SECONDS = 0.5  # for what is to be done before an interrupted run ends
@@ -26,6 +26,19 @@ def open_streams():
     sys.stdout.reconfigure(errors="backslashreplace")
     # Descriptor 2 is left to native code, whose log lines are kept off the screen now and then.
     sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")  # noqa: SIM115
+
+
+def explain_missing_packages():
+    """Say in one line what to do where an import of a package fails, as in an environment that is not activated."""
+
+    def explain(kind, error, trace):
+        if not issubclass(kind, ModuleNotFoundError):
+            sys.__excepthook__(kind, error, trace)
+            return
+        sys.stderr.write(f"error: {error}: activate the environment, or install requirements.txt into it\n")
+        os._exit(USAGE)
+
+    sys.excepthook = explain
 
 
 def end_on_signals():

@@ -12,6 +12,7 @@ import terminal
 
 if __name__ == "__main__":
     terminal.open_streams()
+    terminal.explain_missing_packages()
     last_words = terminal.end_on_signals()
     gc.disable()  # garbage collection during imports costs a fifth of their time and finds nothing
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its idle threads would take cores from the network

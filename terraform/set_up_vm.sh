@@ -62,7 +62,7 @@ fi
 rm -rf ~/.cache/pip
 
 # python3 is the environment's, with nothing to activate: in .profile for logins and tmux, whose shells read /etc/profile
-# first, which may set PATH anew; at the top of .bashrc, above the line that ends it, for `ssh <vm> <command>`.
+# first, which may set PATH anew; in .bashrc for `ssh <vm> <command>`, above the line that ends it: so at the top of both.
 for file in ~/.profile ~/.bashrc; do
   touch "$file"
   grep -qxF "$path_line" "$file" || { echo "$path_line" | cat - "$file" > "$file.new" && mv "$file.new" "$file"; }

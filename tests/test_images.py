@@ -174,6 +174,8 @@ def test_names_that_differ_only_in_unicode_form_are_paired(image, mask):
     assert [blob.name for blob in sample.masks] == [f"{SPLIT}/masks/class_0/{mask}"]
     with pytest.raises(DatasetError, match="has no partner"):  # one mask is not for two images
         paired([f"images/{image}", f"images/{mask}", f"masks/class_0/{mask}"])
+    with pytest.raises(DatasetError, match="has no partner"):  # nor is it in a third form
+        paired(["images/\u00c5.png", "images/\u212b.png", "masks/class_0/A\u030a.png"])
 
 
 def test_all_names_that_are_wrong_are_counted_and_ten_are_named(tmp_path):

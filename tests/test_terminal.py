@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, assert_one_error_line, run_tool
 
-from errors import BUG
+from errors import BUG, USAGE
 
 STATES = {  # what the main thread does; it prints "here" when it has begun
     "wait": "print('here', flush=True)\nimport time\nwhile True: time.sleep(60)",
@@ -111,3 +111,9 @@ def test_closed_streams_do_no_harm(closed, tmp_path):
     assert (tmp_path / "file").read_text() == "content"
     assert process.stdout == ("" if ">&-" in closed.replace("2>&-", "") else "shown\n")
     assert process.stderr == ("" if "2>&-" in closed else "warning: warned\n")
+
+
+def test_a_package_that_is_not_installed_is_one_line(tmp_path):
+    (tmp_path / "yaml.py").write_text("raise ModuleNotFoundError(\"No module named 'yaml'\")")
+    process = run_tool("--help", cwd=tmp_path, PYTHONPATH=tmp_path)
+    assert_one_error_line(process, USAGE, "'yaml'", "requirements.txt")

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers import MODEL, arguments, upload
 from fake_gcs import fake_gcs_server, list_objects
+from helpers import MODEL, arguments, upload
 from packaging.utils import canonicalize_name
 from test_terraform import (
     NOT_CODE,

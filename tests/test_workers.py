@@ -16,14 +16,16 @@ from helpers import (
     arguments,
     assert_one_error_line,
     blobs_and_masks,
+    finish,
     results,
     run_tool,
+    shortened,
+    start,
     tf_config,
     upload,
     write_split,
 )
 from fake_gcs import fake_gcs_server, free_port, list_objects
-from test_resilience import finish, shortened, start
 
 import workers
 from workers import LOST, read_tf_config
