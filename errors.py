@@ -7,7 +7,7 @@ EXIT_CODES = {
     BUG: "a bug in this program: please report it",
     USAGE: "usage: an argument or a package is missing or wrong",
     INPUT: "input: dataset, masks, model or configuration",
-    BUCKET: "bucket: not reached, not permitted, changed during the run, or no room on the disk for its files",
+    BUCKET: "bucket: not reached, not permitted, changed during the run, or no room for its files",
     NOT_CONVERGED: "a class did not converge",
     WORKER_LOST: "another worker died, was interrupted, or did not come",
     129: "interrupted: the terminal was closed (SIGHUP)",
