@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from chaos_proxy import ChaosProxy
-from fake_gcs import answering, list_objects
+from fake_gcs import answering
 from helpers import (
     MODEL,
     SCRIPT,

@@ -144,7 +144,7 @@ def test_runs_in_the_same_second_give_a_result_each(counted, no_tensorflow):
 
 
 def test_a_result_is_never_overwritten(tmp_path):
-    bucket, folder = open_bucket(tmp_path, tmp_path / "tmp/objects"), tmp_path / MODEL
+    bucket, folder = open_bucket(str(tmp_path), tmp_path / "tmp/objects"), tmp_path / MODEL
     folder.mkdir(parents=True)
     taken = {}
     for second in range(4):
@@ -215,7 +215,7 @@ CHANGES = {
             bucket / "datasets/dataset-tiny/config.yaml", lambda c: c["dataset_config"].update(target_size=[64, 96])
         ),
     ),
-    "the blocks": (True, stacks(*(f"slice_000{i}" for i in range(10)))),
+    "the blocks": (True, stacks(*(f"slice_000{i}" for i in range(5)))),
     "stacks without an image": (False, stacks("elsewhere")),
     "something else in the configuration": (
         False,
@@ -313,7 +313,7 @@ def test_the_documented_commands_work_as_written(sandbox, server, tmp_path):
     ):
         process = run_tool(*command.split(), cwd=tmp_path, STORAGE_EMULATOR_HOST=server)
         assert process.returncode == 0, process.stderr
-        assert process.stderr == ""
+        assert all(line.startswith("warning: ") for line in process.stderr.splitlines())
         split = command.split()[3]
         url = published(process)
         assert url.startswith("gs://sandbox/models/segmentation-model-composite_0123_20200321T154533Z/model_thr")
