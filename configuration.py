@@ -44,7 +44,7 @@ def number(kind, low, high, above_low=False):
 
 
 def folders(depth):
-    """A `type=` for argparse: a path of so many folders' names."""
+    """A `type=` for argparse: the names of `depth` folders, one in the other."""
 
     def parse(text):
         path = text.strip("/")

@@ -25,7 +25,7 @@ OUTCOMES = {  # colour and its opacity over the slice: hits may be large, errors
     "false alarm: predicted only": ((213, 94, 0), 0.8),
 }
 
-GREYS = 64  # a palette of 256 colours: so many greys, plain and tinted by each of the three outcomes
+GREYS = 64  # a palette of 256 colours: this many greys, plain and tinted by each of the three outcomes
 SHOWN_PIXELS = 4_900_000  # of all panels of slices together; keeps the file below 4 MB even for noisy images
 PANEL_SIDE = 384  # pixels, the most that a panel of slices is wide or high
 
@@ -237,7 +237,7 @@ def _logit_ticks(low, high):
 
 
 def _drawable(x, y, columns=1500):
-    """The curve with the lowest and highest value of each of so many columns, more than its panel has pixels.
+    """The curve with the lowest and highest value of each of `columns` columns, more than its panel has pixels.
 
     Parameters
     ----------
@@ -363,7 +363,7 @@ def _palette():
 
 
 def _wrapped(text, points, inches):
-    """The text in lines of at most so many inches."""
+    """The text in lines, each at most `inches` wide."""
     lines = [""]
     font = _font(points * DPI / 72)
     for word in text.split():

@@ -7,7 +7,7 @@ output "ssh" {
 }
 
 output "one_of_several" {
-  description = "The command that creates each VM, and leaves the others alone; with destroy for apply it removes it."
+  description = "The command that creates each VM, and does not touch the others; with destroy for apply it removes it."
   depends_on  = [google_compute_instance.vm] # else -target leaves it out
   value = {
     for i, name in local.names :

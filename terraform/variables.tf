@@ -14,7 +14,7 @@ variable "user_name" {
 
   validation {
     condition     = can(regex("^[A-Za-z][A-Za-z0-9._@-]*$", var.user_name)) && lower(var.user_name) != "root"
-    error_message = "user_name starts with a letter, goes on with letters, digits and . _ @ - alone, and is not root."
+    error_message = "user_name starts with a letter, continues with letters, digits and . _ @ - only, and is not root."
   }
 }
 
@@ -29,7 +29,7 @@ variable "gcp_bucket" {
 }
 
 variable "ssh_source_ranges" {
-  description = "The IPv4 ranges that may reach the VMs by SSH. Your own address alone: [\"203.0.113.7/32\"]."
+  description = "The IPv4 ranges that may reach the VMs by SSH. Your own address only: [\"203.0.113.7/32\"]."
   type        = list(string)
 
   validation {
@@ -108,7 +108,7 @@ variable "spot" {
 }
 
 variable "max_run_hours" {
-  description = "A VM stops after so many hours, so that a forgotten GPU does not cost a fortune; its disk stays. Changing this recreates the VM."
+  description = "A VM stops after this many hours, so that a forgotten GPU does not cost a fortune; its disk stays. Changing this recreates the VM."
   type        = number
   default     = 24
 

@@ -24,8 +24,9 @@ import yaml  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers import ROOT, SCRIPT, arguments, blobs_and_masks, tf_config, upload, write_split  # noqa: E402
+import coverage_simulation  # noqa: E402
 from fake_gcs import fake_gcs_server, free_port, listing_stub  # noqa: E402
+from helpers import ROOT, SCRIPT, arguments, blobs_and_masks, tf_config, upload, write_split  # noqa: E402
 
 import models  # noqa: E402
 from counts import GRID, Counts  # noqa: E402
@@ -252,6 +253,8 @@ def main():
         )
         row("listing 40,000 objects in 4 folders, 50 ms an answer / in one chain of pages", *listing_ratio(repeats))
         print_rates(folder)
+    pictures = coverage_simulation.population(ROOT / "sandbox")
+    coverage_simulation.print_table(pictures, models.class_metric("iou_score"), worlds=1000)
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}")
 
 

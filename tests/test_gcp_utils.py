@@ -688,10 +688,10 @@ def test_requester_pays(proxy, gs, monkeypatch):
     all_operations(gs)
 
 
-def test_nobody_is_charged_unasked(proxy, gs, monkeypatch):
+def test_nobody_is_charged_unasked(proxy, bucket_name, monkeypatch, tmp_path):
     """A project named in the environment serves other purposes, too, and may be one that the account cannot charge."""
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "our-project")
-    all_operations(gs)
+    all_operations(open_bucket(f"gs://{bucket_name}", tmp_path / "cache"))
     assert not any("userProject" in request.path for request in proxy.requests)
 
 
@@ -717,10 +717,10 @@ def other_refusal(message, reason="forbidden"):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (refusal("403_billing"), "billing"),
-        (refusal("403_policy"), "policy"),
+        (refusal("403_billing"), "matter of billing"),
+        (refusal("403_policy"), "administrator"),
         (other_refusal("Provided scope(s) are not authorized"), "cloud-platform"),
-        (other_refusal("Permission denied on Cloud KMS key. Please ensure ..."), "KMS"),
+        (other_refusal("Permission denied on Cloud KMS key. Please ensure ..."), "encrypts"),
         (other_refusal("x does not have serviceusage.services.use access"), "serviceUsageConsumer"),
         (other_refusal("The bucket is quarantined", "quarantined"), "quarantined"),
     ],
