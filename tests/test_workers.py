@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 from chaos_proxy import ChaosProxy
+from fake_gcs import fake_gcs_server, free_port, list_objects
 from helpers import (
     MODEL,
     SCRIPT,
@@ -25,7 +26,6 @@ from helpers import (
     upload,
     write_split,
 )
-from fake_gcs import fake_gcs_server, free_port, list_objects
 
 import workers
 from workers import LOST, read_tf_config
