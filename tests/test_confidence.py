@@ -247,6 +247,8 @@ def test_replicates_keep_to_the_bounds():
     blocks = noisy_blocks(9)
     said = assess(blocks, index=low, low=low, high=high)
     assert THRESHOLDS[low] == said.x_interval[0] <= said.x_interval[1] <= THRESHOLDS[high]
+    said = assess(blocks, index=80, low=40, high=80)  # the best lies above
+    assert THRESHOLDS[40] <= said.x_interval[0] <= said.x_interval[1] == THRESHOLDS[80]
     said = assess(blocks, index=low + 1, low=low + 1, high=low + 1)  # not even a coarse threshold within
     assert said.x_interval == (THRESHOLDS[low + 1], THRESHOLDS[low + 1])
 
