@@ -213,7 +213,7 @@ def count_images(inputs, batch_size, tf_seed, cluster):
     if cluster.number > 1:
         counts = counts.summed(cluster.sum)
         if cluster.index == 0:
-            keep(counts, path)
+            keep(counts, path, counts.save)
         cluster.sum(np.zeros(1, np.int64))  # the chief has the counts of all: the shares have served
         with contextlib.suppress(OSError):
             share_path.unlink(missing_ok=True)
@@ -224,7 +224,10 @@ def count_share(share, batch_size, tf_seed, path, cluster):
     """Run the network over the samples of a share, from the last checkpoint on, and cache the counts at `path`."""
     width, height = share.target_size
     checkpoint = path.with_suffix(".partial.npz")
-    counts = Counts.load(checkpoint) or Counts.empty(len(share.class_folders), height, width, share.blocks.number)
+    counts = Counts.load(checkpoint)
+    if counts is None:
+        Counts.remove_checkpoint(checkpoint)  # it may be damaged in part
+        counts = Counts.empty(len(share.class_folders), height, width, share.blocks.number)
     if not share.samples:  # fewer images than workers
         return counts
     if counts.images:
@@ -239,9 +242,8 @@ def count_share(share, batch_size, tf_seed, path, cluster):
         device = counts.counted_with["gpu"] or "the CPU"
         show(f"Counting the probabilities of {len(share.samples) - counts.images} images on {device}.")
         run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster)
-    keep(counts, path)
-    with contextlib.suppress(OSError):
-        checkpoint.unlink(missing_ok=True)
+    keep(counts, path, counts.save)
+    Counts.remove_checkpoint(checkpoint)
     return counts
 
 
@@ -311,7 +313,7 @@ def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
                 threading.Thread(target=import_what_follows, daemon=True).start()
             bar.update(images)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                keep(counts, checkpoint)
+                keep(counts, checkpoint, counts.save_checkpoint)
                 saved = time.monotonic()
 
 
@@ -325,10 +327,10 @@ def import_what_follows():
     gc.enable()
 
 
-def keep(counts, path):
+def keep(counts, path, save):
     """Cache the counts; if the disk has no room, that costs the next run time, but not this one its result."""
     try:
-        counts.save(path)
+        save(path)
     except OSError as error:
         warn(
             f"the counts of {counts.images} images cannot be kept in {path.parent} ({error.strerror or error}): make "

@@ -252,7 +252,7 @@ def test_a_batch_that_does_not_fit_is_halved(tf, data):
 
 
 def test_a_lack_of_memory_that_shows_where_results_are_read(tf, tiny_network, data, monkeypatch):
-    """As where a step only hands the batch over: two batches are on their way then, and none of their images is lost."""
+    """As where a step only hands the batch over: none of the images of the two batches on their way is lost."""
     tensor = next(kind for kind in type(tf.constant(0)).__mro__ if "numpy" in vars(kind))
     read = tensor.numpy
 
@@ -377,3 +377,21 @@ counts.save(sys.argv[4])
         found.append(Counts.load(path))
     for name in ("histogram", "block_histograms", "shown_names", "shown_bins", "shown_images"):
         np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+
+
+def test_a_checkpoint_writes_a_slice_once(tiny_network, data, tmp_path):
+    path = tmp_path / "of these counts.partial.npz"
+    counts, began = Counts.empty(2, 64, 96, 3), []
+    steps = inference.count_probabilities(tiny_network, data, [0] * 11, counts, NAMES, 2, {"slice 1", "slice 6"}, print)
+    for _ in steps:
+        counts.save_checkpoint(path)
+        (slices,) = set(tmp_path.iterdir()) - {path}
+        began.append((slices.name, slices.stat().st_ino))
+        found = Counts.load(path)
+        for name, value in vars(counts).items():
+            np.testing.assert_array_equal(getattr(found, name), value)
+    assert len(began) == 6 and len(set(began)) == 2
+    slices.write_bytes(slices.read_bytes()[:-1])
+    assert Counts.load(path) is None
+    Counts.remove_checkpoint(path)
+    assert not list(tmp_path.iterdir())
