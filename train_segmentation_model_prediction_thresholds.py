@@ -204,8 +204,13 @@ def count_images(inputs, batch_size, tf_seed, cluster):
     if cluster.number > 1:
         counts = counts.summed(cluster.sum)
         if cluster.index == 0:
+<<<<<<< HEAD
             keep(counts, path)
         cluster.sum(np.zeros(1, np.int64))  # returns when the chief has saved the sum: the share is no longer needed
+=======
+            keep(counts, path, counts.save)
+        cluster.sum(np.zeros(1, np.int64))  # the chief has the counts of all: the shares have served
+>>>>>>> bench
         with contextlib.suppress(OSError):
             share_path.unlink(missing_ok=True)
     return counts
@@ -215,7 +220,10 @@ def count_share(share, batch_size, tf_seed, path, cluster):
     """Count a share from its last checkpoint on, and cache the counts at `path`."""
     width, height = share.target_size
     checkpoint = path.with_suffix(".partial.npz")
-    counts = Counts.load(checkpoint) or Counts.empty(len(share.class_folders), height, width, share.blocks.number)
+    counts = Counts.load(checkpoint)
+    if counts is None:
+        Counts.remove_checkpoint(checkpoint)  # it may be damaged in part
+        counts = Counts.empty(len(share.class_folders), height, width, share.blocks.number)
     if not share.samples:  # fewer images than workers
         return counts
     if counts.images:
@@ -226,9 +234,8 @@ def count_share(share, batch_size, tf_seed, path, cluster):
         device = counts.counted_with["gpu"] or "the CPU"
         show(f"Counting the probabilities of {len(share.samples) - counts.images} images on {device}.")
         run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster)
-    keep(counts, path)
-    with contextlib.suppress(OSError):
-        checkpoint.unlink(missing_ok=True)
+    keep(counts, path, counts.save)
+    Counts.remove_checkpoint(checkpoint)
     return counts
 
 
@@ -298,7 +305,7 @@ def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
             bar.update(images)
             cluster.progress(counts.images, len(share.samples))
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                keep(counts, checkpoint)
+                keep(counts, checkpoint, counts.save_checkpoint)
                 saved = time.monotonic()
 
 
@@ -312,10 +319,15 @@ def import_what_follows():
     gc.enable()
 
 
+<<<<<<< HEAD
 def keep(counts, path):
     """Cache the counts. A full disk is only a warning: this run does not need the cache."""
+=======
+def keep(counts, path, save):
+    """Cache the counts; if the disk has no room, that costs the next run time, but not this one its result."""
+>>>>>>> bench
     try:
-        counts.save(path)
+        save(path)
     except OSError as error:
         warn(
             f"the counts of {counts.images} images cannot be kept in {path.parent} ({error.strerror or error}): make "
