@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import MODEL_ID, ROOT, SCRIPT, TRAIN_CONFIG, arguments, blobs_and_masks, run_tool, write_split
+from helpers import MODEL_ID, ROOT, SCRIPT, TRAIN_CONFIG, arguments, blobs_and_masks, memory, run_tool, write_split
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +78,20 @@ def counted(counted_template, tmp_path):
 
 @pytest.fixture
 def copied_script(tmp_path):
-    """The tool as files alone, outside any checkout."""
+    """The tool's files without a checkout around them."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     return folder / SCRIPT.name
+
+
+@pytest.fixture
+def sealed(tmp_path, monkeypatch):
+    """Run a test in its tmp_path, with limited memory; it may leave nothing there but what a run may leave."""
+    monkeypatch.chdir(tmp_path)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak VmHWM to what is in use now
+    before = memory("VmRSS")
+    yield
+    assert memory("VmHWM") - before < 300
+    assert {path.name for path in tmp_path.iterdir()} <= {"bucket", "tmp", "no_tensorflow", "counted"}
