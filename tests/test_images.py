@@ -587,6 +587,9 @@ class FilesInMemory:
     def url(self, name):
         return f"gs://bucket/{name}"
 
+    def is_here(self, blob):
+        return False
+
     def fetch(self, blob):
         self.fetched.append(blob.name)
         if isinstance(self.files[blob.name], Exception):
