@@ -1,4 +1,4 @@
-"""The fixtures that several test files use."""
+"""Fixtures for several test files."""
 
 import shutil
 import subprocess
@@ -47,7 +47,7 @@ def tiny_bucket_template(tmp_path_factory, tiny_network):
 
 @pytest.fixture
 def tiny_bucket(tiny_bucket_template, tmp_path):
-    """A bucket directory of its own: 11 images of 96 x 64, two classes, a whole-model HDF5 with random weights."""
+    """A bucket directory for one test: 11 images of 96 x 64, two classes, a whole-model HDF5 with random weights."""
     return Path(shutil.copytree(tiny_bucket_template, tmp_path / "bucket"))
 
 
@@ -72,7 +72,7 @@ def counted_template(tmp_path_factory, tiny_bucket_template):
 
 @pytest.fixture
 def counted(counted_template, tmp_path):
-    """A folder of its own with the tiny bucket and its cached counts, as after a first run."""
+    """A folder for one test with the tiny bucket and its cached counts, as after a first run."""
     return Path(shutil.copytree(counted_template[0], tmp_path / "counted"))
 
 
