@@ -1,4 +1,4 @@
-# `make sandbox` shows a run of the tool, `make test` tests it.
+# The two commands: `make sandbox` shows the tool at work, `make test` proves it.
 
 PYTHON := .venv/bin/python
 DOCUMENTED_RUN := --dataset-directory dataset-composite_0123/validation \

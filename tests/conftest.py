@@ -1,4 +1,4 @@
-"""Fixtures for several test files."""
+"""The fixtures that several test files use."""
 
 import shutil
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import MODEL_ID, ROOT, SCRIPT, TRAIN_CONFIG, arguments, blobs_and_masks, memory, run_tool, write_split
+from helpers import MODEL_ID, ROOT, SCRIPT, TRAIN_CONFIG, arguments, blobs_and_masks, run_tool, write_split
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def tiny_bucket_template(tmp_path_factory, tiny_network):
 
 @pytest.fixture
 def tiny_bucket(tiny_bucket_template, tmp_path):
-    """A bucket directory for one test: 11 images of 96 x 64, two classes, a whole-model HDF5 with random weights."""
+    """A bucket directory of its own: 11 images of 96 x 64, two classes, a whole-model HDF5 with random weights."""
     return Path(shutil.copytree(tiny_bucket_template, tmp_path / "bucket"))
 
 
@@ -72,26 +72,15 @@ def counted_template(tmp_path_factory, tiny_bucket_template):
 
 @pytest.fixture
 def counted(counted_template, tmp_path):
-    """A folder for one test with the tiny bucket and its cached counts, as after a first run."""
+    """A folder of its own with the tiny bucket and its cached counts, as after a first run."""
     return Path(shutil.copytree(counted_template[0], tmp_path / "counted"))
 
 
 @pytest.fixture
 def copied_script(tmp_path):
-    """The tool's files without a checkout around them."""
+    """The tool as files alone, outside any checkout."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     return folder / SCRIPT.name
-
-
-@pytest.fixture
-def sealed(tmp_path, monkeypatch):
-    """Run a test in its tmp_path, with limited memory; it may leave nothing there but what a run may leave."""
-    monkeypatch.chdir(tmp_path)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak VmHWM to what is in use now
-    before = memory("VmRSS")
-    yield
-    assert memory("VmHWM") - before < 300
-    assert {path.name for path in tmp_path.iterdir()} <= {"bucket", "tmp", "no_tensorflow", "counted"}

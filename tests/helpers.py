@@ -1,4 +1,4 @@
-"""Helpers for several test files: the tool as a process, buckets, tiny datasets, damaged files, checks of errors."""
+"""What several test files use: the tool as a process, buckets, tiny data sets, and how an error must look."""
 
 import json
 import os
@@ -7,14 +7,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import yaml
 from fake_gcs import create_bucket, put_object
-from hypothesis import strategies as st
 from PIL import Image
-
-import terminal
-from errors import BucketError, ConfigurationError, DatasetError, printable
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_segmentation_model_prediction_thresholds.py"
@@ -86,7 +81,7 @@ def assert_one_error_line(process, code, *words):
 
 
 def write_split(folder, images, masks):
-    """Write uint8 images, shape (n, height, width), and masks, shape (n, height, width, classes), as a split."""
+    """images: uint8 (n, h, w); masks: uint8 (n, h, w, classes)."""
     for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
         for subfolder, pixels in [
             ("images", image),
@@ -97,7 +92,7 @@ def write_split(folder, images, masks):
 
 
 def blobs_and_masks(n, height, width, classes, seed=0):
-    """Images of noisy bright discs, one per class, and their masks, as `write_split` takes them."""
+    """Noisy bright discs and their masks: something that a network could learn."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     masks = np.zeros((n, height, width, classes), np.uint8)
@@ -107,60 +102,3 @@ def blobs_and_masks(n, height, width, classes, seed=0):
             masks[i, ..., c] = (y - cy) ** 2 + (x - cx) ** 2 < r**2
     images = 60 + 50 * masks.sum(axis=-1) + rng.normal(0, 25, (n, height, width))
     return np.clip(images, 0, 255).astype(np.uint8), masks
-
-
-EXPECTED = (ConfigurationError, DatasetError, BucketError)
-
-
-def memory(kind):
-    """A number of /proc/self/status, such as VmRSS, in MiB."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
-    return int(line.split()[1]) / 1024
-
-
-def error_line(call, capsys, *words):
-    """The line that a user reads of the error that a call must raise."""
-    with pytest.raises(EXPECTED) as caught:
-        call()
-    capsys.readouterr()
-    terminal.fail(caught.value)
-    output = capsys.readouterr()
-    assert output.out == ""
-    line = output.err.removesuffix("\n")
-    assert line.startswith("error: ") and line.isprintable() and len(line) < 2500
-    for word in words:
-        assert word in line
-    return line
-
-
-def attempt(call):
-    """The result of a call, or None if it raised an error of ours, which must have a message."""
-    try:
-        return call()
-    except EXPECTED as error:
-        assert printable(error)
-        return None
-
-
-mutations = st.lists(
-    st.tuples(st.floats(0, 1), st.sampled_from(["flip", "cut", "repeat", "insert"]), st.binary(max_size=9)),
-    min_size=1,
-    max_size=4,
-)
-
-
-def mutate(data, steps):
-    """Damaged bytes; `steps` are drawn from `mutations`."""
-    for where, how, extra in steps:
-        position = int(where * (len(data) - 1))
-        match how:
-            case "flip":
-                data = data[:position] + bytes(b ^ 0x55 for b in extra) + data[position + len(extra) :]
-            case "cut":
-                data = data[:position] + data[position + 8 * len(extra) :]
-            case "repeat":
-                data = data[:position] + data[position // 2 :]
-            case "insert":
-                data = data[:position] + extra + data[position:]
-        data = data or b"\0"
-    return data

@@ -12,18 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_gcs import listing_stub
-from helpers import (
-    ROOT,
-    SPLIT,
-    arguments,
-    assert_one_error_line,
-    attempt,
-    error_line,
-    memory,
-    mutate,
-    mutations,
-    run_tool,
-)
+from helpers import ROOT, SPLIT, arguments, assert_one_error_line, run_tool
+from hostile import attempt, error_line, memory, mutate, mutations, sealed_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
@@ -42,7 +32,13 @@ from image_utils import (
     start_decoding,
 )
 
-pytestmark = pytest.mark.usefixtures("sealed")
+
+@pytest.fixture(autouse=True)
+def sealed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with sealed_folder(tmp_path):
+        yield
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Names
