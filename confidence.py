@@ -67,25 +67,28 @@ def blocks_of(names, stacks):
     -------
     Blocks
     """
-    stacks = (
-        [stack for stack in stacks if isinstance(stack, str) and stack] if isinstance(stacks, (list, tuple)) else []
-    )
-    stacks = sorted(set(stacks), key=len, reverse=True)  # the longest name that fits is the stack's
-    slices_of = {}  # stack -> slice -> positions of its images
-    for position, name in enumerate(names):
-        stack = next((stack for stack in stacks if _begins_with(name, stack)), None)
-        slices_of.setdefault(stack, {}).setdefault(_slice_of(name), []).append(position)
+    stacks = stacks if isinstance(stacks, (list, tuple)) else []
+    stacks = {stack for stack in stacks if isinstance(stack, str) and stack}
+    lengths = sorted({len(stack) for stack in stacks}, reverse=True)  # the longest name that fits is the stack's
+    images_of = {}
+    for image, name in enumerate(names):
+        beginnings = (name[:length] for length in lengths)
+        stack = next((stack for stack in beginnings if stack in stacks and _ends_a_word(stack, name)), None)
+        images_of.setdefault(stack, []).append(image)
 
-    named = len(slices_of.keys() - {None})
-    ordered = sorted(slices_of, key=lambda stack: (stack is None, natural_order(stack or "")))
+    ordered = sorted(images_of, key=lambda stack: (stack is None, natural_order(stack or "")))
     labels = np.zeros(len(names), np.int64)
     if len(ordered) >= FEWEST_BLOCKS:
         number = min(len(ordered), MOST_BLOCKS)
         for rank, stack in enumerate(ordered):
-            labels[[i for slice_ in slices_of[stack].values() for i in slice_]] = rank * number // len(ordered)
+            labels[images_of[stack]] = rank * number // len(ordered)
         kind = "stacks" if number == len(ordered) else "groups of stacks"
         return Blocks(labels, number, kind, f"further stacks of the same kind as these {len(ordered)}")
 
+    slices_of = {stack: {} for stack in ordered}
+    for stack, images in images_of.items():
+        for image in images:
+            slices_of[stack].setdefault(_slice_of(names[image]), []).append(image)
     number = 0
     runs = _runs_per_stack([len(slices_of[stack]) for stack in ordered])
     for stack, runs_here in zip(ordered, runs, strict=True):
@@ -93,14 +96,12 @@ def blocks_of(names, stacks):
         for rank, slice_ in enumerate(slices):
             labels[slices_of[stack][slice_]] = number + rank * runs_here // len(slices)
         number += runs_here
-    if not named:
+    if ordered == [None]:
         of = "images like these, taken in the order of their names, as no stacks are named"
+    elif len(ordered) == 1:
+        of = "slices of this one stack, not of others"
     else:
-        of = (
-            "slices of this one stack, not of others"
-            if len(ordered) == 1
-            else f"slices of these {len(ordered)} stacks, not of others"
-        )
+        of = f"slices of these {len(ordered)} stacks, not of others"
     return Blocks(labels, number, "runs of neighbouring slices", f"further {of}")
 
 
@@ -110,12 +111,12 @@ def natural_order(text):
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
-def _begins_with(name, stack):
-    """Whether an image's name begins with a stack's and a word or number ends there: stack_1 does not begin stack_10."""
+def _ends_a_word(stack, name):
+    """Whether a word or number of the name ends where the stack's does: stack_1 is not the stack of stack_10-0003."""
     following = name[len(stack) : len(stack) + 1]
     same_number = stack[-1].isdigit() and following.isdigit()
     same_word = stack[-1].isalpha() and following.isalpha()
-    return name.startswith(stack) and not same_number and not same_word
+    return not same_number and not same_word
 
 
 def _slice_of(name):
@@ -476,7 +477,8 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high):
     GuaranteedRecall
     """
     # As the decimal fraction that was asked for: in binary, 10 * (1 - 0.9) is less than 1.
-    lost = 1 - Fraction(repr(float(level)))
+    level = float(level)
+    lost = 1 - Fraction(repr(level))
     tp, fp, fn, _ = confusion(block_histograms)
     holding = tp[:, 0] + fn[:, 0] > 0
     blocks = int(holding.sum())

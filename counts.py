@@ -16,11 +16,12 @@ import numpy as np
 
 
 def _thresholds():
-    """The list of thresholds: even in the middle, finer towards both ends, where networks crowd.
+    """The list of thresholds: even in the middle, finer where networks crowd: around 0, 1/2 and 1.
 
-    1 / 65536 apart in the middle and nowhere wider apart than min(t, 1 - t) / 1024: below 1 / 64 there are 1,024 an
-    octave, the float32 numbers whose last 13 bits are zero, from 2**-40 on. Above 63 / 64 there are their mirror images
-    1 - t, down to float32's last step of 2**-24.
+    1 / 65536 apart, and nowhere wider apart than 1 / 1024 of the distance to the nearest of 0, 1/2 and 1, but for
+    float32's own last step of 2**-24. Up to 1 / 64 from 0 they are the float32 numbers whose last 13 bits are zero,
+    1,024 an octave, from 2**-40 on. On either side of 1/2 and below 1 the distances are the same down to 2**-12, and
+    2**-24 apart within it.
 
     Returns
     -------
@@ -28,9 +29,10 @@ def _thresholds():
     """
     first, end = np.array([2**-40, 1 / 64], np.float32).view(np.int32)
     low = np.arange(first, end, 2**13, dtype=np.int32).view(np.float32)
-    middle = np.arange(1024, 64513, dtype=np.float32) / 65536
-    high = 1 - np.concatenate([np.arange(1, 1024, dtype=np.float32) / 2**24, low[low >= 2**-14]])[::-1]
-    return np.concatenate([low, middle, high])
+    near = np.concatenate([np.arange(1, 4096, dtype=np.float32) / 2**24, low[low >= 2**-12]])
+    even = np.arange(1024, 31745, dtype=np.float32) / 65536  # from 1/64 to 31/64
+    half = np.float32([0.5])
+    return np.concatenate([low, even, half - near[::-1], half, half + near, half + even, 1 - near[::-1]])
 
 
 THRESHOLDS = _thresholds()

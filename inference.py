@@ -18,22 +18,31 @@ MEMORY_WORDS = re.compile("memory|alloc|exhausted|could not create a primitive|n
 def _bins_of(probabilities):
     """The bin of each probability, as `np.searchsorted(THRESHOLDS, p)`; len(THRESHOLDS) + 1 where it is none.
 
-    Every step is exact: the bits of a float32, products with powers of two, and `1 - p` for p >= 1/2. TensorFlow keeps
-    int32 arithmetic in the host's memory, even on a GPU, so whole numbers are held as float32 (all are below 2**24).
+    The float32 numbers with the same first 20 bits are a cell. Each cell either has no threshold in it, or begins with
+    one, and has 1, 2, 4, ... or 4,096 at equal distances: so its first bin and their number give every bin exactly.
+    TensorFlow keeps int32 arithmetic in the host's memory, even on a GPU, so whole numbers are held as float32 (all are
+    below 2**24).
     """
     import tensorflow as tf
 
-    p, last = probabilities, len(THRESHOLDS)
-    tail = tf.where(p > 0.5, 1 - p, p)
-    number = tf.bitwise.right_shift(tf.bitcast(tail, tf.int32), 13)  # 1,024 an octave
-    start = tf.bitcast(tf.bitwise.left_shift(number, 13), tf.float32)
-    number = tf.cast(number, tf.float32) - float(THRESHOLDS[:1].view(np.int32)[0] >> 13)
-    low = tf.maximum(number + tf.cast(p > start, tf.float32), 0)
-    middle = tf.math.ceil(p * 65536) + float(np.searchsorted(THRESHOLDS, 1 / 64) - 1024)
-    # Thresholds from p on: every multiple of 2**-24 up to 2**-14, and 1,024 an octave from there on.
-    high = last - tf.where(tail < 2**-14, tail * 2**24, number - (40 - 14 - 1) * 1024)
-    bins = tf.where(p <= 1 / 64, low, tf.where(p <= 63 / 64, middle, high))
-    return tf.where((p >= 0) & (p <= 1), bins, last + 1.0)  # false for NaN
+    bits = tf.bitcast(probabilities, tf.int32)
+    cell = tf.bitwise.bitwise_and(tf.bitwise.right_shift(bits, 12), 2**20 - 1)
+    place = tf.cast(tf.bitwise.bitwise_and(bits, 2**12 - 1), tf.float32)
+    first_bin, thresholds = _cells()
+    return tf.gather(first_bin, cell) + tf.math.ceil(place * tf.gather(thresholds / 2**12, cell))
+
+
+def _cells():
+    """Bin of the first float32 number of every cell, and number of thresholds in it: two float32 arrays (2**20,)."""
+    first_bin = np.full(2**20, len(THRESHOLDS) + 1, np.float32)  # above 1, below 0, or NaN
+    thresholds = np.zeros(2**20, np.float32)
+    one, minus_zero = np.float32([1, -0.0]).view(np.uint32) >> 12
+    starts = (np.arange(one + 1, dtype=np.int32) << 12).view(np.float32)
+    first_bin[: one + 1] = np.searchsorted(THRESHOLDS, starts)
+    thresholds[:one] = np.diff(first_bin[: one + 1])
+    thresholds[one] = 1  # all but 1 itself are beyond the last bin
+    first_bin[minus_zero] = 0
+    return first_bin, thresholds
 
 
 def _counting_step(network, height, width, num_classes):

@@ -91,7 +91,9 @@ def _start_tensorflow():
 
 def _is_lack_of_memory(tf, error):
     exhausted = isinstance(error, tf.errors.ResourceExhaustedError | MemoryError)
-    return exhausted or bool(re.search(r"out.of.memory|\bOOM\b", str(error), re.IGNORECASE))
+    # The last two are what a weight meets on its way to a full GPU.
+    words = r"out.of.memory|\bOOM\b|ALLOC_FAILED|Dst tensor is not initialized"
+    return exhausted or bool(re.search(words, str(error), re.IGNORECASE))
 
 
 @contextlib.contextmanager

@@ -100,6 +100,12 @@ def _write(line, stream):
         stream.flush()
 
 
+def end_with(error):
+    """End the process with an ExpectedError, from whatever thread."""
+    fail(error)
+    os._exit(error.exit_code)
+
+
 def progress(title, total, **options):
     """A progress bar with rates; shown only on a terminal."""
     from tqdm import tqdm

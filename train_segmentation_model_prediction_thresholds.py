@@ -295,10 +295,10 @@ def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
     saved = time.monotonic()
     with progress("inference", len(share.samples), initial=counts.images, unit=" images") as bar:
         for batch, images in enumerate(batches):
-            cluster.check()
             if batch == 0:
                 threading.Thread(target=import_what_follows, daemon=True).start()
             bar.update(images)
+            cluster.progress(counts.images, len(share.samples))
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 keep(counts, checkpoint)
                 saved = time.monotonic()
@@ -375,13 +375,13 @@ def main():
     cluster = workers.Cluster()
     try:
         args = parse_arguments()
-        cluster = workers.read_cluster(os.environ.get("TF_CONFIG"))
+        cluster = workers.Cluster(*workers.read_tf_config(os.environ.get("TF_CONFIG")), show, terminal.end_with)
         last_words.append(lambda: cluster.leave((WORKER_LOST, f"{cluster} was interrupted; {workers.CONTINUE}")))
         cluster.join()
         run(args, cluster)
     except ExpectedError as error:
         terminal.fail(error)
-        cluster.leave((error.exit_code, printable(error)))
+        cluster.leave((error.exit_code, f"{cluster}: {printable(error)}"))
         return error.exit_code
     except Exception:
         terminal.report_bug(TMP)

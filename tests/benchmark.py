@@ -1,12 +1,13 @@
-"""Measure what the README claims: each figure a ratio, both sides measured side by side in this run.
+"""Measure what the documentation claims: each figure a ratio, both sides measured side by side in this run.
 
-.venv/bin/python tests/benchmark.py [--repeats 5]
+.venv/bin/python tests/benchmark.py [--repeats 3] [--rows whole_job rerun ...]
 """
 
 import argparse
 import contextlib
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -24,69 +25,29 @@ import yaml  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers import ROOT, SCRIPT, arguments, blobs_and_masks, tf_config, upload, write_split  # noqa: E402
+import coverage_simulation  # noqa: E402
+from benchmark_programs import (  # noqa: E402
+    BARE_PREDICT,
+    CLASSES,
+    FLOOR,
+    MANY_CLASSES,
+    NETWORK,
+    PEAK,
+    RE_EVALUATION,
+    SIZE,
+)
 from fake_gcs import fake_gcs_server, free_port, listing_stub  # noqa: E402
+from helpers import ROOT, SCRIPT, arguments, blobs_and_masks, tf_config, upload, write_split  # noqa: E402
 
+import inference  # noqa: E402
 import models  # noqa: E402
-from counts import GRID, Counts  # noqa: E402
+import network  # noqa: E402
+from counts import THRESHOLDS, Counts  # noqa: E402
 from gcp_utils import open_bucket  # noqa: E402
 from image_utils import decode_image  # noqa: E402
 
 MODEL_ID = "segmentation-model-benchmark"
 SPLIT = "datasets/dataset-benchmark/validation"
-NETWORK = {"model_name": "Unet", "model_parameters": {"backbone_name": "resnet18", "activation": "sigmoid"}}
-SIZE, CLASSES = 128, 3
-
-# What people think of as the floor: load the model, read the images, predict once.
-BARE_PREDICT = """
-import os, sys
-os.environ.update(TF_USE_LEGACY_KERAS="1", TF_CPP_MIN_LOG_LEVEL="3")
-sys.modules["pandas"] = None  # which the tests alone bring along: Keras would import it
-from pathlib import Path
-import numpy as np
-from PIL import Image
-import tensorflow as tf
-network = tf.keras.models.load_model(sys.argv[2], compile=False)
-paths = sorted(Path(sys.argv[1], "images").iterdir())
-images = np.stack([np.asarray(Image.open(path)) for path in paths])
-network.predict((images * (1 / 255)).astype("float32")[..., None], batch_size=16, verbose=0)
-"""
-
-# The way that runs the network for every candidate threshold, as fast as that way can be: one model, compiled once,
-# the threshold a variable of one compiled metric a class, all images in memory. It gets the candidates for free.
-RE_EVALUATION = """
-import os, sys, time
-os.environ.update(TF_USE_LEGACY_KERAS="1", TF_CPP_MIN_LOG_LEVEL="3")
-sys.modules["pandas"] = None  # which the tests alone bring along: Keras would import it
-from pathlib import Path
-import numpy as np
-from PIL import Image
-import tensorflow as tf
-network = tf.keras.models.load_model(sys.argv[2], compile=False)
-split, thresholds = Path(sys.argv[1]), eval(sys.argv[3])
-names = sorted(path.name for path in (split / "images").iterdir())
-images = np.stack([np.asarray(Image.open(split / "images" / name)) for name in names])
-images = (images * (1 / 255)).astype("float32")[..., None]
-folders = sorted((split / "masks").iterdir())
-masks = np.stack([np.stack([np.asarray(Image.open(folder / name)) for folder in folders], -1) for name in names])
-threshold = tf.Variable(0.5)
-class IoU(tf.keras.metrics.Metric):
-    def __init__(self, i):
-        super().__init__(name=f"class{i}_iou_score")
-        self.i = i
-        self.both, self.either = self.add_weight("both", dtype="int64"), self.add_weight("either", dtype="int64")
-    def update_state(self, truth, probability, sample_weight=None):
-        truth, predicted = truth[..., self.i] > 0, probability[..., self.i] > threshold
-        self.both.assign_add(tf.math.count_nonzero(truth & predicted))
-        self.either.assign_add(tf.math.count_nonzero(truth | predicted))
-    def result(self):
-        return self.both / self.either
-for i, candidates in enumerate(thresholds):
-    network.compile(metrics=[IoU(i)])
-    for candidate in candidates:
-        threshold.assign(candidate)
-        network.evaluate(images, masks, batch_size=16, verbose=0)
-"""
 
 
 def seconds(*command, cwd):
@@ -95,18 +56,19 @@ def seconds(*command, cwd):
     return time.perf_counter() - start
 
 
-# A process begins with its parent's peak, so a small one stands between: this one may be large.
-PEAK = """
-import resource, subprocess, sys
-subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
-"""
+def process_seconds(*command, cwd):
+    """Seconds of processor time, in the process and in the kernel, that a process and its children take."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds(*command, cwd=cwd)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def peak_megabytes(*command, cwd):
+def peak_megabytes(*command, cwd, **environment):
     """Peak resident memory of a process, in MiB."""
     words = [sys.executable, "-c", PEAK, sys.executable, *map(str, command)]
-    return float(subprocess.run(words, cwd=cwd, check=True, stdout=subprocess.PIPE).stdout)
+    process = subprocess.run(words, cwd=cwd, env=os.environ | environment, check=True, stdout=subprocess.PIPE)
+    return float(process.stdout)
 
 
 def make_bucket(bucket, images, size=SIZE):
@@ -118,8 +80,8 @@ def make_bucket(bucket, images, size=SIZE):
     (model / "config.yaml").write_text(yaml.safe_dump({"train_config": {"segmentation_model": NETWORK}}))
     make = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import models
-tf = network.import_tensorflow()
+import network as room
+tf = room.import_tensorflow()
 import segmentation_models
 tf.keras.utils.set_random_seed(1)
 network = segmentation_models.Unet("resnet18", encoder_weights=None, input_shape=(None, None, 1), classes={CLASSES})
@@ -127,7 +89,24 @@ network.compile("adam", "binary_crossentropy")
 network.save({str(model / "model.hdf5")!r})
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", make], check=True, stdout=subprocess.DEVNULL)
-    return bucket / SPLIT, model / "model.hdf5"
+
+
+def bucket_of(folder, images, size=SIZE):
+    """The name of a bucket in `folder` with so many images, made where it is not there yet."""
+    name = f"{images} of {size}"
+    if not (folder / name).exists():
+        if images <= 400:
+            make_bucket(folder / name, images, size)
+        else:
+            multiply(folder / name, folder / bucket_of(folder, 100, size), images // 100)
+    return name
+
+
+def first_run(folder, images, size=SIZE, measure=seconds):
+    """What a run takes that has nothing in its cache."""
+    bucket = bucket_of(folder, images, size)
+    shutil.rmtree(folder / "tmp", ignore_errors=True)
+    return measure(*tool(bucket), cwd=folder)
 
 
 def tool(bucket, **others):
@@ -148,111 +127,6 @@ def ratio_of_medians(first, second, repeats):
     pairs = [(first(), second()) for _ in range(repeats)]
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     return ours, theirs, ours / theirs
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement; medians are shown")
-    repeats = parser.parse_args().repeats
-    rows = []
-
-    def row(what, ours, theirs, ratio, unit="s"):
-        shown = f"{ratio:.2f}" if ratio > 0.1 else f"{ratio:.2g}"
-        rows.append((what, f"{ours:,.3g} {unit}", f"{theirs:,.3g} {unit}", shown))
-        print("| " + " | ".join(rows[-1]) + " |", flush=True)
-
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        split, weights = make_bucket(folder / "400", 400)
-        make_bucket(folder / "100", 100)
-        print("| what | ours | the other | ratio |\n| --- | --- | --- | --- |")
-
-        def first_run(bucket="400"):
-            shutil.rmtree(folder / "tmp", ignore_errors=True)
-            return seconds(*tool(bucket), cwd=folder)
-
-        row(
-            "whole job, 400 images / bare `model.predict`, once",
-            *ratio_of_medians(first_run, lambda: seconds("-c", BARE_PREDICT, split, weights, cwd=folder), repeats),
-        )
-        row(
-            "rerun with another metric / first run, 400 images",
-            *ratio_of_medians(
-                lambda: seconds(*tool("400", optimizing_class_metric="f1_score"), cwd=folder), first_run, repeats
-            ),
-        )
-
-        first_run("100")
-        result = max((folder / "100/models" / MODEL_ID).glob("model_thresholds_*.yaml"))
-        history = yaml.safe_load(result.read_text())["metadata"]["thresholds_training_history"]
-        # nine a class, as many as a tolerance of 0.01 takes
-        candidates = [[point[0] for point in list(of_class.values())[:9]] for of_class in history.values()]
-        row(
-            "whole job, 100 images / the network again for each of 9 thresholds a class",
-            *ratio_of_medians(
-                lambda: first_run("100"),
-                lambda: seconds(
-                    "-c",
-                    RE_EVALUATION,
-                    folder / "100" / SPLIT,
-                    folder / "100/models" / MODEL_ID / "model.hdf5",
-                    candidates,
-                    cwd=folder,
-                ),  # fmt: skip
-                min(repeats, 3),
-            ),
-        )
-        for name, other in (
-            ("`sklearn.metrics.precision_recall_curve`", sorted_curve),
-            ("200 binned thresholds, numpy", binned_curve),
-        ):
-            row(f"one class, 4 million pixels: optimum from counts / {name}", *curve_ratio(other, repeats))
-
-        multiply(folder / "2000", folder / "100", 20)
-
-        def peak(bucket):
-            shutil.rmtree(folder / "tmp", ignore_errors=True)
-            return peak_megabytes(*tool(bucket), cwd=folder)
-
-        row(
-            "peak memory, 2,000 images / 100 images",
-            *ratio_of_medians(lambda: peak("2000"), lambda: peak("100"), min(repeats, 3)),
-            unit="MiB",
-        )
-        multiply(folder / "10000", folder / "100", 100)
-        row(
-            "10,000 images in two processes of half the cores each / in one of all cores (once)",
-            *ratio_of_medians(lambda: two_workers(folder, "10000"), lambda: first_run("10000"), 1),  # minutes each
-        )
-
-        make_bucket(folder / "small 100", 100, size=32)
-        for number in (5000, 10_000):
-            multiply(folder / f"small {number}", folder / "small 100", number // 100)
-
-        def each_further_image(fewer, more):
-            return (first_run(f"small {more}") - first_run(f"small {fewer}")) / (more - fewer) * 1000
-
-        row(
-            "each image from the 5,000th to the 10,000th / from the 100th to the 5,000th, 32 x 32",
-            *ratio_of_medians(
-                lambda: each_further_image(5000, 10_000), lambda: each_further_image(100, 5000), min(repeats, 3)
-            ),
-            unit="ms",
-        )
-        gpu = bool(network.import_tensorflow().config.list_physical_devices("GPU"))
-        backbone, images = ("vgg16", 1024) if gpu else ("resnet18", 128)
-        row(
-            f"forward pass with counting and bootstrap / alone, Unet/{backbone}, 512 x 512, batch 16",
-            *pass_ratio(backbone, images, repeats),
-            unit="images/s",
-        )
-        row(
-            "an image of 512 x 512 through Unet/vgg16 / of 572 x 572 through the original U-Net",
-            *network_ratio(repeats),
-        )
-        row("listing 40,000 objects in 4 folders, 50 ms an answer / in one chain of pages", *listing_ratio(repeats))
-        print_rates(folder)
-    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}")
 
 
 def two_workers(folder, bucket):
@@ -287,15 +161,17 @@ def unet(backbone, size=None):
 def pass_ratio(backbone, images, repeats):
     """Images per second of `count_probabilities` and of the network alone on the same batches; the ratio of times."""
     tf = network.import_tensorflow()
-    network = unet(backbone)
+    net = unet(backbone)
     pictures, masks = blobs_and_masks(16, 512, 512, CLASSES)
     samples = [(f"slice {i}", pictures[i % 16], masks[i % 16]) for i in range(images)]
-    forward = tf.function(lambda x: network(x, training=False))
+    forward = tf.function(lambda x: net(x, training=False))
     batch = tf.constant((pictures * (1 / 255)).astype(np.float32)[..., None])
 
     def with_counts():
-        counts = Counts.empty(CLASSES, 512, 512)
-        batches = models.count_probabilities(network, samples, counts, ["class"] * CLASSES, 16, set(), print)
+        counts = Counts.empty(CLASSES, 512, 512, 20)
+        blocks = np.arange(images) * 20 // images
+        names = ["class"] * CLASSES
+        batches = inference.count_probabilities(net, samples, blocks, counts, names, 16, set(), print)
         next(batches), next(batches)  # compiled and warm; three batches are on their way
         return timed(lambda: list(batches)) / (images - 48)
 
@@ -311,12 +187,12 @@ def network_ratio(repeats):
     """Seconds an image of Unet/vgg16 and of the original U-Net, whose speed on GPUs is published; their ratio."""
     tf = network.import_tensorflow()
     images, seconds_an_image = 2, []
-    for name, network, size in (
+    for name, net, size in (
         ("Unet/vgg16", unet("vgg16", 512), 512),
         ("the original U-Net", original_unet(tf.keras), 572),
     ):
-        print(f"{name}: {multiply_adds(tf.keras, network) / 1e9:.1f} billion multiply-adds an image")
-        forward = tf.function(lambda x, network=network: network(x, training=False))
+        print(f"{name}: {multiply_adds(tf.keras, net) / 1e9:.1f} billion multiply-adds an image")
+        forward = tf.function(lambda x, net=net: net(x, training=False))
         batch = tf.zeros((images, size, size, 1))
         forward(batch)
         seconds_an_image.append(lambda forward=forward, batch=batch: timed(lambda: forward(batch).numpy()) / images)
@@ -344,10 +220,10 @@ def original_unet(keras):
     return keras.Model(first, layers.Conv2D(2, 1)(x))
 
 
-def multiply_adds(keras, network):
+def multiply_adds(keras, net):
     """Of the convolutions, an image: next to them, nothing else counts."""
     total = 0
-    for layer in network.layers:
+    for layer in net.layers:
         if isinstance(layer, keras.layers.Conv2D):
             # each weight is used once a pixel of the output, or of the input where that is the smaller
             grid = layer.input if isinstance(layer, keras.layers.Conv2DTranspose) else layer.output
@@ -373,8 +249,8 @@ def listing_ratio(repeats):
         return ratio_of_medians(lambda: timed(bucket.list, SPLIT), lambda: timed(in_one_chain), repeats)
 
 
-def print_rates(folder):
-    """What the README's section on scale computes with: the work of the host for a large dataset."""
+def rates(folder, repeats):
+    """What docs/large_jobs.md computes with: the work of the host for a large dataset."""
     bucket = folder / "rates"
     write_split(bucket / SPLIT, *blobs_and_masks(500, 512, 512, CLASSES))
     files = [(path.relative_to(bucket).as_posix(), path.read_bytes()) for path in sorted(bucket.rglob("*.png"))]
@@ -422,15 +298,165 @@ def binned_curve(truth, p):
 
 def curve_ratio(other, repeats):
     truth, p = pixels()
-    counts = Counts.empty(1, 1, 1)
-    for side in (0, 1):
-        counts.histogram[0, side] = np.bincount(np.ceil(p[truth == side] * GRID).astype(int), minlength=GRID + 1)
-    counts.images = 1
+    bins, metric = np.searchsorted(THRESHOLDS, p), models.class_metric("f1_score")
+    histogram = np.stack([np.bincount(bins[truth == side], minlength=len(THRESHOLDS) + 1) for side in (0, 1)])
     return ratio_of_medians(
-        lambda: timed(models.train_prediction_threshold, counts, 0, "class0", "f1_score", lambda *_: None),
+        lambda: timed(models.train_prediction_threshold, histogram, "class0", metric, lambda *_: None),
         lambda: timed(other, truth, p),
         repeats,
     )
+
+
+def row(what, measured, unit="s"):
+    ours, theirs, ratio = measured
+    shown = f"{ratio:.2f}" if ratio > 0.1 else f"{ratio:.2g}"
+    print(f"| {what} | {ours:,.3g} {unit} | {theirs:,.3g} {unit} | {shown} |", flush=True)
+
+
+def whole_job(folder, repeats):
+    bucket = folder / bucket_of(folder, 400)
+    weights = bucket / "models" / MODEL_ID / "model.hdf5"
+    others = {
+        "its floor: TensorFlow, the network, the forward passes": ("-c", FLOOR, weights, 400),
+        "bare `model.predict`, once": ("-c", BARE_PREDICT, bucket / SPLIT, weights),
+    }
+    for name, other in others.items():
+        row(
+            f"whole job, 400 images of {SIZE} x {SIZE}, Unet/resnet18 / {name}",
+            ratio_of_medians(lambda: first_run(folder, 400), lambda o=other: seconds(*o, cwd=folder), repeats),
+        )
+
+
+def rerun(folder, repeats):
+    again = tool(bucket_of(folder, 400), optimizing_class_metric="f1_score")
+    first_run(folder, 400)
+    for name, measure in (("", seconds), (", processor time", process_seconds)):
+        row(
+            f"rerun with another metric / first run, 400 images{name}",
+            ratio_of_medians(
+                lambda m=measure: m(*again, cwd=folder), lambda m=measure: first_run(folder, 400, measure=m), repeats
+            ),
+        )
+
+
+def running_the_network_for_every_threshold(folder, repeats):
+    first_run(folder, 100)
+    bucket = folder / bucket_of(folder, 100)
+    result = max((bucket / "models" / MODEL_ID).glob("model_thresholds_*.yaml"))
+    history = yaml.safe_load(result.read_text())["metadata"]["thresholds_training_history"]
+    # nine a class, as many as a tolerance of 0.01 takes
+    candidates = [[point[0] for point in list(of_class.values())[:9]] for of_class in history.values()]
+    other = ["-c", RE_EVALUATION, bucket / SPLIT, bucket / "models" / MODEL_ID / "model.hdf5", candidates]
+    row(
+        "whole job, 100 images / the network again for each of 9 thresholds a class",
+        ratio_of_medians(lambda: first_run(folder, 100), lambda: seconds(*other, cwd=folder), min(repeats, 3)),
+    )
+
+
+def optimum(folder, repeats):
+    for name, other in (
+        ("`sklearn.metrics.precision_recall_curve`", sorted_curve),
+        ("200 binned thresholds, numpy", binned_curve),
+    ):
+        row(f"one class, 4 million pixels: optimum from counts / {name}", curve_ratio(other, repeats))
+
+
+def memory(folder, repeats):
+    row(
+        "peak memory, 2,000 images / 100 images",
+        ratio_of_medians(
+            *(lambda n=n: first_run(folder, n, measure=peak_megabytes) for n in (2000, 100)), min(repeats, 3)
+        ),
+        unit="MiB",
+    )
+    threads = [{f"TF_NUM_{kind}_THREADS": str(n) for kind in ("INTRAOP", "INTEROP")} for n in (32, 2)]
+    row(
+        "peak memory of a pass with 100 classes, 512 x 512, batch 2: 32 threads / 2 threads",
+        ratio_of_medians(
+            *(lambda t=t: peak_megabytes("-c", MANY_CLASSES, cwd=folder, **t) for t in threads), min(repeats, 3)
+        ),
+        unit="MiB",
+    )
+
+
+def workers(folder, repeats):
+    for images, times in ((100, repeats), (10_000, 1)):  # the second takes minutes
+        bucket = bucket_of(folder, images)
+        row(
+            f"{images:,} images in two processes of half the cores each / in one of all cores",
+            ratio_of_medians(lambda b=bucket: two_workers(folder, b), lambda i=images: first_run(folder, i), times),
+        )
+
+
+def many_images(folder, repeats):
+    def each_further_image(fewer, more):
+        return (first_run(folder, more, 32) - first_run(folder, fewer, 32)) / (more - fewer) * 1000
+
+    row(
+        "each image from the 5,000th to the 10,000th / from the 100th to the 5,000th, 32 x 32",
+        ratio_of_medians(
+            lambda: each_further_image(5000, 10_000), lambda: each_further_image(100, 5000), min(repeats, 3)
+        ),
+        unit="ms",
+    )
+
+
+def counting(folder, repeats):
+    gpu = bool(network.import_tensorflow().config.list_physical_devices("GPU"))
+    backbone, images = ("vgg16", 1024) if gpu else ("resnet18", 128)
+    row(
+        f"forward pass with counting and blocks / alone, Unet/{backbone}, 512 x 512, batch 16",
+        pass_ratio(backbone, images, repeats),
+        unit="images/s",
+    )
+
+
+def published_network(folder, repeats):
+    row(
+        "an image of 512 x 512 through Unet/vgg16 / of 572 x 572 through the original U-Net",
+        network_ratio(repeats),
+    )
+
+
+def listing(folder, repeats):
+    row("listing 40,000 objects in 4 folders, 50 ms an answer / in one chain of pages", listing_ratio(repeats))
+
+
+def coverage(folder, repeats):
+    """Not a time: whether the intervals hold."""
+    pictures = coverage_simulation.population(ROOT / "sandbox")
+    coverage_simulation.print_table(pictures, models.class_metric("iou_score"), worlds=1000)
+
+
+ROWS = {
+    function.__name__: function
+    for function in (
+        whole_job,
+        rerun,
+        running_the_network_for_every_threshold,
+        optimum,
+        memory,
+        workers,
+        many_images,
+        counting,
+        published_network,
+        listing,
+        rates,
+        coverage,
+    )
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, help="of each measurement; medians are shown (default: 3)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="which rows (default: all)")
+    options = parser.parse_args()
+    print("| what | ours | the other | ratio |\n| --- | --- | --- | --- |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.rows:
+            ROWS[name](Path(folder), options.repeats)
+    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}")
 
 
 if __name__ == "__main__":

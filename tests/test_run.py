@@ -12,13 +12,16 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import yaml
 from chaos_proxy import ChaosProxy
+from fake_gcs import get_object, list_objects, put_object
 from helpers import (
+    ENDINGS,
     MODEL,
     MODEL_ID,
     ROOT,
@@ -27,41 +30,50 @@ from helpers import (
     arguments,
     assert_one_error_line,
     blobs_and_masks,
+    published,
     results,
+    run_here,
     run_tool,
+    shortened,
     thresholds,
     upload,
     write_split,
 )
-from fake_gcs import fake_gcs_server, get_object, list_objects, put_object
 from PIL import Image
 
+import configuration
 import models
 import train_segmentation_model_prediction_thresholds as script
-from counts import GRID
+from counts import Counts
+from errors import EXIT_CODES, ExpectedError, UsageError
+from gcp_utils import open_bucket
 from image_utils import draw_subset
+from results import publish
 
 MASKS = ("masks/class_0", "masks/class_1")
 
 
-def test_the_result_is_complete_and_true(counted_template, tiny_network):
-    folder, process = counted_template
-    (result,) = results(folder / "bucket")
+def git(*command, folder=ROOT):
+    return subprocess.check_output(["git", "-C", folder, *command], text=True).strip()
+
+
+def test_the_result_is_complete(counted_template):
+    (result,) = results(counted_template / "bucket")
     metadata, system = result["metadata"], result["metadata_system"]
     assert metadata["message"] == "näive — note"
     assert metadata["gcp_bucket"] == "bucket"
     assert re.fullmatch(r"\d{8}T\d{6}Z", metadata["created_datetime"])
-    assert (folder / f"bucket/models/{MODEL_ID}/model_thresholds_{metadata['created_datetime']}.yaml").exists()
     assert metadata["num_classes"] == 2
     assert metadata["target_size"] == [96, 64]
-    head = subprocess.check_output(["git", "-C", ROOT, "rev-parse", "HEAD"], text=True).strip()
-    assert metadata["git_hash"] == head
-    assert 0 < metadata["elapsed_minutes"] < 3
+    edited = git("status", "--porcelain", "--untracked-files=no")
+    assert metadata["git_hash"] == git("rev-parse", "HEAD") + "-dirty" * bool(edited)
+    assert metadata["elapsed_minutes"] > 0
     assert metadata["dataset_directory"] == "dataset-tiny/validation"
     assert metadata["model_id"] == MODEL_ID
     assert metadata["batch_size"] == 4
     assert metadata["dataset_config"] == {"target_size": [96, 64]}
-    assert metadata["train_config"]["validation_data_shuffle_seed"] == 12345
+    config = yaml.safe_load((counted_template / "bucket" / MODEL / "config.yaml").read_text())
+    assert metadata["train_config"] == config["train_config"]
     assert metadata["class_folders"] == {"class0": "class_0", "class1": "class_1"}
     assert (metadata["num_images"], metadata["num_pixels"]) == (11, 11 * 64 * 96)
     for name in ("random-module-global-seed", "numpy_random_global_seed", "tf_random_global_seed"):
@@ -76,57 +88,46 @@ def test_the_result_is_complete_and_true(counted_template, tiny_network):
         "opt_dataset_downsample_factor": 1.0,
     }
     assert system["System_info"]["gpu"] is None
-    assert system["Lib_versions_info"]["tensorflow"] == "2.21.0"
+    assert system["Lib_versions_info"] == metadata["counted_with"]["libraries"]
+    assert system["Lib_versions_info"]["numpy"] == np.__version__
 
-    # The thresholds against brute force over every threshold, with Keras' own probabilities.
-    split = folder / "bucket/datasets/dataset-tiny/validation"
-    names = sorted(path.name for path in (split / "images").iterdir())
-    images = np.stack([np.asarray(Image.open(split / "images" / name)) for name in names])
-    x = (images * (1 / 255)).astype(np.float32)[..., None]
-    padded = np.concatenate([x, x[-1:]])  # steps of four, as in the run
-    p = np.concatenate([tiny_network.predict_on_batch(padded[i : i + 4]) for i in (0, 4, 8)])[:11]
-    for c in range(2):
-        truth = np.stack([np.asarray(Image.open(split / f"masks/class_{c}" / name)) for name in names]) == 1
-
-        bins = np.ceil(p[..., c] * GRID).astype(int)
-        above = [np.bincount(bins[truth == t], minlength=GRID + 1)[::-1].cumsum()[::-1] for t in (0, 1)]
-        fp, tp = (np.append(count[1:], 0) for count in above)
-        iou = tp / (truth.sum() + fp)
-        output = metadata["thresholds_training_output"][f"class{c}"]
-        k = round(output["x"] * GRID)
-        assert output["x"] == k / GRID == thresholds(result)[f"class{c}"]
-        assert iou[k] == iou.max() == output["metric"]
-        assert output["fun"] == 1 - output["metric"]
-        assert output["metric_at_half"] == iou[GRID // 2]
-        assert output["success"] is True
-        assert output["status"] == 0
-        history = metadata["thresholds_training_history"][f"class{c}"]
-        assert len(history) == output["nfev"]
-        for n in range(output["nfev"]):
-            threshold, metric = history[f"{n}_threshold_metric"]
-            assert metric == iou[round(threshold * GRID)]
-        plain = output["plain_minimize_scalar"]
-        assert plain["metric"] == iou[round(plain["x"] * GRID)] <= output["metric"]
-        for words in (f"class{c}", f"{output['x']:.5f}", f"{output['metric']:.4f}", f"{iou[GRID // 2]:.4f}"):
-            assert words in process.stdout
-    for suffix in (".png", "_slices.png"):
-        (figure,) = (folder / "bucket/models" / MODEL_ID).glob(f"model_thresholds_*Z{suffix}")
-        Image.open(figure).verify()
-    assert "model_thresholds_" in process.stdout.splitlines()[-1]
+    stem = f"model_thresholds_{metadata['created_datetime']}"
+    folder = counted_template / "bucket" / MODEL
+    assert {path.name for path in folder.glob("model_thresholds_*")} == {stem + ending for ending in ENDINGS}
+    *_, where, what_next = (counted_template / "stdout").read_text().splitlines()
+    assert where == f"Result: bucket/{MODEL}/{stem}.yaml"
+    assert what_next.endswith(f"--trained-thresholds-id {stem}.yaml")
 
 
 def rerun(counted, no_tensorflow, **others):
     return run_tool(*arguments("bucket", **others), cwd=counted, PYTHONPATH=no_tensorflow)
 
 
-def test_a_rerun_needs_no_tensorflow_and_every_metric_works(counted, no_tensorflow):
-    for metric in models.CLASS_METRICS:
-        process = rerun(counted, no_tensorflow, optimizing_class_metric=metric, batch_size=3)
-        assert process.returncode == 0, process.stderr
-        result = results(counted / "bucket")[-1]
-        assert result["metadata"]["thresholds_training_configuration"]["opt_class_metric"] == metric
+@pytest.mark.parametrize("metric", ["f1_score", "matthews_corrcoef", "iou_score_at_recall_0.9"])
+def test_a_rerun_with_another_metric_needs_no_tensorflow(counted, no_tensorflow, metric):
+    process = rerun(counted, no_tensorflow, optimizing_class_metric=metric, batch_size=3)
+    assert process.returncode == 0, process.stderr
+    first, result = results(counted / "bucket")
+    assert result["metadata"]["thresholds_training_configuration"]["opt_class_metric"] == metric
+    for name, output in result["metadata"]["thresholds_training_output"].items():
+        assert (output["guaranteed_recall"] is not None) == metric.endswith("_at_recall_0.9")
         if metric == "f1_score":  # IoU and F1 have the same optimum
-            assert thresholds(result) == thresholds(results(counted / "bucket")[0])
+            assert output["x"] == thresholds(first)[name]
+    assert result["metadata"]["batch_size"] == 3
+    assert result["metadata"]["counted_with"] == first["metadata"]["counted_with"]
+    assert result["metadata"]["counted_with"]["batch_size"] == 4
+
+
+def test_a_rerun_keeps_what_the_counts_were_made_with(counted, monkeypatch):
+    (path,) = (counted / "tmp/counts").glob("*.npz")
+    counts = Counts.load(path)
+    made_with = {**counts.counted_with, "gpu": "Tesla P100-PCIE-16GB", "batch_size": 7}
+    replace(counts, counted_with=made_with).save(path)
+    monkeypatch.chdir(counted)
+    run_here(monkeypatch, *arguments("bucket", batch_size=3))
+    result = results("bucket")[-1]
+    assert result["metadata"]["counted_with"] == made_with
+    assert result["metadata_system"]["System_info"]["gpu"] == "Tesla P100-PCIE-16GB"
 
 
 def test_runs_in_the_same_second_give_a_result_each(counted, no_tensorflow):
@@ -144,46 +145,50 @@ def test_runs_in_the_same_second_give_a_result_each(counted, no_tensorflow):
         for metric in metrics
     ]
     for process in running:
-        assert process.wait(60) == 0, process.stderr.read()
+        assert process.wait(300) == 0, process.stderr.read()
     new = results(counted / "bucket")[len(before) :]
     found = [result["metadata"]["thresholds_training_configuration"]["opt_class_metric"] for result in new]
     assert sorted(found) == sorted(metrics)
     folder = counted / "bucket/models" / MODEL_ID
     stems = {path.name.removesuffix(".yaml") for path in folder.glob("model_thresholds_*.yaml")}
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "model.hdf5"} | {
-        stem + suffix for stem in stems for suffix in (".yaml", ".png", "_slices.png")
+        stem + ending for stem in stems for ending in ENDINGS
     }
     assert not list((counted / "tmp/results").iterdir())
 
 
-def test_a_result_is_never_overwritten(counted, no_tensorflow):
-    folder = counted / "bucket/models" / MODEL_ID
-    taken = []
-    for second in range(20):
+def test_a_result_is_never_overwritten_and_ends_with_its_yaml(tmp_path, monkeypatch):
+    bucket, folder = open_bucket(str(tmp_path), tmp_path / "tmp/objects"), tmp_path / MODEL
+    folder.mkdir(parents=True)
+    taken = {}
+    for second in range(4):
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() + second))
-        taken.append(folder / f"model_thresholds_{stamp}{['.yaml', '.png', '_slices.png'][second % 3]}")
-        taken[-1].write_text("mine")
-    process = rerun(counted, no_tensorflow)
-    assert process.returncode == 0, process.stderr
-    assert all(path.read_text() == "mine" for path in taken)
-    published = counted / process.stdout.split()[-1]
-    assert published > taken[-1].with_suffix(".yaml")
-    assert yaml.safe_load(published.read_text())["metadata"]["created_datetime"] in published.name
+        taken[folder / f"model_thresholds_{stamp}{ENDINGS[second]}"] = f"mine {second}"
+    for path, content in taken.items():
+        path.write_text(content)
+    files = {ending: b"new" for ending in ENDINGS[1:]}
+    created = []
+
+    def create(name, data, create=bucket.create):
+        created.append(name)
+        create(name, data)
+
+    monkeypatch.setattr(bucket, "create", create)
+    name = publish(bucket, MODEL_ID, {"metadata": {"created_datetime": None}}, files, tmp_path / "tmp/results")
+    assert all(path.read_text() == content for path, content in taken.items())
+    path = tmp_path / name
+    assert path not in taken
+    assert created[-1] == name
+    assert path.name == f"model_thresholds_{yaml.safe_load(path.read_text())['metadata']['created_datetime']}.yaml"
+    for ending in files:
+        assert path.with_name(path.name.replace(".yaml", ending)).read_bytes() == b"new"
+    assert not list((tmp_path / "tmp/results").iterdir())
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: data[: len(data) // 2],
-        lambda data: b"",
-        lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:],
-        lambda data: data[: len(data) // 3] + b"x" + data[len(data) // 3 + 1 :],
-    ],
-)
-def test_damaged_counts_are_noticed(counted, no_tensorflow, damage):
+def test_damaged_counts_are_noticed(counted, no_tensorflow):
     (path,) = (counted / "tmp/counts").glob("*.npz")
     data = path.read_bytes()
-    path.write_bytes(damage(data))
+    path.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
     process = rerun(counted, no_tensorflow)
     assert "TensorFlow was imported" in process.stderr  # it set out to count again
 
@@ -198,6 +203,13 @@ def edit_yaml(path, edit):
     content = yaml.safe_load(path.read_text())
     edit(content)
     path.write_text(yaml.safe_dump(content))
+
+
+def stacks(*names):
+    return lambda bucket: edit_yaml(
+        bucket / "datasets/dataset-tiny/config.yaml",
+        lambda c: c["dataset_config"].update(dataset_split={"validation": list(names)}),
+    )
 
 
 CHANGES = {
@@ -219,6 +231,14 @@ CHANGES = {
         True,
         lambda bucket: (bucket / SPLIT / "masks/class_0").rename(bucket / SPLIT / "masks/class_2"),
     ),
+    "target_size": (
+        True,
+        lambda bucket: edit_yaml(
+            bucket / "datasets/dataset-tiny/config.yaml", lambda c: c["dataset_config"].update(target_size=[64, 96])
+        ),
+    ),
+    "the blocks": (True, stacks(*(f"slice_000{i}" for i in range(5)))),
+    "stacks without an image": (False, stacks("elsewhere")),
     "something else in the configuration": (
         False,
         lambda bucket: edit_yaml(bucket / MODEL / "config.yaml", lambda c: c["train_config"].update(epochs=99)),
@@ -227,13 +247,17 @@ CHANGES = {
 }
 
 
+def counts_path(factor=1.0):
+    return script.find_inputs("bucket", "dataset-tiny/validation", MODEL_ID, factor, None).counts_path()
+
+
 @pytest.mark.parametrize("what", CHANGES)
-def test_counts_are_used_exactly_as_long_as_what_they_depend_on_stays(counted, no_tensorflow, what):
+def test_counts_are_used_exactly_as_long_as_what_they_depend_on_stays(counted, monkeypatch, what):
+    monkeypatch.chdir(counted)
     counts_again, change = CHANGES[what]
-    assert rerun(counted, no_tensorflow).returncode == 0
+    assert counts_path().exists()
     change(counted / "bucket")
-    process = rerun(counted, no_tensorflow)
-    assert (process.returncode, "TensorFlow was imported" in process.stderr) == (int(counts_again), counts_again)
+    assert counts_path().exists() != counts_again
 
 
 def test_another_subset_is_counted_again(counted, no_tensorflow):
@@ -242,7 +266,7 @@ def test_another_subset_is_counted_again(counted, no_tensorflow):
     assert "Using 6 of them, drawn with seed 12345." in process.stdout
 
 
-def test_the_subset_is_drawn_with_the_argument_else_the_configured_else_a_fixed_seed(counted):
+def test_the_subset_is_drawn_with_the_argument_else_the_configured_else_a_fixed_seed():
     names = [f"slice {i}" for i in range(100)]
     drawn = {seed: draw_subset(names, 0.1, seed) for seed in (1, 2, 12345)}
     assert all(len(subset) == 10 == len(set(subset)) for subset in drawn.values())
@@ -251,38 +275,40 @@ def test_the_subset_is_drawn_with_the_argument_else_the_configured_else_a_fixed_
     assert len(draw_subset(names[:30], 0.1, 1)) == 3
     assert len(draw_subset(names[:3], 0.01, 1)) == 1
 
-    def seed(split, train_config, *extra):
-        args = script.parse_arguments([*arguments("b", dataset=f"d/{split}"), *extra])
-        return script.subset_seed(args, train_config)
-
     config = {"validation_data_shuffle_seed": 5, "test_data_shuffle_seed": 6, "training_data_shuffle_seed": 7}
-    assert seed("validation", config) == 5
-    assert seed("test", config) == 6
-    assert seed("train", config) == seed("validation", {}) == 1234
-    assert seed("test", config, "--numpy-random-global-seed", "9") == 9
+    seed = configuration.subset_seed
+    assert seed(config, "validation", None) == 5
+    assert seed(config, "test", None) == 6
+    assert seed(config, "train", None) == seed({}, "validation", None) == 1234
+    assert seed(config, "test", 9) == 9
+    assert seed(config, "test", 0) == 0  # a seed like any other
+    assert seed({"test_data_shuffle_seed": 0}, "test", None) == 0
 
 
 def test_seeds_do_what_they_say(counted, monkeypatch):
     monkeypatch.chdir(counted)
 
-    def random_after(seed):
-        seeds = {"random_module_global_seed": seed, "numpy_random_global_seed": 4, "tf_random_global_seed": 5}
-        script.run(script.parse_arguments(arguments("bucket", dataset_downsample_factor=0.1, **seeds)))
+    def random_after(seed, numpy_seed=0, tf_seed=0):
+        seeds = {"random_module_global_seed": seed, "numpy_random_global_seed": numpy_seed}
+        run_here(
+            monkeypatch, *arguments("bucket", dataset_downsample_factor=0.1, **seeds, tf_random_global_seed=tf_seed)
+        )
         return random.random()
 
-    def random_after_inference(seed):  # for which Keras draws as well
-        shutil.rmtree("tmp/counts")
-        return random_after(seed)
-
-    assert random_after_inference(2) != random_after_inference(3) == random_after_inference(3)
-    assert random_after(3) == random.Random(3).random()
-    tf = network.import_tensorflow()
-    assert np.random.random() == np.random.RandomState(4).random()
+    assert random_after(2) != random_after(0)
+    assert random_after(0) == random.Random(0).random()
+    assert np.random.random() == np.random.RandomState(0).random()
+    shutil.rmtree("tmp/counts")
+    random_after(0, tf_seed=5)  # inference again, for which TensorFlow is seeded
+    tf = pytest.importorskip("tensorflow")
     assert tf.compat.v1.get_seed(None)[0] == 5
-    metadata = results(counted / "bucket")[-1]["metadata"]
-    assert metadata["random-module-global-seed"] == 3
+    shutil.rmtree("tmp/counts")
+    random_after(0, 4)
+    assert tf.compat.v1.get_seed(None)[0] == 0
+    metadata = results("bucket")[-1]["metadata"]
+    assert metadata["random-module-global-seed"] == 0
     assert metadata["numpy_random_global_seed"] == metadata["subset_seed"] == 4
-    assert metadata["tf_random_global_seed"] == 5
+    assert metadata["tf_random_global_seed"] == 0
     assert metadata["num_images"] == 2
 
 
@@ -290,51 +316,52 @@ def test_seeds_do_what_they_say(counted, monkeypatch):
 # gs://
 
 
-def test_the_documented_commands_work_as_written(sandbox, tmp_path):
-    with fake_gcs_server() as server:
-        upload(server, sandbox, "sandbox")
-        before = set(list_objects(server, "sandbox"))
-        for command, images in (
-            (
-                "--gcp-bucket gs://sandbox --dataset-directory dataset-composite_0123/validation "
-                "--model-id segmentation-model-composite_0123_20200321T154533Z --batch-size 16 "
-                "--optimizing-class-metric iou_score --dataset-downsample-factor 0.1",
-                0.1,
-            ),
-            (
-                "--gcp-bucket gs://sandbox --dataset-directory dataset-composite_0123/test "
-                "--model-id segmentation-model-composite_0123_20200321T154533Z --batch-size 16 "
-                "--optimizing-class-metric f1_score --dataset-downsample-factor 0.5",
-                0.5,
-            ),
-        ):
-            process = run_tool(*command.split(), cwd=tmp_path, STORAGE_EMULATOR_HOST=server)
-            assert process.returncode == 0, process.stderr
-            assert process.stderr == ""
-            split = command.split()[3]
-            url = process.stdout.split()[-1]
-            assert url.startswith("gs://sandbox/models/segmentation-model-composite_0123_20200321T154533Z/model_thr")
-            result = yaml.safe_load(get_object(server, "sandbox", url.removeprefix("gs://sandbox/")))
-            total = len(list((sandbox / "datasets" / split / "images").iterdir()))
-            assert result["metadata"]["num_images"] == int(np.ceil(images * total))
-            assert set(thresholds(result)) == {"class0", "class1", "class2"}
-        new = sorted(set(list_objects(server, "sandbox")) - before)
-        assert [re.sub(r".*_\d{8}T\d{6}Z", "", name) for name in new] == [".png", ".yaml", "_slices.png"] * 2
-        assert before < set(list_objects(server, "sandbox"))
+def test_the_documented_commands_work_as_written(sandbox, server, tmp_path):
+    upload(server, sandbox, "sandbox")
+    before = set(list_objects(server, "sandbox"))
+    for command, part in (
+        (
+            "--gcp-bucket gs://sandbox --dataset-directory dataset-composite_0123/validation "
+            "--model-id segmentation-model-composite_0123_20200321T154533Z --batch-size 16 "
+            "--optimizing-class-metric iou_score --dataset-downsample-factor 0.1",
+            0.1,
+        ),
+        (
+            "--gcp-bucket gs://sandbox --dataset-directory dataset-composite_0123/test "
+            "--model-id segmentation-model-composite_0123_20200321T154533Z --batch-size 16 "
+            "--optimizing-class-metric f1_score --dataset-downsample-factor 0.5",
+            0.5,
+        ),
+    ):
+        process = run_tool(*command.split(), cwd=tmp_path, STORAGE_EMULATOR_HOST=server)
+        assert process.returncode == 0, process.stderr
+        assert all(line.startswith("warning: ") for line in process.stderr.splitlines())
+        split = command.split()[3]
+        url = published(process)
+        assert url.startswith("gs://sandbox/models/segmentation-model-composite_0123_20200321T154533Z/model_thr")
+        result = yaml.safe_load(get_object(server, "sandbox", url.removeprefix("gs://sandbox/")))
+        total = len(list((sandbox / "datasets" / split / "images").iterdir()))
+        assert result["metadata"]["num_images"] == int(np.ceil(part * total))
+        assert set(thresholds(result)) == {"class0", "class1", "class2"}
+    new = sorted(set(list_objects(server, "sandbox")) - before)
+    assert sorted(re.sub(r".*_\d{8}T\d{6}Z", "", name) for name in new) == sorted(2 * ENDINGS)
+    assert before < set(list_objects(server, "sandbox"))
 
 
-def test_only_what_is_needed_is_fetched_and_only_once(tiny_bucket, tmp_path):
+def test_only_what_is_needed_is_fetched_and_only_once(tiny_bucket, server, tmp_path):
     (tiny_bucket / MODEL / "model_thresholds_20200101T000000Z.yaml").write_text("old: 1")
     (tiny_bucket / MODEL / "plots").mkdir()
     (tiny_bucket / MODEL / "plots/loss.png").write_bytes(b"?")
     write_split(tiny_bucket / "datasets/dataset-tiny/train", *blobs_and_masks(2, 64, 96, 2))
-    with fake_gcs_server() as server, ChaosProxy(server) as proxy:
-        upload(server, tiny_bucket, "bkt", "folder/in/bucket/")
+    upload(server, tiny_bucket, "only-what-is-needed", "folder/in/bucket/")
+    with ChaosProxy(server) as proxy:
 
         def fetched(**others):
             del proxy.requests[:]
             process = run_tool(
-                *arguments("gs://bkt/folder/in/bucket", **others), cwd=tmp_path, STORAGE_EMULATOR_HOST=proxy.url
+                *arguments("gs://only-what-is-needed/folder/in/bucket", **others),
+                cwd=tmp_path,
+                STORAGE_EMULATOR_HOST=proxy.url,
             )
             assert process.returncode == 0, process.stderr
             names = [re.search(r"/o/([^?]*)\?.*alt=media", request.path) for request in proxy.requests]
@@ -348,47 +375,49 @@ def test_only_what_is_needed_is_fetched_and_only_once(tiny_bucket, tmp_path):
         assert first == sorted([*expected, *configs, f"{MODEL}/model.hdf5"])
         assert fetched(dataset_downsample_factor=0.5, optimizing_class_metric="recall") == []
         changed = images[2].replace("/images/", "/masks/class_0/")
-        data = get_object(server, "bkt", f"folder/in/bucket/{changed}")
-        put_object(server, "bkt", f"folder/in/bucket/{changed}", data)
+        data = get_object(server, "only-what-is-needed", f"folder/in/bucket/{changed}")
+        put_object(server, "only-what-is-needed", f"folder/in/bucket/{changed}", data)
         assert fetched(dataset_downsample_factor=0.5) == [changed]
 
 
-def test_a_failed_upload_keeps_the_result_and_the_next_run_needs_no_inference(tiny_bucket, no_tensorflow, tmp_path):
-    with fake_gcs_server() as server, ChaosProxy(server, permissions=("get", "list")) as proxy:
-        upload(server, tiny_bucket, "bkt")
-        before = list_objects(server, "bkt")
-        process = run_tool(*arguments("gs://bkt"), cwd=tmp_path, STORAGE_EMULATOR_HOST=proxy.url)
+def test_a_failed_upload_keeps_the_result_and_the_next_run_needs_no_inference(
+    tiny_bucket, no_tensorflow, server, tmp_path
+):
+    upload(server, tiny_bucket, "failed-upload")
+    before = list_objects(server, "failed-upload")
+    with ChaosProxy(server, permissions=("get", "list")) as proxy:
+        command = arguments("gs://failed-upload")
+        process = run_tool(*command, cwd=tmp_path, STORAGE_EMULATOR_HOST=proxy.url)
         assert_one_error_line(process, 4, "storage.objects.create", "roles/storage.objectCreator", "gcloud storage cp")
-        assert list_objects(server, "bkt") == before
-        kept = re.search(r"kept in (\S+),", process.stderr)[1]
-        names = sorted(path.name for path in (tmp_path / kept).iterdir())
-        assert [name[33:] for name in names] == [".png", ".yaml", "_slices.png"]
-        (kept_yaml,) = (tmp_path / kept).glob("*.yaml")
+        assert list_objects(server, "failed-upload") == before
+        kept = tmp_path / re.search(r"kept in (\S+),", process.stderr)[1]
+        (kept_yaml,) = kept.glob("*.yaml")
+        assert {path.name.removeprefix(kept_yaml.stem) for path in kept.iterdir()} == set(ENDINGS)
         proxy.permissions = ("get", "list", "create")
-        process = run_tool(
-            *arguments("gs://bkt"), cwd=tmp_path, STORAGE_EMULATOR_HOST=proxy.url, PYTHONPATH=no_tensorflow
-        )
+        process = run_tool(*command, cwd=tmp_path, STORAGE_EMULATOR_HOST=proxy.url, PYTHONPATH=no_tensorflow)
         assert process.returncode == 0, process.stderr
-        name = process.stdout.split()[-1].removeprefix("gs://bkt/")
-        assert thresholds(yaml.safe_load(get_object(server, "bkt", name))) == thresholds(
-            yaml.safe_load(kept_yaml.read_text())
-        )
+        name = published(process).removeprefix("gs://failed-upload/")
+        result = yaml.safe_load(get_object(server, "failed-upload", name))
+        assert thresholds(result) == thresholds(yaml.safe_load(kept_yaml.read_text()))
         assert not any(request.operation == "other" for request in proxy.requests)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Errors
+# Errors: each kind through a whole run once; what makes an input bad is tested in its own room
 
 
 USAGE = [
     (["--batch-size", "0"], "--batch-size"),
+    (["--batch-size", "65537"], "--batch-size"),
     (["--batch-size", "many"], "--batch-size"),
     (["--dataset-downsample-factor", "0"], "--dataset-downsample-factor"),
     (["--dataset-downsample-factor", "1.01"], "--dataset-downsample-factor"),
     (["--dataset-downsample-factor", "nan"], "--dataset-downsample-factor"),
     (["--optimizing-class-metric", "iou"], "iou_score"),
+    (["--optimizing-class-metric", "precision_at_recall_1.5"], "precision_at_recall_0.95"),
     (["--optimizing-class-metric", "binary_cross_entropy"], "does not depend on a threshold"),
     (["--numpy-random-global-seed", "-1"], "--numpy-random-global-seed"),
+    (["--numpy-random-global-seed", str(2**32)], "--numpy-random-global-seed"),
     (["--dataset-directory", "dataset-tiny"], "--dataset-directory"),
     (["--model-id", "models/m"], "--model-id"),
     (["--bach-size", "3"], "--bach-size"),
@@ -396,45 +425,44 @@ USAGE = [
 
 
 @pytest.mark.parametrize(("extra", "words"), USAGE)
-def test_wrong_arguments_are_usage_errors(tmp_path, extra, words):
-    assert_one_error_line(run_tool(*arguments("bucket"), *extra, cwd=tmp_path), 2, words)
-    assert not list(tmp_path.iterdir())
+def test_wrong_arguments_are_usage_errors(extra, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", *arguments("bucket"), *extra])
+    with pytest.raises(UsageError, match=re.escape(words)):
+        script.parse_arguments()
 
 
 @pytest.mark.parametrize("missing", ["--gcp-bucket", "--dataset-directory", "--model-id"])
-def test_required_arguments_are_required(tmp_path, missing):
+def test_required_arguments_are_required(missing, monkeypatch):
     given = arguments("bucket")
     del given[given.index(missing) : given.index(missing) + 2]
-    assert_one_error_line(run_tool(*given, cwd=tmp_path), 2, missing)
+    monkeypatch.setattr(sys, "argv", ["x", *given])
+    with pytest.raises(UsageError, match=missing):
+        script.parse_arguments()
 
 
-def test_help_tells_every_argument_default_and_metric(tmp_path):
+def test_a_usage_error_is_one_line(tmp_path):
+    assert_one_error_line(run_tool(*arguments("bucket", batch_size=0), cwd=tmp_path), 2, "--batch-size")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_says_every_argument_default_metric_and_exit_code(tmp_path):
     text = " ".join(run_tool("--help", cwd=tmp_path, COLUMNS=100).stdout.split())
     for words in (
         "--gcp-bucket",
         "gs://name",
-        "Default: 16",
-        "Default: iou_score",
-        "Default: 1.0",
-        *models.CLASS_METRICS,
+        "default: 16",
+        "default: iou_score",
+        "default: 1.0",
+        *models.METRIC_NAMES,
+        *(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()),
     ):
-        assert words in text
+        assert words.lower() in text.lower()
+    assert set(EXIT_CODES) == {*range(7), 129, 130, 143}
 
 
-def save(pixels, path, **options):
-    Image.fromarray(pixels).save(path, **options)
-
-
-PIXELS = np.full((64, 96), 7, np.uint8)
 BAD_INPUT = {
     "an unknown dataset": ({"dataset": "dataset-none/validation"}, None, "datasets/dataset-none/config.yaml"),
     "an unknown split": ({"dataset": "dataset-tiny/verification"}, None, "dataset-tiny/verification"),
-    "an unknown model": ({"model": "m"}, None, "models/m/config.yaml"),
-    "an image without its mask": (
-        {},
-        lambda b: (b / SPLIT / "masks/class_1/slice_0003.png").unlink(),
-        "masks/class_1/slice_0003.png",
-    ),
     "a mask without its image": (
         {},
         lambda b: (b / SPLIT / "images/slice_0004.png").unlink(),
@@ -447,22 +475,6 @@ BAD_INPUT = {
         "out of place",
     ),
     "a text file": ({}, lambda b: (b / SPLIT / "images/notes.txt").write_text("?"), "notes.txt"),
-    "an empty file": ({}, lambda b: (b / SPLIT / "images/slice_0002.png").write_bytes(b""), "slice_0002.png"),
-    "a huge file": (
-        {},
-        lambda b: os.truncate(b / SPLIT / "images/slice_0002.png", 2**24),
-        "slice_0002.png has 16,777,216 bytes",
-    ),
-    "no target_size": (
-        {},
-        lambda b: (b / "datasets/dataset-tiny/config.yaml").write_text("dataset_config: {size: [96, 64]}"),
-        "target_size",
-    ),
-    "a configuration that is no YAML": (
-        {},
-        lambda b: (b / "datasets/dataset-tiny/config.yaml").write_text("dataset_config: {"),
-        "not valid YAML",
-    ),
     "a configuration without its section": (
         {},
         lambda b: (b / MODEL / "config.yaml").write_text("training: 1"),
@@ -470,54 +482,66 @@ BAD_INPUT = {
     ),
     "no weights": ({}, lambda b: (b / MODEL / "model.hdf5").unlink(), "model.hdf5"),
 }
-BAD_INPUT_FOUND_LATE = {
-    "another size": ({}, lambda b: save(PIXELS[:32], b / SPLIT / "images/slice_0002.png"), "96 x 32 pixels"),
-    "colour": ({}, lambda b: save(np.dstack([PIXELS] * 3), b / SPLIT / "images/slice_0002.png"), "greyscale"),
-    "16 bits": ({}, lambda b: save(PIXELS.astype(np.uint16), b / SPLIT / "images/slice_0002.png"), "greyscale"),
-    "no image": ({}, lambda b: (b / SPLIT / "images/slice_0002.png").write_bytes(b"?" * 99), "cannot be decoded"),
-    "a truncated image": (
+
+
+@pytest.mark.parametrize("what", BAD_INPUT)
+def test_bad_input_is_found_before_anything_is_fetched(tiny_bucket, monkeypatch, tmp_path, what):
+    others, spoil, words = BAD_INPUT[what]
+    if spoil:
+        spoil(tiny_bucket)
+    monkeypatch.chdir(tmp_path)
+    given = {"dataset": "dataset-tiny/validation", "model": MODEL_ID} | others
+    with pytest.raises(ExpectedError, match=re.escape(words)) as caught:
+        script.find_inputs("bucket", given["dataset"], given["model"], 1.0, None)
+    assert caught.value.exit_code == 3
+
+
+RUNS_THAT_FAIL = {  # early: before TensorFlow is imported
+    "an unknown model": (True, {"model": "m"}, None, "models/m/config.yaml"),
+    "a configuration that is no YAML": (
+        True,
         {},
-        lambda b: os.truncate(b / SPLIT / "masks/class_0/slice_0002.png", 90),
-        "masks/class_0/slice_0002.png cannot be decoded",
+        lambda b: (b / "datasets/dataset-tiny/config.yaml").write_text("dataset_config: {"),
+        "not valid YAML",
     ),
-    "another format than its name": (
+    "an image without its mask": (
+        True,
         {},
-        lambda b: save(PIXELS, b / SPLIT / "images/slice_0002.png", format="TIFF"),
-        "is a TIFF file",
+        lambda b: (b / SPLIT / "masks/class_1/slice_0003.png").unlink(),
+        "masks/class_1/slice_0003.png",
     ),
     "weights of another network": (
+        False,
         {},
         lambda b: edit_yaml(
             b / MODEL / "config.yaml",
             lambda c: c["train_config"]["segmentation_model"]["model_parameters"].update(backbone_name="resnet34"),
         ),
-        "do not fit",
+        f"{MODEL}/model.hdf5",
     ),
-    "weights that are no HDF5": ({}, lambda b: (b / MODEL / "model.hdf5").write_bytes(b"?" * 99), "model.hdf5"),
-    "a class without a pixel": (
+    "a truncated image": (
+        False,
         {},
-        lambda b: [save(0 * PIXELS, path) for path in (b / SPLIT / "masks/class_1").iterdir()],
-        "class1 (class_1) cannot be trained",
+        lambda b: os.truncate(b / SPLIT / "masks/class_0/slice_0002.png", 90),
+        "masks/class_0/slice_0002.png cannot be decoded",
     ),
 }
 
 
-@pytest.mark.parametrize("what", [*BAD_INPUT, *BAD_INPUT_FOUND_LATE])
-def test_bad_input_is_one_error_line(tiny_bucket, no_tensorflow, tmp_path, what):
-    others, spoil, words = (BAD_INPUT | BAD_INPUT_FOUND_LATE)[what]
+@pytest.mark.parametrize("what", RUNS_THAT_FAIL)
+def test_a_run_on_bad_input_ends_with_one_error_line(tiny_bucket, no_tensorflow, tmp_path, what):
+    early, others, spoil, words = RUNS_THAT_FAIL[what]
     if spoil:
         spoil(tiny_bucket)
-    early = {"PYTHONPATH": no_tensorflow} if what in BAD_INPUT else {}
-    process = run_tool(*arguments("bucket", **others), cwd=tmp_path, **early)
+    process = run_tool(*arguments("bucket", **others), cwd=tmp_path, **({"PYTHONPATH": no_tensorflow} if early else {}))
     assert_one_error_line(process, 3, words)
     assert not list((tiny_bucket / MODEL).glob("model_thresholds_*"))
 
 
-def test_unknown_buckets_are_bucket_errors(tmp_path):
+def test_an_unknown_bucket_is_a_bucket_error(server, tmp_path):
     assert_one_error_line(run_tool(*arguments("nowhere"), cwd=tmp_path), 4, "nowhere")
-    with fake_gcs_server() as server:
-        process = run_tool(*arguments("gs://nowhere"), cwd=tmp_path, STORAGE_EMULATOR_HOST=server)
-        assert_one_error_line(process, 4, "gs://nowhere")
+    process = run_tool(*arguments("gs://nowhere"), cwd=tmp_path, STORAGE_EMULATOR_HOST=server)
+    assert_one_error_line(process, 4, "gs://nowhere")
 
 
 def test_a_class_that_does_not_converge_ends_the_run(counted, no_tensorflow, copied_script):
@@ -529,20 +553,42 @@ def test_a_class_that_does_not_converge_ends_the_run(counted, no_tensorflow, cop
     assert sorted((counted / "bucket" / MODEL).iterdir()) == before
 
 
-def test_the_git_hash_comes_from_a_file_where_there_is_no_checkout(counted, no_tensorflow, copied_script):
-    for content, expected in ((None, None), ("0123abc-dirty\n", "0123abc-dirty")):
-        if content:
-            copied_script.with_name(".git_hash").write_text(content)
-        process = run_tool(*arguments("bucket"), cwd=counted, script=copied_script, PYTHONPATH=no_tensorflow)
-        assert process.returncode == 0, process.stderr
-        assert results(counted / "bucket")[-1]["metadata"]["git_hash"] == expected
+def test_a_bug_says_that_it_is_one_and_keeps_its_report(counted, no_tensorflow, copied_script):
+    room = copied_script.with_name("results.py")
+    room.write_text(room.read_text().replace("def table(results, metric_name):", "def table():"))
+    process = run_tool(*arguments("bucket"), cwd=counted, script=copied_script, PYTHONPATH=no_tensorflow)
+    assert process.returncode == 1
+    (report,) = (counted / "tmp").glob("bug_*.txt")
+    first, *traceback = process.stderr.splitlines()
+    assert first.startswith("error: ") and f"tmp/{report.name}" in first
+    assert traceback[-1].startswith("TypeError: table()") and traceback[-1] in report.read_text()
+
+
+def test_the_git_hash_is_of_the_checkout_or_from_a_file_or_none(copied_script):
+    folder = copied_script.parent
+
+    def git_hash():
+        program = "import results; print(results.git_hash())"
+        return subprocess.check_output([sys.executable, "-c", program], cwd=folder, text=True).strip()
+
+    assert git_hash() == "None"
+    (folder / ".git_hash").write_text("0123abc-dirty\n")
+    assert git_hash() == "0123abc-dirty"
+    git("init", "--quiet", folder=folder)
+    git("add", "*.py", folder=folder)
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "all", folder=folder)
+    head = git("rev-parse", "HEAD", folder=folder)
+    (folder / "untracked").touch()
+    assert git_hash() == head
+    (folder / "counts.py").write_text((folder / "counts.py").read_text() + "# edited")
+    assert git_hash() == f"{head}-dirty"
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The screen, and interruptions
 
 
-def run_in_terminal(*command, cwd, until=None, number=None):
+def run_in_terminal(*command, cwd, script=SCRIPT, until=None, number=None):
     """Run in a pseudo-terminal, and send a signal once what it shows matches `until`.
 
     Returns the exit code and all that was written to the terminal.
@@ -550,7 +596,7 @@ def run_in_terminal(*command, cwd, until=None, number=None):
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, *command], cwd=cwd, stdin=terminal, stdout=terminal, stderr=terminal
+        [sys.executable, script, *command], cwd=cwd, stdin=terminal, stdout=terminal, stderr=terminal
     )
     os.close(terminal)
     screen = ""
@@ -575,26 +621,25 @@ def test_a_terminal_gets_progress_bars_and_no_noise(tiny_bucket, tmp_path):
         assert noise not in screen
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_so_and_goes_on_later(tmp_path, tiny_bucket_template, number, code):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_an_interrupted_run_says_so_and_continues_later(tmp_path, many_images, copied_script, number, code):
+    """A checkpoint of 30 s is not waited for: `number` comes once some batches are counted."""
     bucket = tmp_path / "bucket"
-    shutil.copytree(tiny_bucket_template, bucket)
-    shutil.rmtree(bucket / SPLIT)
-    write_split(bucket / SPLIT, *blobs_and_masks(500, 64, 96, 2))
+    shutil.copytree(many_images[0], bucket)
+    shortened(copied_script, CHECKPOINT_SECONDS=0.01)
     exit_code, screen = run_in_terminal(
-        *arguments("bucket", batch_size=4), cwd=tmp_path, until=r"[1-9]\d\d/500", number=number
+        *arguments("bucket", batch_size=1), cwd=tmp_path, script=copied_script, until=r"[2-9]\d/120", number=number
     )
     assert exit_code == code
     assert "error: interrupted" in screen.splitlines()[-1]
     assert "Traceback" not in screen
     assert not list((bucket / MODEL).glob("model_thresholds_*"))
-    again = run_tool(*arguments("bucket", batch_size=4), cwd=tmp_path)
+    again = run_tool(*arguments("bucket", batch_size=1), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    done = int(re.search(r"Going on after (\d+) of 500 images", again.stdout)[1])
-    assert 100 <= done < 500
-    assert f"Counting the probabilities of {500 - done} images" in again.stdout
-    resumed = results(bucket)[-1]
-    shutil.rmtree(tmp_path / "tmp")
-    assert run_tool(*arguments("bucket", batch_size=4), cwd=tmp_path).returncode == 0
-    for key in ("thresholds_training_output", "thresholds_training_history"):
-        assert resumed["metadata"][key] == results(bucket)[-1]["metadata"][key]
+    done = int(re.search(r"Continuing after (\d+) of 120 images", again.stdout)[1])
+    assert 0 < done < 120
+    assert f"Counting the probabilities of {120 - done} images" in again.stdout
+    (resumed,) = results(bucket)
+    (undisturbed,) = results(many_images[0].parent / "bucket")
+    for key in ("thresholds_training_output", "thresholds_training_history", "num_pixels"):
+        assert resumed["metadata"][key] == undisturbed["metadata"][key]

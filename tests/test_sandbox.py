@@ -56,7 +56,8 @@ def test_the_subsets_of_the_documented_commands_have_enough_images_for_an_interv
 def test_splits_share_no_slice(dataset):
     images = [image for split in SPLITS for image in read_folder(dataset / split / "images").items()]
     assert len({name.rpartition("-")[2] for name, _ in images}) == len(images)
-    assert len({pixels.tobytes() for _, pixels in images}) == len(images)
+    with_something = [pixels.tobytes() for _, pixels in images if pixels.any()]
+    assert len(set(with_something)) == len(with_something) > 700
 
 
 def test_classes_are_grey_matter_white_matter_and_their_boundary(dataset):
