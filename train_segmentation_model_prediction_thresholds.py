@@ -129,6 +129,8 @@ class Inputs(NamedTuple):
 
     def share(self, index, number):
         """The part that worker `index` of `number` counts."""
+        if number == 1:
+            return self
         return self._replace(
             samples=self.samples[index::number],
             blocks=replace(self.blocks, labels=self.blocks.labels[index::number]),
