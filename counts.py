@@ -142,38 +142,7 @@ class Counts:
         return replace(self, histogram=histogram, block_histograms=block_histograms, images=int(images))
 
     def save(self, path):
-<<<<<<< HEAD
         """Write to `path`, completely or not at all; raises OSError."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with open(partial, "w+b") as file:
-                names, counted_with = np.array(self.shown_names, dtype=str), json.dumps(self.counted_with)
-                np.savez(file, **{**vars(self), "shown_names": names, "counted_with": counted_with})
-                file.seek(0)
-                file.write(hashlib.file_digest(file, "sha256").digest())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path):
-        """Read what `save` wrote; None if there is no file, or if it is damaged (its last 32 bytes are its SHA-256)."""
-        try:
-            content = memoryview(Path(path).read_bytes())
-        except OSError:
-            return None
-        content, digest = content[:-32], content[-32:]
-        if hashlib.sha256(content).digest() != digest:
-            return None
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            fields = {name: arrays[name] for name in cls.__dataclass_fields__}
-        return cls(
-=======
-        """Write to `path`, whole or not at all."""
         _write(path, vars(self))
 
     def save_checkpoint(self, path):
@@ -194,13 +163,12 @@ class Counts:
 
     @classmethod
     def load(cls, path):
-        """Read what `save` or `save_checkpoint` wrote; None where there is none or it is damaged."""
+        """Read what `save` or `save_checkpoint` wrote; None if there is no such file, or if it is damaged."""
         fields = _read(path)
         if fields and "shown_bins" not in fields:
             slices = _read(_slices_of(path, len(fields["shown_names"])))
             fields = slices and fields | slices
         return fields and cls(
->>>>>>> bench
             **fields
             | {
                 "images": int(fields["images"]),

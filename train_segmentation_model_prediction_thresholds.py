@@ -197,22 +197,15 @@ def count_images(inputs, batch_size, tf_seed, cluster):
         where = path if cluster.index == 0 else "the chief's cache"
         show(f"Counts of these images by this model are in {where}: no inference needed.")
         return cached
-    batch_size = min(
-        batch_size, len(inputs.samples)
-    )  # the same for all shares: the last bit of a probability depends on it
+    batch_size = min(batch_size, len(inputs.samples))  # the same for all shares: a probability's last bit depends on it
     share_path = path if cluster.number == 1 else path.with_suffix(f".{cluster.index}_of_{cluster.number}.npz")
     share = inputs.share(cluster.index, cluster.number)
     counts = Counts.load(share_path) or count_share(share, batch_size, tf_seed, share_path, cluster)
     if cluster.number > 1:
         counts = counts.summed(cluster.sum)
         if cluster.index == 0:
-<<<<<<< HEAD
-            keep(counts, path)
-        cluster.sum(np.zeros(1, np.int64))  # returns when the chief has saved the sum: the share is no longer needed
-=======
             keep(counts, path, counts.save)
-        cluster.sum(np.zeros(1, np.int64))  # the chief has the counts of all: the shares have served
->>>>>>> bench
+        cluster.sum(np.zeros(1, np.int64))  # returns when the chief has saved the sum: the share is no longer needed
         with contextlib.suppress(OSError):
             share_path.unlink(missing_ok=True)
     return counts
@@ -321,13 +314,8 @@ def import_what_follows():
     gc.enable()
 
 
-<<<<<<< HEAD
-def keep(counts, path):
-    """Cache the counts. A full disk is only a warning: this run does not need the cache."""
-=======
 def keep(counts, path, save):
-    """Cache the counts; if the disk has no room, that costs the next run time, but not this one its result."""
->>>>>>> bench
+    """Cache the counts. A full disk is only a warning: this run does not need the cache."""
     try:
         save(path)
     except OSError as error:
