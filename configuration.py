@@ -1,4 +1,4 @@
-"""What the command line and the two config.yaml in the bucket say, checked."""
+"""Reading and checking the command line and the two config.yaml in the bucket."""
 
 import argparse
 import itertools
@@ -8,18 +8,18 @@ import yaml
 
 from errors import ConfigurationError, UsageError
 
-MAX_BYTES = 2**18
-MAX_NODES = 20_000
+MAX_BYTES = 2**18  # of a config.yaml
+MAX_NODES = 20_000  # values in it, its aliases resolved
 MAX_EDGE = 2**14  # pixels
-SUBSET_SEED = 1234  # where neither the arguments nor train_config name one
+SUBSET_SEED = 1234  # where neither the arguments nor train_config give one
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Both."""
+    """Shows the defaults, and keeps the line breaks of description and epilog."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Shows the defaults, keeps the lines of its texts, and raises UsageError."""
+    """Raises UsageError where argparse would end the process."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, **options)
@@ -29,7 +29,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, low, high, above_low=False):
-    """A `type=` for argparse: a number from `low` (or above it) to `high`."""
+    """Make a `type=` for argparse: a number from `low` to `high`, without `low` itself if `above_low`."""
 
     def parse(text):
         value = kind(text)
@@ -39,12 +39,12 @@ def number(kind, low, high, above_low=False):
             )
         return value
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # argparse shows it: "invalid int value"
     return parse
 
 
 def folders(depth):
-    """A `type=` for argparse: the names of `depth` folders, one in the other."""
+    """Make a `type=` for argparse: a path of `depth` folder names."""
 
     def parse(text):
         path = text.strip("/")
@@ -56,37 +56,54 @@ def folders(depth):
 
 
 def read_config(bucket, name, section):
-    """The dictionary `section` of a YAML file in the bucket.
+    """Read one section of a YAML file in the bucket.
+
+    Parameters
+    ----------
+    bucket : as gcp_utils.open_bucket gives
+    name : str
+        The file's name in the bucket.
+    section : str
+        A key at the file's top: dataset_config or train_config.
+
+    Returns
+    -------
+    dict
 
     Raises
     ------
     ConfigurationError
-        The file is no YAML, is far too large for a configuration, or has no such section.
+        The file is not valid YAML, is far too large for a configuration, or has no such section.
     BucketError
+        The file is missing or cannot be read.
     """
     url, blob = bucket.url(name), bucket.stat(name)
     if blob.size > MAX_BYTES:
-        raise ConfigurationError(f"{url} has {blob.size:,} bytes: that is no configuration")
+        raise ConfigurationError(
+            f"{url} has {blob.size:,} bytes, too many for a configuration: put the right file there"
+        )
     text = bucket.read(blob)
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
-        # Before any value is made of it: a few aliases, merged or nested, can stand for any number of values.
+        # Before the values are built: a few nested aliases can stand for any number of values.
         if _count_nodes(node, MAX_NODES) <= 0:
-            raise ConfigurationError(f"{url} is larger than any configuration once its aliases are resolved")
+            raise ConfigurationError(
+                f"{url} is too large for a configuration, or too deep: use fewer aliases or levels"
+            )
         config = loader.construct_document(node) if node else None
     except ConfigurationError:
         raise
-    except Exception as error:  # the constructors of numbers and dates raise whatever they meet
+    except Exception as error:  # PyYAML's constructors of numbers and dates raise exceptions of many types
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigurationError(f"{url} is not valid YAML: {reason}") from error
+        raise ConfigurationError(f"{url} is not valid YAML, correct it: {reason}") from error
     if not isinstance(config, dict) or not isinstance(config.get(section), dict):
         raise ConfigurationError(f"{url} needs a section {section}: with keys and values below it")
     return config[section]
 
 
 def _count_nodes(node, budget, depth=20):
-    """What is left of `budget` after one for every YAML node below; at most 0 if too deep, or for a huge number."""
+    """`budget` minus the number of nodes in a YAML node; 0 or less if they are too many, too deep, or a huge number."""
     if isinstance(node, yaml.CollectionNode) and budget > 0:
         if depth == 0:
             return 0
@@ -98,7 +115,23 @@ def _count_nodes(node, budget, depth=20):
 
 
 def target_size(dataset_config, url):
-    """[width, height] in pixels that every image and mask of the dataset has; `url` is for the message."""
+    """The size of every image and mask of a dataset.
+
+    Parameters
+    ----------
+    dataset_config : dict
+    url : str
+        Of the file, for the message.
+
+    Returns
+    -------
+    list
+        [width, height] in pixels, each from 1 to MAX_EDGE.
+
+    Raises
+    ------
+    ConfigurationError
+    """
     size = dataset_config.get("target_size")
     if not (
         isinstance(size, list) and len(size) == 2 and all(type(edge) is int and 0 < edge <= MAX_EDGE for edge in size)
@@ -110,14 +143,33 @@ def target_size(dataset_config, url):
 
 
 def stacks(dataset_config, split):
-    """Names of the stacks that the split was made of; an empty list where the configuration does not say."""
+    """The names of the stacks in a split; an empty list where dataset_config does not give them."""
     splits = dataset_config.get("dataset_split")
     names = splits.get(split) if isinstance(splits, dict) else None
     return [str(name) for name in names if isinstance(name, str | int)] if isinstance(names, list) else []
 
 
 def subset_seed(train_config, split, seed):
-    """The seed that draws the subset: `seed` if given, else the one of train_config for the split, else a fixed one."""
+    """The seed for drawing the subset: `seed`, or if it is None the split's in train_config, or else SUBSET_SEED.
+
+    Parameters
+    ----------
+    train_config : dict
+    split : str
+        The name of the split's folder, with validation or test in it.
+    seed : int or None
+        From the command line.
+
+    Returns
+    -------
+    int
+        0 to 2**32 - 1.
+
+    Raises
+    ------
+    ConfigurationError
+        The seed in train_config is not such an integer.
+    """
     for name in ("validation", "test"):
         if seed is None and name in split:
             seed = train_config.get(f"{name}_data_shuffle_seed")

@@ -1,7 +1,7 @@
-"""What one pass over the images leaves behind: exact counts, whole and in blocks, and a few slices to show.
+"""The counts of one pass over the images: of all images, of each block of them, and a few slices to show.
 
-Bin k holds the probabilities in (THRESHOLDS[k - 1], THRESHOLDS[k]], so a sum over the bins above k is the very count of
-pixels with `p > THRESHOLDS[k]` that a Keras metric with `thresholds=THRESHOLDS[k]` accumulates, but in int64.
+Bin k holds the probabilities in (THRESHOLDS[k - 1], THRESHOLDS[k]]. So the sum over the bins above k is the number of
+pixels with `p > THRESHOLDS[k]`: exactly what a Keras metric with `thresholds=THRESHOLDS[k]` counts, but in int64.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ def _thresholds():
 
 
 THRESHOLDS = _thresholds()
-BLOCK_STEP = 64  # blocks are counted at every 64th threshold, to keep them small
+BLOCK_STEP = 64  # blocks are counted at every 64th threshold only, to save memory
 BLOCK_THRESHOLDS = THRESHOLDS[::BLOCK_STEP]
 
 
 @dataclass
 class Counts:
-    """Counts of one pass, or of the part of it that is done.
+    """The counts of one pass, or of the part of it that is done.
 
     Attributes
     ----------
@@ -54,13 +54,15 @@ class Counts:
     images : int
         Number of images counted: the first ones of the pass.
     shown_names : list of str, length shown
-        The images kept for display.
-    shown_images : uint8 array, shape (shown, height, width)
+        Names of the images that the figure shows.
+    shown_images : uint8 array, shape (shown, height, width), 0 to 255
     shown_truth : bool array, shape (shown, height, width, classes)
+        Their masks.
     shown_bins : int32 array, shape (shown, height, width, classes)
-        Probability bins: the prediction at THRESHOLDS[k] is `shown_bins > k`.
+        Their probability bins: the prediction at THRESHOLDS[k] is `shown_bins > k`.
     counted_with : dict
-        What the probabilities depend on beside network and images: batch size, device, libraries. Plain values.
+        What the probabilities depend on besides network and images: batch size, device, libraries. Values that JSON
+        can hold.
     """
 
     histogram: np.ndarray
@@ -74,6 +76,7 @@ class Counts:
 
     @classmethod
     def empty(cls, classes, height, width, blocks):
+        """Counts of no image: `classes` and `blocks` are numbers, `height` and `width` are pixels."""
         return cls(
             histogram=np.zeros((classes, 2, len(THRESHOLDS) + 1), np.int64),
             block_histograms=np.zeros((blocks, classes, 2, len(BLOCK_THRESHOLDS) + 1), np.int64),
@@ -97,12 +100,12 @@ class Counts:
         coarse : integer array, shape (n, classes, 2, len(BLOCK_THRESHOLDS) + 1)
             The histogram of each image, in the bins between every 64th threshold.
         shown : iterable of (name, image, truth, bins)
-            Images of the batch to keep for display; shapes as in the attributes, without the first axis.
+            Images of the batch that the figure shows; shapes as in the attributes, without the first axis.
 
         Raises
         ------
         RuntimeError
-            A class does not have as many pixels in the histograms as the images have: a bug, and no result.
+            The histograms of a class do not hold as many pixels as the images have: a bug.
         """
         pixels = int(np.prod(self.shown_images.shape[1:]))
         whole, each = histogram.sum(axis=(1, 2), dtype=np.int64), coarse.sum(axis=(2, 3), dtype=np.int64)
@@ -119,12 +122,16 @@ class Counts:
         self.images += len(names)
 
     def summed(self, add):
-        """Counts of all workers together; the slices to show stay this worker's own.
+        """The counts of all workers together; the slices to show are only those of this worker.
 
         Parameters
         ----------
         add : callable
-            Takes an int64 array of shape (n,) and returns its sum over the workers.
+            Takes an int64 array of shape (n,) and returns the sum of these arrays over the workers.
+
+        Returns
+        -------
+        Counts
         """
         parts = [self.histogram, self.block_histograms, np.array([self.images])]
         total = add(np.concatenate([part.ravel() for part in parts]))
@@ -135,7 +142,7 @@ class Counts:
         return replace(self, histogram=histogram, block_histograms=block_histograms, images=int(images))
 
     def save(self, path):
-        """Write to `path`, whole or not at all."""
+        """Write to `path`, completely or not at all; raises OSError."""
         _write(path, vars(self))
 
     def save_checkpoint(self, path):
@@ -180,7 +187,7 @@ def _slices_of(path, number):
 
 
 def _write(path, fields):
-    """Write attributes of Counts to `path`, whole or not at all, with their SHA-256 at the end."""
+    """Write attributes of Counts to `path`, completely or not at all, with their SHA-256 at the end."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
@@ -211,17 +218,17 @@ def _read(path):
 
 
 def confusion(histogram):
-    """Confusion counts at every threshold between the histogram's bins.
+    """True and false positives and negatives at every threshold between the histogram's bins.
 
     Parameters
     ----------
     histogram : array, shape (..., 2, thresholds + 1)
-        Pixels per truth (0 outside, 1 inside) and bin.
+        Pixels per truth (0 outside the mask, 1 inside) and bin.
 
     Returns
     -------
     tp, fp, fn, tn : arrays, shape (..., thresholds)
-        Entry k counts the bins above k, which hold `p > threshold k`, as positive.
+        Entry k takes the pixels in the bins above k, those with `p > threshold k`, for positive.
     """
     at_or_below = np.cumsum(histogram, axis=-1)
     at_or_below, total = at_or_below[..., :-1], at_or_below[..., -1:]

@@ -1,4 +1,4 @@
-"""Errors that a user can cause or mend. Each is one line, says what to do, and carries its exit code."""
+"""Errors that a user can cause or repair. Each is one line, says what to do, and carries its exit code."""
 
 DONE, BUG, USAGE, INPUT, BUCKET, NOT_CONVERGED, WORKER_LOST = range(7)
 
@@ -7,7 +7,7 @@ EXIT_CODES = {
     BUG: "a bug in this program: please report it",
     USAGE: "usage: an argument or a package is missing or wrong",
     INPUT: "input: dataset, masks, model or configuration",
-    BUCKET: "bucket: not reached, not permitted, changed during the run, or no room for what it holds or receives",
+    BUCKET: "bucket: not reached, not permitted, changed during the run, or no room for its files",
     NOT_CONVERGED: "a class did not converge",
     WORKER_LOST: "another worker died, was interrupted, or did not come",
     129: "interrupted: the terminal was closed (SIGHUP)",
@@ -17,19 +17,19 @@ EXIT_CODES = {
 
 
 class ExpectedError(Exception):
-    """What `main` reports in one line, without a traceback. Subclasses set the exit code."""
+    """An error that `main` shows in one line, without a traceback. Subclasses set the exit code."""
 
     exit_code = INPUT
 
 
 class UsageError(ExpectedError):
-    """An argument or environment variable has a value that cannot work; the message names it."""
+    """An argument or environment variable cannot be used; the message names it."""
 
     exit_code = USAGE
 
 
 class ConfigurationError(ExpectedError):
-    """A config.yaml, or what is configured in models.py, cannot be used; the message names it."""
+    """A config.yaml, or a setting in models.py, cannot be used; the message names it."""
 
 
 class DatasetError(ExpectedError):
@@ -47,19 +47,19 @@ class NotConvergedError(ExpectedError):
 
 
 class BucketError(ExpectedError):
-    """A bucket cannot be used as asked; the message names the place."""
+    """A bucket or an object in it cannot be used; the message names it."""
 
     exit_code = BUCKET
 
 
 class BlobNotFoundError(BucketError):
-    """The bucket is there, the blob is not."""
+    """The bucket exists, but not the blob."""
 
     exit_code = INPUT
 
 
 class PeerError(ExpectedError):
-    """Another worker ended with an error, died or never came. All end with its exit code."""
+    """Another worker ended with an error, died or never came. All workers end with the same exit code."""
 
     def __init__(self, message, exit_code=WORKER_LOST):
         super().__init__(message)
@@ -67,12 +67,12 @@ class PeerError(ExpectedError):
 
 
 def first_line(error):
-    """The first line of an error's text that is not blank, or else its type; 300 characters at most."""
+    """The first line of an error's text that is not blank, else the name of its type; at most 300 characters."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def printable(text):
-    """Text that cannot steer a terminal, whatever was in a file or an object's name."""
+    """The text with escapes for characters that steer a terminal, which file names and contents may have."""
     text = str(text)
     if text.isprintable():
         return text

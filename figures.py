@@ -1,6 +1,6 @@
 """The two figures of a result: the metric over all thresholds, and slices with hits, misses and false alarms.
 
-Matplotlib is imported where it is used, since it takes a good part of a rerun's time; pyplot never, since it
+Matplotlib is imported where it is used, because the import takes a good part of a rerun's time. pyplot is not used: it
 looks for a screen. The same input gives the same bytes.
 """
 
@@ -16,25 +16,25 @@ from PIL import Image, ImageDraw, ImageFont
 from counts import BLOCK_THRESHOLDS, THRESHOLDS
 from results import threshold_text
 
-# Okabe-Ito colours, which the colour-blind tell apart. Each also differs from its neighbours in lightness or
-# line style, for print without colour.
+# Colours of Okabe and Ito, which colour-blind people can distinguish. Lightness and line style differ too, for print
+# without colour.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-OUTCOMES = {  # colour and its opacity over the slice: hits may be large, errors are thin
+OUTCOMES = {  # colour, and its opacity over the slice: higher for errors, which are often thin
     "hit: predicted and in the mask": ((86, 180, 233), 0.6),
     "miss: in the mask only": ((240, 228, 66), 0.8),
     "false alarm: predicted only": ((213, 94, 0), 0.8),
 }
 
-GREYS = 64  # a palette of 256 colours: this many greys, plain and tinted by each of the three outcomes
-SHOWN_PIXELS = 4_900_000  # of all panels of slices together; keeps the file below 4 MB even for noisy images
-PANEL_SIDE = 384  # pixels, the most that a panel of slices is wide or high
+GREYS = 64  # times 4 is a palette of 256 colours: the greys, and the greys tinted by each of the three outcomes
+SHOWN_PIXELS = 4_900_000  # at most, in all panels of slices together: keeps the file below 4 MB even for noisy images
+PANEL_SIDE = 384  # pixels; a panel of slices is at most this wide and high
 
 DPI = 150
 STYLE = {
-    "font.family": ["DejaVu Sans"],  # comes with matplotlib, so that the figure is the same on every machine
+    "font.family": ["DejaVu Sans"],  # matplotlib brings it along, so the figure is the same on every machine
     "font.size": 8,
     "text.usetex": False,
-    "text.parse_math": False,  # a folder's name may hold a $
+    "text.parse_math": False,  # the name of a folder may have a $ in it
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
@@ -42,7 +42,7 @@ STYLE = {
 
 
 class Slice(NamedTuple):
-    """What `draw_slices` shows of one slice."""
+    """A slice as `draw_slices` shows it."""
 
     name: str
     image: np.ndarray  # (height, width) uint8
@@ -56,12 +56,12 @@ def draw_curves(results, metric_name, title, note):
     Parameters
     ----------
     results : list of results.ClassResult, at least one
-        A panel each.
+        Each has a panel.
     metric_name : str
-        For labels. Where it is precision or recall, that is not drawn a second time.
+        For labels. Precision and recall are drawn too, but not twice if one of them is the metric.
     title : str
     note : str
-        Stands below the panels: what the band and the intervals rest on.
+        A text below the panels: what the band and the intervals rest on.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def draw_curves(results, metric_name, title, note):
 
 
 def curves_figure(results, metric_name, title, note):
-    """The matplotlib figure of `draw_curves`. Its margins are in inches: automatic ones are slow."""
+    """The matplotlib figure of `draw_curves`. Margins are set in inches: matplotlib's automatic ones are slow."""
     from matplotlib.figure import Figure
 
     columns = len(results) if len(results) <= 3 else min(4, math.ceil(math.sqrt(len(results))))
@@ -118,7 +118,7 @@ def curves_figure(results, metric_name, title, note):
 
 def _draw_panel(axes, result, metric_name, wide):
     trained, curve, confidence = result.trained, result.curve, result.confidence
-    # A threshold close to 0 or 1 could not be told from the frame: there, the logit spreads the thresholds.
+    # On a linear axis, a threshold close to 0 or 1 would lie on the frame: a logit axis spreads these thresholds.
     spread = not 0.02 <= trained.x <= 0.98
     position = _logit if spread else np.asarray
     ends = _logit_ends(trained.x, confidence.x_interval) if spread else (0.0, 1.0)
@@ -165,7 +165,7 @@ def _draw_panel(axes, result, metric_name, wide):
     axes.set_ylabel(metric_name)
 
     axes.annotate(
-        _shortened(f"{result.name} ({result.folder})", 9, wide, bold=True),
+        _shortened(result.title, 9, wide, bold=True),
         (0, 1),
         (0, 48),
         "axes fraction",
@@ -184,7 +184,7 @@ def _draw_panel(axes, result, metric_name, wide):
 
 
 def _numbers(result, metric_name):
-    """The lines above a panel."""
+    """The lines of numbers above a panel."""
     trained, curve, confidence = result.trained, result.curve, result.confidence
 
     def interval(limits, form):
@@ -202,7 +202,7 @@ def _numbers(result, metric_name):
 
 
 def _shown_range(result):
-    """The range of the vertical axis: 0 to 1, or only its bottom or top where that is where the metric is."""
+    """The range of the vertical axis: 0 to 1, or the lower or upper part of it where the metric lies in that part."""
     low, high = result.confidence.metric_interval or (result.trained.metric,) * 2
     highest = max(result.trained.metric, high)
     lowest = min(np.median(result.curve.metric), low)
@@ -220,7 +220,7 @@ def _logit(thresholds):
 
 
 def _logit_ends(x, interval):
-    """How far a logit axis reaches: from 0.0001 to 0.9999, and beyond a threshold outside of that with its interval."""
+    """The range of a logit axis: 0.0001 to 0.9999, or more where the threshold or its interval lies outside."""
     shown = _logit([x, *(interval or ()), 1e-4, 1 - 1e-4])
     first, last = _logit(THRESHOLDS[[0, -1]])
     room = 0.06 * (shown.max() - shown.min())
@@ -228,7 +228,7 @@ def _logit_ends(x, interval):
 
 
 def _logit_ticks(low, high):
-    """Labels of some five ticks between two ends of a logit axis: 0.5, and powers of ten from 0 and from 1."""
+    """Labels of some five ticks on a logit axis: 0.5, and thresholds that are a power of ten away from 0 or 1."""
     decades = range(2, 14)
     below = [f"{10.0**-k:g}" for k in decades if low <= _logit(10.0**-k)]
     above = [f"{1 - 10.0**-k:.{k}f}" for k in decades if _logit(1 - 10.0**-k) <= high]
@@ -237,7 +237,9 @@ def _logit_ticks(low, high):
 
 
 def _drawable(x, y, columns=1500):
-    """The curve with the lowest and highest value of each of `columns` columns, more than its panel has pixels.
+    """The curve with fewer points: the lowest and the highest value in each of `columns` columns of its panel.
+
+    So no peak is lost, because a panel has fewer pixels than that from left to right.
 
     Parameters
     ----------
@@ -255,24 +257,24 @@ def _drawable(x, y, columns=1500):
 
 
 def slices(counts, indices):
-    """The slices that the pass kept, with what the trained thresholds make of them.
+    """The slices in the counts, with the masks that the trained thresholds predict.
 
     Parameters
     ----------
     counts : counts.Counts
     indices : sequence of int, one per class
-        Of the trained thresholds in counts.THRESHOLDS.
+        Indices of the trained thresholds in counts.THRESHOLDS.
 
     Returns
     -------
     list of Slice
     """
-    kept = zip(counts.shown_names, counts.shown_images, counts.shown_truth, counts.shown_bins, strict=True)
-    return [Slice(name, image, truth, bins > np.array(indices)) for name, image, truth, bins in kept]
+    shown = zip(counts.shown_names, counts.shown_images, counts.shown_truth, counts.shown_bins, strict=True)
+    return [Slice(name, image, truth, bins > np.array(indices)) for name, image, truth, bins in shown]
 
 
 def draw_slices(slices, classes, title):
-    """Draw slices side by side, class below class, with the hits, misses and false alarms over them.
+    """Draw slices side by side, with a row per class, and hits, misses and false alarms in colour.
 
     Parameters
     ----------
@@ -294,7 +296,7 @@ def draw_slices(slices, classes, title):
     gap, line = 8, 20
     top = gap + 3 * line + gap  # title, legend, names of the slices
     row = line + high + gap
-    # Text needs the room even if there are few slices.
+    # Wide enough for the text even if there are few slices.
     size = max(len(slices) * (wide + gap) + gap, 900), top + len(classes) * row
     page = Image.new("L", size, 255)
     draw = ImageDraw.Draw(page)
@@ -331,9 +333,9 @@ def draw_slices(slices, classes, title):
 
 
 def _outcomes(truth, prediction, shrink):
-    """The outcome that a cell of shrink x shrink pixels has most of; none only where no pixel of it has any.
+    """The most frequent outcome in each cell of shrink x shrink pixels; none only if no pixel of the cell has one.
 
-    So thin cracks stay visible. Of equally many, a miss comes before a false alarm, and that before a hit.
+    So thin cracks remain visible. Of equally frequent ones, a miss comes before a false alarm, and that before a hit.
 
     Parameters
     ----------
@@ -345,7 +347,7 @@ def _outcomes(truth, prediction, shrink):
     uint8 array, shape (ceil(height / shrink), ceil(width / shrink))
         0 for none, then in the order of OUTCOMES.
     """
-    # Three counts of 20 bits each, so that the cells are summed up once.
+    # Three counts of 20 bits in one integer, so that one sum counts all three.
     packed = np.array([0, 1 << 40, 1 << 20, 1]).take(prediction + 2 * truth.astype(np.uint8))
     packed = np.pad(packed, [(0, -length % shrink) for length in truth.shape])
     packed = sum(packed[i::shrink] for i in range(shrink))
@@ -356,14 +358,14 @@ def _outcomes(truth, prediction, shrink):
 
 
 def _palette():
-    """The palette, as a flat list: GREYS greys, then the same under the colour of each of the OUTCOMES."""
+    """The palette, as a flat list: GREYS greys, then the same greys tinted by each of the OUTCOMES."""
     greys = np.repeat(np.linspace(0, 255, GREYS)[:, None], 3, axis=1)
     tinted = [greys * (1 - opacity) + np.array(color) * opacity for color, opacity in OUTCOMES.values()]
     return np.rint(np.concatenate([greys, *tinted])).astype(int).ravel().tolist()
 
 
 def _wrapped(text, points, inches):
-    """The text in lines, each at most `inches` wide."""
+    """The text broken into lines at most `inches` wide."""
     lines = [""]
     font = _font(points * DPI / 72)
     for word in text.split():
@@ -380,12 +382,12 @@ def _shortened(text, points, inches, bold=False):
 
 
 def _cut(text, font, room):
-    """The text in `room` pixels at most: one too long loses its middle. A mark replaces the unprintable."""
+    """The text, without its middle if it is wider than `room` pixels; a mark replaces unprintable characters."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    cut, kept = text, len(text)
-    while font.getlength(cut) > room and kept > 1:
-        kept -= 1
-        cut = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
+    cut, length = text, len(text)
+    while font.getlength(cut) > room and length > 1:
+        length -= 1
+        cut = text[: (length + 1) // 2] + "…" + text[len(text) - length // 2 :]
     return cut
 
 

@@ -46,7 +46,7 @@ from errors import BlobNotFoundError, BucketError, printable
 
 RETRY_SECONDS = 120  # after the first failed attempt at a request, none is begun later than this
 SOCKET_SECONDS = 30  # an attempt fails when a connection, or the next bytes of an answer, take longer than this
-UPLOAD_SPEED = 50_000  # bytes/s; an upload that is slower than this for all of its time fails
+UPLOAD_SPEED = 70_000  # bytes/s; an upload that is slower than this for all of its time fails
 BACKOFF_SECONDS = 0.25, 16  # the pause after the first failed attempt, which then doubles, and the longest pause
 STRAY_SECONDS = 24 * 3600  # a partial file this old was left behind by a killed run
 PAGE_SIZE = 1000  # objects, the most that one answer lists
@@ -249,22 +249,22 @@ class _GoogleBucket:
     def create(self, name, data):
         path = self._folder + _checked(name, self.url(""))
         content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        seconds = SOCKET_SECONDS + len(data) / UPLOAD_SPEED  # to send all of it counts as one step
 
-        def upload(bucket, socket_seconds):
+        def upload(bucket, seconds):
             bucket.blob(path).upload_from_string(
                 data,
                 content_type,
                 if_generation_match=0,
                 checksum="crc32c",  # which the server compares before it stores anything
-                timeout=min(seconds, socket_seconds),
+                timeout=seconds,
                 retry=None,
             )
             return True
 
         clash = None
         try:
-            if not self._ask("create", name, upload, seconds):
+            # To send all of it counts as one step.
+            if not self._ask("create", name, upload, SOCKET_SECONDS + len(data) / UPLOAD_SPEED):
                 raise self._no_bucket()
         except FileExistsError as error:
             clash = error  # with an earlier attempt at this very upload, whose answer was lost, or with another object
@@ -367,14 +367,14 @@ class _GoogleBucket:
             self.on_bytes(-received)
             raise
 
-    def _ask(self, permission, name, ask, longest=None):
+    def _ask(self, permission, name, ask, longest=0):
         """Return what `ask` returns, called with the bucket and its time limit; None if there is no such thing."""
         from google.api_core.exceptions import NotFound
 
         def attempt(left):
             try:
                 bucket = self._client.bucket(self._bucket, user_project=self._payer)
-                return ask(bucket, min(longest or SOCKET_SECONDS, left))
+                return ask(bucket, max(SOCKET_SECONDS, min(longest, left)))
             except (BucketError, _TransientError):
                 raise
             except NotFound:
@@ -634,7 +634,7 @@ def _create_file(folder, name, data, nameless=True):
 def _persistently(url, attempt):
     """Call `attempt` until it raises no `_TransientError`, but no longer than RETRY_SECONDS after the first.
 
-    It gets the number of seconds that are left for it.
+    It gets the number of seconds that are left.
     """
     deadline, (pause, longest) = math.inf, BACKOFF_SECONDS
     for count in itertools.count(1):

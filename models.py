@@ -1,4 +1,4 @@
-"""The science: the class metrics, and the training of thresholds from counts."""
+"""The science: class metrics, and the training of thresholds on counts."""
 
 import itertools
 import math
@@ -15,9 +15,9 @@ import numpy as np
 from counts import THRESHOLDS, confusion
 from errors import ConfigurationError, ModelError, NotConvergedError, UsageError, first_line
 
-# How thresholds are trained: this goes to scipy.optimize.minimize_scalar and into the result. Should a class not
-# converge, raise maxiter or the tolerance.
-OPT_BOUNDS = [0.0, 1.0]  # the trained thresholds lie within
+# The settings of scipy.optimize.minimize_scalar; the result records them. If a class does not converge, raise maxiter
+# or the tolerance.
+OPT_BOUNDS = [0.0, 1.0]  # lowest and highest threshold
 OPT_METHOD = "bounded"  # or "brent" or "golden"
 OPT_TOL = 1e-4  # on the threshold: absolute for bounded, relative for brent and golden
 OPT_OPTIONS = {"maxiter": 500}  # maxiter, disp, and xatol (bounded) or xtol (brent, golden) instead of OPT_TOL
@@ -28,31 +28,31 @@ OPT_OPTIONS = {"maxiter": 500}  # maxiter, disp, and xatol (bounded) or xtol (br
 
 
 def ratio(numerator, denominator):
-    """numerator / denominator with 0 / 0 = 0: float64 for arrays, exact for Python integers."""
+    """numerator / denominator, with 0 / 0 = 0: a float64 array for arrays, a Fraction for Python integers."""
     if isinstance(denominator, np.ndarray):
         return np.divide(numerator, denominator, out=np.zeros(denominator.shape), where=denominator != 0)
     return Fraction(numerator, denominator) if denominator else Fraction(0)
 
 
 def matthews_corrcoef(tp, fp, fn, tn):
-    """Correlation of mask and prediction (Matthews, 1975), in [-1, 1]; 0 where either is constant."""
+    """Correlation between mask and prediction (Matthews, 1975), in [-1, 1]; 0 if one of them is constant."""
     if isinstance(tp, np.ndarray):
         tp, fp, fn, tn = (count.astype(np.float64) for count in (tp, fp, fn, tn))
         return ratio(tp * tn - fp * fn, np.sqrt(tp + fp) * np.sqrt(tp + fn) * np.sqrt(tn + fp) * np.sqrt(tn + fn))
-    # Its square is a fraction. With counts below 2**63, two such squares differ by at least 2**-512, so roots rounded
-    # down to 640 bits are in the order of the exact ones.
+    # The root may be irrational, but it need only be good enough to compare: with counts below 2**63, two different
+    # squares differ by at least 2**-512, so roots rounded down to 640 bits have the order of the exact ones.
     covariance, product = tp * tn - fp * fn, (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     root = Fraction(math.isqrt((covariance**2 << 1280) // (product or 1)), 1 << 640)
     return root if covariance >= 0 else -root
 
 
-# To add a metric, add a line. A metric is a function of four counts of pixels: true positives, false positives, false
-# negatives, true negatives. Larger is better, and 0 / 0 is 0: `ratio` divides so. It is called in two ways, and leaves
-# its arguments as they are:
-# - with arrays of one shape, int64 or (in the bootstrap) float64, it returns a float64 array of that shape, finite;
-# - with Python integers it returns the same value exactly, as a Fraction (`ratio` gives one). Thresholds whose metrics
-#   float64 cannot tell apart are compared by it.
-# A metric that does otherwise ends the run with an error before the network runs (`check_metric`).
+# To add a metric, add a line. A metric is a function of four numbers of pixels: true positives, false positives, false
+# negatives, true negatives. Larger is better, and 0 / 0 is 0: use `ratio` to divide. A metric must not change its
+# arguments, and must work in two ways:
+# - for arrays of one shape, int64 or (in the bootstrap) float64, it returns a finite float64 array of that shape;
+# - for Python integers it returns the same value exactly, as a Fraction (`ratio` gives one): this compares thresholds
+#   whose metrics are equal in float64.
+# If a metric breaks this rule, the run ends with an error before the network runs (`check_metric`).
 CLASS_METRICS = {
     "iou_score": lambda tp, fp, fn, tn: ratio(tp, tp + fp + fn),
     "f1_score": lambda tp, fp, fn, tn: ratio(2 * tp, 2 * tp + fp + fn),
@@ -65,7 +65,7 @@ CLASS_METRICS = {
     "matthews_corrcoef": matthews_corrcoef,
 }
 
-# Form of the name: the metric to make best, and the one that must reach the level at the name's end.
+# Name without its level: the metric to make best, and the metric that must reach the level.
 CONSTRAINED_METRICS = {
     "precision_at_recall": ("precision", "recall"),
     "recall_at_precision": ("recall", "precision"),
@@ -75,19 +75,20 @@ METRIC_NAMES = [*CLASS_METRICS, *(f"{name}_<level>" for name in CONSTRAINED_METR
 
 
 class ClassMetric(NamedTuple):
-    """A class metric to make best, where need be among the thresholds at which a second one reaches a level.
+    """A class metric to make best; with a constraint, only where a second metric reaches a level.
 
     Attributes
     ----------
     name : str
-        As `class_metric` takes it.
+        The name for `class_metric`.
     value : callable
         The metric, as described above CLASS_METRICS.
     constraint : callable or None
         The second metric.
-    constraint_name : str or None
     level : Fraction or None
-        What the second metric must reach, in (0, 1); exactly the decimal number in the name.
+        What the second metric must reach, in (0, 1): exactly the decimal number in the name.
+    constraint_name : str or None
+        The name of the second metric.
     """
 
     name: str
@@ -97,7 +98,7 @@ class ClassMetric(NamedTuple):
     constraint_name: str | None = None
 
     def __call__(self, tp, fp, fn, tn):
-        """The metric without its constraint: a float64 array for arrays, exact for Python integers."""
+        """The metric, whether its constraint holds or not: a float64 array for arrays, exact for Python integers."""
         return self.value(tp, fp, fn, tn)
 
     def allowed(self, tp, fp, fn, tn):
@@ -108,7 +109,7 @@ class ClassMetric(NamedTuple):
             return np.ones(tp.shape, bool)
         reached, level = self.constraint(tp, fp, fn, tn), float(self.level)
         allowed = reached >= level
-        if tp.dtype.kind == "i":  # where rounding could have decided, the counts do
+        if tp.dtype.kind == "i":  # so close to the level that rounding decides, exact arithmetic does
             near = np.abs(reached - level) < 1e-15
             values, which = _exact(self.constraint, np.stack([tp, fp, fn, tn])[:, near])
             allowed[near] = np.array([value >= self.level for value in values], bool)[which]
@@ -116,7 +117,7 @@ class ClassMetric(NamedTuple):
 
 
 def class_metric(name):
-    """The class metric of that name.
+    """The class metric with this name.
 
     Parameters
     ----------
@@ -131,6 +132,7 @@ def class_metric(name):
     Raises
     ------
     UsageError
+        There is no such metric.
     """
     option = "--optimizing-class-metric"
     if name in CLASS_METRICS:
@@ -138,17 +140,17 @@ def class_metric(name):
     form, _, level = name.rpartition("_")
     if form in CONSTRAINED_METRICS:
         if not re.fullmatch(r"0?\.[0-9]{1,15}", level) or not Fraction(level):
-            raise UsageError(f"{option} {name}: write the level as a decimal number between 0 and 1: {form}_0.95")
+            raise UsageError(f"{option} {name}: write the level as a decimal number between 0 and 1, as in {form}_0.95")
         value, constraint = CONSTRAINED_METRICS[form]
         return ClassMetric(name, CLASS_METRICS[value], CLASS_METRICS[constraint], Fraction(level), constraint)
     if name == "binary_cross_entropy":
-        raise UsageError(f"{option} binary_cross_entropy does not depend on a threshold: choose another")
-    raise UsageError(f"{option} {name!r} is none of {', '.join(METRIC_NAMES)}")
+        raise UsageError(f"{option} binary_cross_entropy does not depend on a threshold: choose another metric")
+    raise UsageError(f"{option} {name!r}: choose one of {', '.join(METRIC_NAMES)}")
 
 
 def check_metric(metric):
-    """Raise ConfigurationError where a metric breaks the rule above CLASS_METRICS, tried on a few small counts."""
-    counts = np.array(list(itertools.product([0, 1, 7], repeat=4)), np.int64).T  # (4, 81): every way to be empty
+    """Try a ClassMetric on small counts; raise ConfigurationError if it breaks the rule above CLASS_METRICS."""
+    counts = np.array(list(itertools.product([0, 1, 7], repeat=4)), np.int64).T  # (4, 81), with every 0 / 0
     for function in filter(None, (metric.value, metric.constraint)):
         values = _values(metric, function, counts)
         _values(metric, function, counts.reshape(4, 9, 9).astype(np.float64))
@@ -162,7 +164,7 @@ def check_metric(metric):
 
 
 def _values(metric, function, counts):
-    """What a metric gives for int64 or float64 arrays, shape (4, ...), checked."""
+    """The metric of int64 or float64 counts, shape (4, ...); raises ConfigurationError if it breaks the rule."""
     given = counts.copy()
     try:
         with np.errstate(all="ignore"):
@@ -189,18 +191,19 @@ def _broken(metric, how):
 
 
 def _exact(function, counts):
-    """A metric of int64 counts in exact arithmetic, once for equal neighbours.
+    """A metric of int64 counts in exact arithmetic, computed only once for neighbours with equal counts.
 
     Parameters
     ----------
     function : callable
+        A metric, as described above CLASS_METRICS.
     counts : int64 array, shape (4, n)
 
     Returns
     -------
-    values : list
+    values : list of Fraction
     which : integer array, shape (n,)
-        The place of each column's value in `values`.
+        The metric of column i is `values[which[i]]`.
     """
     new = np.append(True, (counts[:, 1:] != counts[:, :-1]).any(axis=0))[: counts.shape[1]]
     return [function(*column) for column in counts[:, new].T.tolist()], np.cumsum(new) - 1
@@ -209,31 +212,31 @@ def _exact(function, counts):
 # ---------------------------------------------------------------------------------------------------------------
 # Thresholds
 
-# The methods of minimize_scalar and their options; the first is their tolerance.
+# The methods of minimize_scalar with their options; the first one is the tolerance.
 OPTIONS_OF_METHODS = {
     "bounded": ("xatol", "maxiter", "disp"),
     "brent": ("xtol", "maxiter", "disp"),
     "golden": ("xtol", "maxiter", "disp"),
 }
 
-USELESS = 0.01  # a mask that holds less of its class, or leaves out less of the rest, is of no use
+USELESS = 0.01  # a mask with less than this part of the class in it, or of the other pixels outside it, is of no use
 
 
 @dataclass
 class TrainedThreshold:
-    """What training gives for one class. Every threshold is one of THRESHOLDS."""
+    """The trained threshold of one class. Every threshold is one of THRESHOLDS, as a float."""
 
     index: int  # of x in THRESHOLDS
     x: float  # the trained threshold
-    metric: float  # the class metric at x: the best there is within the bounds, and under the constraint
+    metric: float  # the class metric at x: the best within OPT_BOUNDS where the constraint holds
     metric_at_half: float  # at 0.5, whether the constraint holds there or not
-    allowed_at_half: bool  # whether it does
-    best_stretch: tuple  # lowest and highest threshold of the stretch around x that is equally good
-    success: bool  # this and the next two: as minimize_scalar ended
+    allowed_at_half: bool  # whether the constraint holds at 0.5
+    best_stretch: tuple  # lowest and highest threshold of the stretch around x where the metric is the same
+    success: bool  # of minimize_scalar, as the next two
     status: int
     message: str
-    nfev: int  # evaluations in the history
-    history: list  # (threshold, metric) of every evaluation by minimize_scalar, and at last of x
+    nfev: int  # number of evaluations in the history
+    history: list  # (threshold, metric) of every evaluation by minimize_scalar; the last one is x
     warnings: list  # sentences
 
 
@@ -251,31 +254,40 @@ class ClassCurve:
 
 
 def check_trainable(counts, class_names):
-    """Raise ModelError for a class without a positive or without a negative pixel."""
-    for name, (negative, positive) in zip(class_names, counts.histogram.sum(axis=-1), strict=True):
-        if not positive:
+    """Raise ModelError for a class without any pixel in its masks, or without any outside.
+
+    Parameters
+    ----------
+    counts : counts.Counts
+    class_names : list of str
+        For messages.
+    """
+    for name, (outside, inside) in zip(class_names, counts.histogram.sum(axis=-1), strict=True):
+        if not inside or not outside:
             raise ModelError(
-                f"{name} cannot be trained: no pixel of its masks is positive in the {counts.images} images used"
-            )
-        if not negative:
-            raise ModelError(
-                f"{name} cannot be trained: every pixel of its masks is positive in the {counts.images} images used"
+                f"{name} cannot be trained: {'every' if inside else 'no'} pixel of the {counts.images} images used is "
+                "in its masks; use other images, or more of them"
             )
 
 
 def check_optimisation():
-    """Raise ConfigurationError where minimize_scalar could not work with OPT_BOUNDS, OPT_METHOD, OPT_TOL, OPT_OPTIONS.
+    """Check OPT_BOUNDS, OPT_METHOD, OPT_TOL and OPT_OPTIONS.
 
     Returns
     -------
     low, high : int
-        Index of the first and the last of THRESHOLDS within OPT_BOUNDS.
+        Indices of the first and the last of THRESHOLDS within OPT_BOUNDS.
+
+    Raises
+    ------
+    ConfigurationError
+        minimize_scalar cannot work with one of them.
     """
 
     def refuse(name, value, why):
         raise ConfigurationError(f"{name} = {reprlib.repr(value)} at the top of models.py: {why}")
 
-    def from_0_to_1(value):  # false for NaN; plain types only, since the result's YAML keeps them
+    def from_0_to_1(value):  # false for NaN; only types that the YAML of the result can hold
         return type(value) in (int, float) and 0 <= value <= 1
 
     if not isinstance(OPT_BOUNDS, list | tuple) or len(OPT_BOUNDS) != 2 or not all(map(from_0_to_1, OPT_BOUNDS)):
@@ -286,7 +298,7 @@ def check_optimisation():
     high = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[1]), "right")) - 1
     if low > high:
         around = " and ".join(str(THRESHOLDS[k]) for k in (high, low) if 0 <= k < len(THRESHOLDS))
-        refuse("OPT_BOUNDS", OPT_BOUNDS, f"no threshold lies within; the nearest are {around}: widen them")
+        refuse("OPT_BOUNDS", OPT_BOUNDS, f"no threshold lies within them; widen them: the nearest are {around}")
 
     if not isinstance(OPT_METHOD, str) or OPT_METHOD not in OPTIONS_OF_METHODS:
         refuse("OPT_METHOD", OPT_METHOD, f"it must be one of {', '.join(OPTIONS_OF_METHODS)}")
@@ -297,7 +309,7 @@ def check_optimisation():
     for name, value in OPT_OPTIONS.items():
         known = OPTIONS_OF_METHODS[OPT_METHOD]
         if name not in known:
-            refuse("OPT_OPTIONS", OPT_OPTIONS, f"the method {OPT_METHOD} has the options {', '.join(known)} only")
+            refuse("OPT_OPTIONS", OPT_OPTIONS, f"the method {OPT_METHOD} has only the options {', '.join(known)}")
         if name == "maxiter" and not (type(value) is int and value > 0):
             refuse("OPT_OPTIONS", OPT_OPTIONS, "maxiter must be a whole number, 1 or more")
         if name in ("xatol", "xtol") and not from_0_to_1(value):
@@ -318,6 +330,7 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
         For messages.
     metric : ClassMetric
     on_evaluation : callable taking (number of the evaluation, threshold, metric)
+        Is called at every evaluation; the first has number 0.
 
     Returns
     -------
@@ -328,8 +341,9 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     ConfigurationError
         From `check_optimisation`, or for a metric that breaks the rule above CLASS_METRICS.
     ModelError
-        The constraint's level is not reached at any threshold.
+        The metric's constraint holds at no threshold within OPT_BOUNDS.
     NotConvergedError
+        minimize_scalar did not converge.
     """
     low, high = check_optimisation()
     counts = np.stack(confusion(histogram))
@@ -339,7 +353,7 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
         raise _level_not_reached(metric, class_name, counts, allowed, low, high)
 
     loss = 1 - values
-    if metric.constraint:  # where the level is not reached: worse than any other threshold, and the worse the farther
+    if metric.constraint:  # below the level, worse than at any allowed threshold, and worse the farther below
         short = float(metric.level) - metric.constraint(*counts)
         loss[~allowed] = 1 - values.min() + short[~allowed].clip(min=0)
     history = []
@@ -349,8 +363,8 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
         on_evaluation(len(history) - 1, *history[-1])
         return loss[k]
 
-    # minimize_scalar finds a local optimum, or a place on a plateau. Since the counts give the metric at every
-    # threshold, the number reported is the exact optimum among them, and the last evaluation in the history.
+    # minimize_scalar may find a local optimum only. The counts give the metric at every threshold, so the threshold
+    # reported is the exact optimum among them all; it is the last evaluation in the history.
     search = _minimize(evaluate, class_name, low, high, worst=loss.max() + 1)
     best = best_thresholds(metric, counts, values, allowed, low, high)
     first, index, last = widest_stretch(best)
@@ -365,7 +379,7 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
         allowed_at_half=bool(allowed[half]),
         best_stretch=(float(THRESHOLDS[first]), float(THRESHOLDS[last])),
         success=bool(search.success),
-        status=int(search.get("status", 0)),  # brent and golden have none
+        status=int(search.get("status", 0)),  # brent and golden give none
         message=" ".join(search.message.split()),
         nfev=len(history),
         history=history,
@@ -381,8 +395,11 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
 
 
 def _minimize(evaluate, class_name, low, high, worst):
-    """Run minimize_scalar, as configured, over THRESHOLDS[low] to THRESHOLDS[high]; `evaluate` takes an index."""
-    from scipy.optimize import minimize_scalar  # here, so that the first run can import it while the network runs
+    """Run minimize_scalar over THRESHOLDS[low] to THRESHOLDS[high], with the settings at the top of this file.
+
+    `evaluate` takes an index and returns the loss there. `worst` is a loss above all of them.
+    """
+    from scipy.optimize import minimize_scalar  # the entry script imports it before, while the network runs
 
     thresholds = THRESHOLDS.astype(np.float64)
     start, end = thresholds[low], thresholds[high]
@@ -396,37 +413,40 @@ def _minimize(evaluate, class_name, low, high, worst):
 
     if OPT_METHOD == "bounded":
         within = {"bounds": (start, end)}
-    else:  # These take no bounds, but never leave a bracket: three points, the middle one better than the others.
+    else:  # brent and golden take no bounds, but stay in a bracket: three points, the middle one better than the others
         within = {"bracket": (np.nextafter(start, -1), (start + end) / 2, np.nextafter(end, 2))}
     options = {OPTIONS_OF_METHODS[OPT_METHOD][0]: OPT_TOL, **OPT_OPTIONS}
     result = minimize_scalar(objective, method=OPT_METHOD, options=options, **within)
     if not result.success:
         raise NotConvergedError(
             f"{class_name}: minimize_scalar did not converge ({' '.join(result.message.split())}); raise maxiter in "
-            "OPT_OPTIONS or OPT_TOL at the top of models.py and run again"
+            "OPT_OPTIONS, or OPT_TOL, at the top of models.py and run again"
         )
     return result
 
 
 def best_thresholds(metric, counts, values, allowed, low, high):
-    """Which of the allowed thresholds from `low` to `high` are best.
+    """Find the allowed thresholds from `low` to `high` at which the metric is best.
 
-    Rounding can make unequal metrics equal, and other ones for IoU than for F1, whose optima are the same. So the
-    best few are compared again in exact arithmetic.
+    Different metrics can be equal in float64, and IoU and F1, which have the same optima, are not rounded in the same
+    way. So the thresholds that are best in float64, or nearly so, are compared again in exact arithmetic.
 
     Parameters
     ----------
     metric : ClassMetric
     counts : int64 array, shape (4, N)
+        tp, fp, fn, tn at every threshold.
     values : float64 array, shape (N,)
         The metric of the counts.
     allowed : bool array, shape (N,)
+        True where the metric's constraint holds; at least once from `low` to `high`.
     low, high : int
+        Indices of the first and the last threshold to consider.
 
     Returns
     -------
     bool array, shape (N,)
-        At least one is true.
+        True at the best thresholds; at least one is.
     """
     candidates = np.flatnonzero(allowed[low : high + 1]) + low
     highest = values[candidates].max()
@@ -439,7 +459,7 @@ def best_thresholds(metric, counts, values, allowed, low, high):
 
 
 def widest_stretch(chosen):
-    """The widest stretch of chosen thresholds: the largest difference between its last and first threshold.
+    """Find the stretch of neighbouring chosen thresholds whose last and first threshold differ most.
 
     Parameters
     ----------
@@ -448,8 +468,8 @@ def widest_stretch(chosen):
     Returns
     -------
     first, middle, last : int
-        Indices into THRESHOLDS: of the lowest stretch among equally wide ones, and of the threshold nearest to the
-        mean of first and last, the lower of two equally near ones.
+        Indices into THRESHOLDS. Of equally wide stretches it is the lowest. `middle` is the threshold of the stretch
+        nearest to the mean of first and last; of two equally near ones, the lower.
     """
     change = np.diff(chosen.astype(np.int8), prepend=0, append=0)
     firsts, lasts = np.flatnonzero(change == 1), np.flatnonzero(change == -1) - 1
@@ -463,22 +483,22 @@ def widest_stretch(chosen):
 
 def _level_not_reached(metric, class_name, counts, allowed, low, high):
     k = low + int(np.argmax(metric.constraint(*counts)[low : high + 1]))
-    highest = math.floor(10**6 * metric.constraint(*counts[:, k].tolist())) / 10**6  # not above what is reached
-    where = "at any threshold within OPT_BOUNDS, though outside" if allowed.any() else "at any threshold"
+    highest = math.floor(10**6 * metric.constraint(*counts[:, k].tolist())) / 10**6  # rounded down: a level that works
+    where, widen = ("within OPT_BOUNDS", "widen them, or ") if allowed.any() else ("at any threshold", "")
     return ModelError(
         f"{class_name}: {metric.constraint_name} does not reach the level of {metric.name} {where}: the highest is "
-        f"{highest}, at {THRESHOLDS[k]!s}; ask for less, or train another model"
+        f"{highest}, at {THRESHOLDS[k]!s}; {widen}ask for a lower level, or train another model"
     )
 
 
 def _warnings(class_name, metric, counts, values, allowed, best, index, low, high):
-    """What a user must know of a trained threshold: one sentence for each cause."""
+    """Sentences about what makes a trained threshold doubtful: the first cause that applies."""
     tp, fp, fn, tn = counts
     positives, negatives = int(tp[0] + fn[0]), int(fp[0] + tn[0])
     if fp[index] == fn[index] == 0:
         return [
-            f"{class_name}: at the trained threshold the mask is right in every pixel; make sure that these images are "
-            "not those that the network was trained on, and that their masks are not its own"
+            f"{class_name}: at the trained threshold the prediction is right in every pixel; make sure that the "
+            "network was not trained on these images, and did not make their masks"
         ]
     if tp[0] < USELESS * positives:
         return [
@@ -488,8 +508,8 @@ def _warnings(class_name, metric, counts, values, allowed, best, index, low, hig
     k = int(np.argmax(np.where(allowed, values, -np.inf)))
     if values[k] > values[index] + 1e-12:
         return [
-            f"{class_name}: OPT_BOUNDS = {OPT_BOUNDS} at the top of models.py cut the optimum off: {metric.name} is "
-            f"{values[index]:.9g} at most within them, and {values[k]:.9g} at {THRESHOLDS[k]!s}; widen them"
+            f"{class_name}: OPT_BOUNDS = {OPT_BOUNDS} at the top of models.py exclude the optimum: {metric.name} is at "
+            f"most {values[index]:.9g} within them, and {values[k]:.9g} at {THRESHOLDS[k]!s}; widen them"
         ]
     lowest, highest = np.flatnonzero(best)[[0, -1]]
     if tn[index] < USELESS * negatives or (lowest == low and fp[low] > fp[index]):
@@ -501,6 +521,6 @@ def _warnings(class_name, metric, counts, values, allowed, best, index, low, hig
     else:
         return []
     return [
-        f"{class_name}: no threshold has a better {metric.name} than {THRESHOLDS[k]!s}, where {useless}: here the "
-        "metric says nothing about a good threshold; train with another metric, or another model"
+        f"{class_name}: no threshold has a better {metric.name} than {THRESHOLDS[k]!s}, where {useless}: for this "
+        "class the metric does not lead to a useful threshold; choose another metric, or train another model"
     ]

@@ -1,4 +1,4 @@
-"""What goes back: the YAML's content, the curves as data, the table, and publishing without overwriting."""
+"""The result: the content of the YAML, the curves as data, the table, and publishing without overwriting."""
 
 import csv
 import importlib.metadata
@@ -25,39 +25,48 @@ from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
 from errors import BucketError
 
 LIBRARIES = ("tensorflow", "tf-keras", "segmentation-models", "numpy", "scipy", "pillow", "google-cloud-storage")
-CURVE_STEP = 2  # every second of BLOCK_THRESHOLDS, 0.5 among them, has a row in the curves' file
+CURVE_STEP = 2  # the file of the curves has a row for every second of BLOCK_THRESHOLDS; 0.5 is one of them
 
 
 class ClassResult(NamedTuple):
-    """What a run finds out about one class."""
+    """The result for one class."""
 
     name: str  # class0, class1, ...
-    folder: str
+    folder: str  # of its masks
     trained: models.TrainedThreshold
     curve: models.ClassCurve
     confidence: Confidence
-    guaranteed_recall: GuaranteedRecall | None  # where the metric asks for a recall
+    guaranteed_recall: GuaranteedRecall | None  # None unless the metric asks for a recall
+
+    @property
+    def title(self):
+        return f"{self.name} ({self.folder})"
 
 
 def what_intervals_rest_on(blocks):
-    """A sentence on the blocks of a run."""
+    """A sentence that says which blocks the intervals of a run rest on; `blocks` is a confidence.Blocks."""
     if blocks.number < FEWEST_BLOCKS:
         return f"No intervals: they would rest on {blocks.number} {blocks.kind} only, and {FEWEST_BLOCKS} are needed."
     return f"Intervals rest on {blocks.number} {blocks.kind} and speak of {blocks.speaks_of}."
 
 
 def describe(arguments, inputs, counts, results, started):
-    """The content of the YAML, but for its timestamp: plain Python values only.
+    """The content of the YAML, in plain Python values; `publish` sets its created_datetime.
 
     Parameters
     ----------
     arguments : dict
-        Of the command line.
+        The command line's, by name.
     inputs : Inputs
+        Of the entry script.
     counts : counts.Counts
     results : list of ClassResult
     started : float
-        `time.monotonic()` at the beginning of the run.
+        `time.monotonic()` at the beginning of the run, in seconds.
+
+    Returns
+    -------
+    dict
     """
     return {
         "final_trained_prediction_thresholds": {result.name: result.trained.x for result in results},
@@ -119,9 +128,9 @@ def describe(arguments, inputs, counts, results, started):
 
 
 def git_hash():
-    """Commit of the checkout that this file lies in, or of the copy that was sent to a VM; None elsewhere.
+    """The commit of this file's checkout, or of the copy that was sent to a VM; None elsewhere.
 
-    `-dirty` follows it where a tracked file was edited.
+    It ends with `-dirty` if a tracked file was edited.
     """
     here = Path(__file__).resolve().parent
 
@@ -166,15 +175,15 @@ def _plain(limits):
 
 
 def remarks(result):
-    """What a reader of the table should know of a class beside its numbers: sentences."""
+    """Sentences that explain the numbers of a class in the table."""
     sentences, guaranteed = [], result.guaranteed_recall
     if not result.trained.allowed_at_half:
         sentences.append(
-            f"{_title(result)}: 0.5 does not reach the level that was asked for, so there is no gain over it"
+            f"{result.title}: 0.5 does not reach the level that was asked for, so there is no gain over it"
         )
     if guaranteed and guaranteed.threshold is not None:
         sentences.append(
-            f"{_title(result)}: threshold {threshold_text(guaranteed.threshold)} guarantees recall "
+            f"{result.title}: threshold {threshold_text(guaranteed.threshold)} guarantees recall "
             f"{guaranteed.level:g} on average over further blocks that hold the class: precision "
             f"{guaranteed.precision:.4f} here, from {guaranteed.blocks} blocks"
         )
@@ -182,48 +191,45 @@ def remarks(result):
 
 
 def warnings(result, metric_name):
-    """What a reader of the table must know of a class: sentences."""
+    """Sentences that warn of relying on the numbers of a class in the table."""
     confidence, guaranteed = result.confidence, result.guaranteed_recall
     sentences = list(result.trained.warnings)
     if confidence.reason:
-        sentences.append(f"{_title(result)}: no interval can be given: {confidence.reason}")
+        sentences.append(f"{result.title}: no interval can be given: {confidence.reason}")
     if confidence.no_gain:
         low, high = confidence.gain_interval
         sentences.append(
-            f"{_title(result)}: 0.5 does as well on this evidence: the gain in {metric_name} lies between {low:+.4f} "
+            f"{result.title}: 0.5 does as well on this evidence: the gain in {metric_name} lies between {low:+.4f} "
             f"and {high:+.4f}"
         )
     if guaranteed and guaranteed.threshold is None:
-        sentences.append(f"{_title(result)}: no recall can be guaranteed: {guaranteed.reason}")
+        sentences.append(f"{result.title}: no recall can be guaranteed: {guaranteed.reason}")
     return sentences
 
 
-def _title(result):
-    return f"{result.name} ({result.folder})"
-
-
 def versions():
-    """The versions of the libraries that numbers depend on; None for one that is not installed."""
+    """Version by name of the libraries that the result depends on; None for one that is not installed."""
     found = {}
     for name in LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a rerun needs no TensorFlow
+        except importlib.metadata.PackageNotFoundError:  # as may be TensorFlow, which a rerun does not need
             found[name] = None
     return found
 
 
 def table(results, metric_name):
-    """The lines of the table on the screen, with a blank one before and after."""
+    """The lines of the table that is shown, with an empty line before and after."""
     rows = [
         ("class", "folder", "threshold", "95 % interval", metric_name, "95 % interval", "expected", "at 0.5", "gain")
     ]
-    for name, folder, trained, _, confidence, _ in results:
+    for result in results:
+        trained, confidence = result.trained, result.confidence
         gain = "-" if confidence.gain is None else f"{confidence.gain:+.4f}"
         rows.append(
             (
-                name,
-                folder,
+                result.name,
+                result.folder,
                 threshold_text(trained.x),
                 _interval(confidence.x_interval, threshold_text),
                 f"{trained.metric:.4f}",
@@ -243,20 +249,24 @@ def _interval(limits, text):
 
 
 def threshold_text(threshold):
-    """A threshold for readers, with three digits of its distance from 0 or 1 where that is small."""
+    """A threshold as text: five decimals, and near 0 or 1 as many as show three digits of the distance to it."""
     if threshold < 0.001:
         return f"{threshold:.3g}"
     return f"{threshold:.{max(5, 2 - math.floor(math.log10(1 - threshold)))}f}"
 
 
 def curves_csv(results):
-    """The curves as data: a row per class and threshold, for some 1,000 thresholds and the trained one.
+    """The curves as data: for each class a row per threshold, at some 1,000 thresholds and the trained one.
+
+    Parameters
+    ----------
+    results : list of ClassResult
 
     Returns
     -------
     bytes
         CSV with a header: class, threshold, the four counts, every metric of models.CLASS_METRICS, and the limits of
-        the 95 % band of the trained metric (empty where there is none).
+        the 95 % band of the metric that was optimised (empty where there is none).
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -275,15 +285,15 @@ def curves_csv(results):
 
 
 def _band_limits(confidence):
-    """The band's limits by the threshold's index."""
-    places = range(0, len(BLOCK_THRESHOLDS), CURVE_STEP)
+    """(low, high) of the 95 % band by index into THRESHOLDS; None where there is no band."""
+    coarse = range(0, len(BLOCK_THRESHOLDS), CURVE_STEP)
     if confidence.band_low is None:
-        return {place * BLOCK_STEP: (None, None) for place in places}
-    return {place * BLOCK_STEP: (confidence.band_low[place], confidence.band_high[place]) for place in places}
+        return {j * BLOCK_STEP: (None, None) for j in coarse}
+    return {j * BLOCK_STEP: (confidence.band_low[j], confidence.band_high[j]) for j in coarse}
 
 
 class PlainDumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
-    """Writes a value that occurs twice twice: anchors and aliases are hard on human readers."""
+    """Writes equal values in full each time: people find anchors and aliases hard to read."""
 
     def ignore_aliases(self, data):
         return True
@@ -292,8 +302,8 @@ class PlainDumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
 def publish(bucket, model_id, description, files, folder):
     """Upload the files, then the YAML, under a timestamp that no other result has.
 
-    Everything is on disk before the first upload, if there is room, and stays there should one fail. The YAML is the
-    result: it comes last, so that there is none without its figures.
+    All of it is written to the disk before the first upload, and is left there if an upload fails. The YAML is uploaded
+    last, so that there is never a YAML without its figures. A full disk is only a warning.
 
     Parameters
     ----------
@@ -301,20 +311,20 @@ def publish(bucket, model_id, description, files, folder):
     model_id : str
     description : dict
         From `describe`; its created_datetime is set here.
-    files : dict of bytes
-        What else belongs to the result, by the ending of its name: "_slices.png".
+    files : dict of str to bytes
+        The other files, by the end of their names, as in "_slices.png".
     folder : Path
-        Where the result waits until it is uploaded.
+        The folder on the disk.
 
     Returns
     -------
     str
-        Name of the YAML in the bucket.
+        The name of the YAML in the bucket.
 
     Raises
     ------
     BucketError
-        Nothing was uploaded, or not all; the message says where the result is kept.
+        Not all could be uploaded; the message says where the result is kept and how to upload it.
     """
     created = datetime.now(UTC).replace(microsecond=0)
     while True:
@@ -333,7 +343,7 @@ def publish(bucket, model_id, description, files, folder):
             for name, content in contents.items():
                 bucket.create(f"models/{model_id}/{name}", content)
             published = True
-        except FileExistsError:  # another run had the same second
+        except FileExistsError:  # another run took this second
             created += timedelta(seconds=1)
         except BucketError as error:
             raise BucketError(_kept(error, staged, bucket, model_id)) from error
@@ -352,7 +362,7 @@ def _kept(error, staged, bucket, model_id):
 
 
 def _stage(contents, timestamp, folder):
-    """Write files into a folder of their own in `folder` and return it; None, with a warning, where that fails."""
+    """Write the files into a new folder in `folder` and return it; where that fails, warn and return None."""
     staged = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -362,7 +372,7 @@ def _stage(contents, timestamp, folder):
     except OSError as error:
         terminal.warn(
             f"no copy of the result can be kept in {folder} ({error.strerror or error}): make room there, or make it "
-            "writable; it is uploaded all the same"
+            "writable; the result is uploaded nevertheless"
         )
         if staged:
             shutil.rmtree(staged, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""The terminal: lines, progress bars, the report of a bug, and the one way to be interrupted.
+"""The terminal: lines, progress bars, the report of a bug, and ending on a signal.
 
-Nothing heavy is imported here at the top, so that a signal finds its listener from the first moment on.
+Only quick imports stand at the top, so that `end_on_signals` can be called as soon as the program starts.
 """
 
 import contextlib
@@ -15,21 +15,25 @@ from pathlib import Path
 from errors import BUG, USAGE, printable
 
 INTERRUPTED = "interrupted; what was fetched and counted is kept in tmp: run the same command again to continue"
-LAST_WORD_SECONDS = 0.5  # for what is to be done before an interrupted run ends
+LAST_WORD_SECONDS = 0.5  # for each of the functions that are called before an interrupted run ends
 
 
 def open_streams():
-    """Open what was closed (`>&-`), lest a file get its number; print what an encoding lacks as an escape."""
+    """Make stdin, stdout and stderr usable.
+
+    A closed one (`>&-`) becomes /dev/null; otherwise the next file to be opened would get its number, and our lines.
+    Characters that the terminal's encoding does not have are printed as escapes.
+    """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
-    # Descriptor 2 is left to native code, whose log lines are kept off the screen now and then.
+    # A copy: at times descriptor 2 leads elsewhere, to hide log lines of native code.
     sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")  # noqa: SIM115
 
 
 def explain_missing_packages():
-    """Say in one line what to do where an import of a package fails, as in an environment that is not activated."""
+    """Make a missing package one error line: often the environment is not activated."""
 
     def explain(kind, error, trace):
         if not issubclass(kind, ModuleNotFoundError):
@@ -42,31 +46,31 @@ def explain_missing_packages():
 
 
 def end_on_signals():
-    """From now on SIGINT, SIGTERM and SIGHUP end the process at once, with one line and 128 + the signal's number.
+    """From now on, SIGINT, SIGTERM and SIGHUP end the process immediately, with one line and exit code 128 + number.
 
-    Nothing is cleaned up: what must outlive the process is whole on disk at any moment. A thread waits for the signals,
-    so it does not matter what the others do. `nohup` keeps its meaning.
+    Nothing is cleaned up: all files that are used again are whole on disk at any moment. A thread of its own waits for
+    the signals, so it does not matter what the other threads do. Under `nohup`, SIGHUP is ignored as before.
 
     Returns
     -------
     list
-        Functions of no argument may be appended: they are called before the end, and have LAST_WORD_SECONDS.
+        Append functions without arguments to it: they are called before the end, each for at most LAST_WORD_SECONDS.
     """
     ends = {signal.SIGINT, signal.SIGTERM}
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         ends.add(signal.SIGHUP)
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # all threads that follow inherit this
-    screen = os.dup(2)  # libraries are kept off descriptor 2 now and then
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # threads that are started later inherit this
+    screen = os.dup(2)  # at times descriptor 2 leads elsewhere
     last_words = []
 
     def wait():
         code = 128 + signal.sigwait(ends)
         with contextlib.suppress(OSError):
             os.write(screen, ("\n" * os.isatty(screen) + f"error: {INTERRUPTED}\n").encode())
-        for say in list(last_words):
-            saying = threading.Thread(target=say, daemon=True)
-            saying.start()
-            saying.join(LAST_WORD_SECONDS)
+        for last_word in list(last_words):
+            thread = threading.Thread(target=last_word, daemon=True)
+            thread.start()
+            thread.join(LAST_WORD_SECONDS)
         os._exit(code)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -74,7 +78,7 @@ def end_on_signals():
 
 
 def show(line=""):
-    """Print a line to stdout. That nobody reads it any more (`| head`) is no reason to lose a result."""
+    """Print a line to stdout. A reader that has gone (`| head`) is no error: the run still has a result to write."""
     _write(line, sys.stdout)
 
 
@@ -92,27 +96,33 @@ def _write(line, stream):
     from tqdm import tqdm
 
     with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
-        tqdm.write(printable(line), file=stream)  # without disturbing progress bars
+        tqdm.write(printable(line), file=stream)  # above the progress bars
         stream.flush()
 
 
+def end_with(error):
+    """End the process with an ExpectedError, from whatever thread."""
+    fail(error)
+    os._exit(error.exit_code)
+
+
 def progress(title, total, **options):
-    """A progress bar with rates, where somebody watches."""
+    """A progress bar with rates; shown only on a terminal."""
     from tqdm import tqdm
 
     return tqdm(desc=title, total=total, disable=None, dynamic_ncols=True, mininterval=0.25, **options)
 
 
 def report_bug(folder):
-    """Say that the exception at hand is a bug, keep its traceback in `folder`, and show it."""
+    """Show that the exception being handled is a bug, with its traceback, and save a report in `folder`."""
     report = f"{' '.join(sys.argv)}\nPython {sys.version}\n{traceback.format_exc()}"
     path = Path(folder) / f"bug_{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.txt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(report, errors="backslashreplace")
-        kept = f"the report to send is {path}"
+        where = f"please send the report {path}"
     except OSError as error:
-        kept = f"no report could be kept ({error.strerror or error}), so send what follows"
-    fail(f"this is a bug in this program (exit code {BUG}), not your mistake; {kept}")
+        where = f"the report could not be saved ({error.strerror or error}), so please send the lines below"
+    fail(f"this is a bug in this program (exit code {BUG}), not your mistake; {where}")
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(report)

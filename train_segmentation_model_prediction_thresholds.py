@@ -46,59 +46,48 @@ from terminal import progress, show, warn
 
 TMP = Path("tmp")
 CHECKPOINT_SECONDS = 30
-DECODED_BYTES = 2**25  # of decoded images that wait for the network
+DECODED_BYTES = 2**25  # of decoded images and masks that may wait for the network
 SHOWN_SLICES = 6
 COUNTS_FORMAT = 2  # raise it when the meaning of cached counts changes
 
 
 def parse_arguments():
-    """The command line; its errors are one line."""
+    """Parse the command line; raises UsageError."""
     parser = configuration.ArgumentParser(
         description="Find, for each class of a segmentation model, the prediction threshold that makes a class metric\n"
         "best on a validation or test set. The network runs once over the images. The result is written to\n"
         "<gcp-bucket>/models/<model-id>/model_thresholds_<timestamp>.yaml, with figures and curves beside it.",
-        epilog="Fetched files and counts are kept in ./tmp: a rerun with another metric needs no inference, and a run\n"
-        "after an interruption continues where that one stopped. `rm -r tmp` frees the space.\n\nexit codes:\n"
+        epilog="Fetched files and counts are kept in ./tmp: a rerun with another metric needs no inference, and an\n"
+        "interrupted run continues when the same command is given again. `rm -r tmp` frees the space.\n\nexit codes:\n"
         + "\n".join(f"  {code:3d}  {meaning}" for code, meaning in EXIT_CODES.items()),
     )
-    needed = {"required": True, "default": argparse.SUPPRESS}
+    needed = {"required": True, "default": argparse.SUPPRESS}  # keeps "(default: None)" out of the help
     folders, number = configuration.folders, configuration.number
+    metrics = f"the metric to make best for each class: {', '.join(models.METRIC_NAMES)}"
+    factor = "the part of the images to use, a random subset, above 0 and up to 1"
+    seed = "for np.random.seed, and to draw the subset; without it the subset's seed is in the model's config.yaml"
     parser.add_argument("--gcp-bucket", help="gs://name[/folder], or a directory of the same layout", **needed)
     parser.add_argument("--dataset-directory", type=folders(2), help="<dataset ID>/validation or /test", **needed)
     parser.add_argument("--model-id", type=folders(1), help="name of the model's folder in models/", **needed)
     parser.add_argument("--batch-size", type=number(int, 1, 2**16), default=16, help="images per step and GPU")
+    parser.add_argument("--optimizing-class-metric", type=models.class_metric, default="iou_score", help=metrics)
     parser.add_argument(
-        "--optimizing-class-metric",
-        type=models.class_metric,
-        default="iou_score",
-        metavar="METRIC",
-        help=f"the metric to make best for each class: {', '.join(models.METRIC_NAMES)}",
-    )
-    parser.add_argument(
-        "--dataset-downsample-factor",
-        type=number(float, 0, 1, above_low=True),
-        default=1.0,
-        metavar="FACTOR",
-        help="the part of the images to use, a random subset, above 0 and up to 1",
+        "--dataset-downsample-factor", type=number(float, 0, 1, above_low=True), default=1.0, help=factor
     )
     parser.add_argument("--random-module-global-seed", type=int, help="for random.seed")
-    parser.add_argument(
-        "--numpy-random-global-seed",
-        type=number(int, 0, 2**32 - 1),
-        help="for np.random.seed, and to draw the subset; else that is drawn with the seed in the model's config.yaml",
-    )
+    parser.add_argument("--numpy-random-global-seed", type=number(int, 0, 2**32 - 1), help=seed)
     parser.add_argument("--tf-random-global-seed", type=int, help="for tf.random.set_seed")
-    parser.add_argument("--message", help="a note to keep in the result")
+    parser.add_argument("--message", help="a note that is put into the result")
     return parser.parse_args()
 
 
 def run(args, cluster):
-    """One run.
+    """Do one run, in four steps.
 
-    find_inputs        what the bucket holds for this run: configurations, weights, images, masks
-    count_images       one pass of the network over the images, or the counts of an earlier one
-    train_thresholds   a threshold per class, with its confidence
-    publish            curves, figures and YAML into the model's folder
+    find_inputs        find what the bucket holds for this run: configurations, weights, images, masks
+    count_images       run the network once over the images, or take the counts of an earlier run
+    train_thresholds   find the threshold of each class, and how far it can be trusted
+    publish            put figures, curves and YAML into the model's folder
     """
     started = time.monotonic()
     models.check_optimisation()
@@ -127,7 +116,7 @@ class Inputs(NamedTuple):
     class_folders: list
     samples: list  # of image_utils.Sample; a worker's share of them while it counts
     blocks: Blocks  # of the samples
-    seed: int  # that drew the subset
+    seed: int  # with which the subset was drawn
     problems_path: Path  # lists the files that cannot be used
 
     @property
@@ -139,7 +128,7 @@ class Inputs(NamedTuple):
         return [f"{name} ({folder})" for name, folder in zip(self.class_names, self.class_folders, strict=True)]
 
     def share(self, index, number):
-        """What worker `index` of `number` counts."""
+        """The part that worker `index` of `number` counts."""
         return self._replace(
             samples=self.samples[index::number],
             blocks=replace(self.blocks, labels=self.blocks.labels[index::number]),
@@ -147,7 +136,7 @@ class Inputs(NamedTuple):
         )
 
     def counts_path(self):
-        """Where the counts are cached: named by everything they depend on, and by nothing else."""
+        """The file of the cached counts: its name is a hash of all that they depend on, and of nothing else."""
         digest = hashlib.sha256()
         for part in (
             COUNTS_FORMAT,
@@ -190,23 +179,25 @@ def find_inputs(gcp_bucket, dataset_directory, model_id, downsample_factor, seed
 
 
 def in_parallel(*calls):
-    """What the calls return, made in threads: on a slow network each of them waits for several answers."""
+    """Make the calls in threads and return their results: on a slow network each waits for several answers."""
     pool = ThreadPoolExecutor(len(calls))
     try:
         return [future.result() for future in [pool.submit(call) for call in calls]]
     finally:
-        pool.shutdown(wait=False)  # the error of one does not wait for a bucket that does not answer
+        pool.shutdown(wait=False)  # an error is shown without waiting for the other calls
 
 
 def count_images(inputs, batch_size, tf_seed, cluster):
-    """The counts of all samples: from the cache, or each worker counts its share, and the shares are summed."""
+    """Return the counts of all samples: from the cache, or each worker counts its share and the shares are summed."""
     path = inputs.counts_path()
     cached = Counts.load(path) if cluster.index == 0 else None
     if cluster.agree(f"{path.name} {batch_size}", cached is not None):
         where = path if cluster.index == 0 else "the chief's cache"
         show(f"Counts of these images by this model are in {where}: no inference needed.")
         return cached
-    batch_size = min(batch_size, len(inputs.samples))  # the same for all shares: it may matter to the last bit
+    batch_size = min(
+        batch_size, len(inputs.samples)
+    )  # the same for all shares: the last bit of a probability depends on it
     share_path = path if cluster.number == 1 else path.with_suffix(f".{cluster.index}_of_{cluster.number}.npz")
     share = inputs.share(cluster.index, cluster.number)
     counts = Counts.load(share_path) or count_share(share, batch_size, tf_seed, share_path, cluster)
@@ -214,14 +205,14 @@ def count_images(inputs, batch_size, tf_seed, cluster):
         counts = counts.summed(cluster.sum)
         if cluster.index == 0:
             keep(counts, path, counts.save)
-        cluster.sum(np.zeros(1, np.int64))  # the chief has the counts of all: the shares have served
+        cluster.sum(np.zeros(1, np.int64))  # returns when the chief has saved the sum: the share is no longer needed
         with contextlib.suppress(OSError):
             share_path.unlink(missing_ok=True)
     return counts
 
 
 def count_share(share, batch_size, tf_seed, path, cluster):
-    """Run the network over the samples of a share, from the last checkpoint on, and cache the counts at `path`."""
+    """Count a share from its last checkpoint on, and cache the counts at `path`."""
     width, height = share.target_size
     checkpoint = path.with_suffix(".partial.npz")
     counts = Counts.load(checkpoint)
@@ -231,14 +222,10 @@ def count_share(share, batch_size, tf_seed, path, cluster):
     if not share.samples:  # fewer images than workers
         return counts
     if counts.images:
-        show(f"Continuing after {counts.images} of {len(share.samples)} images: an earlier run had counted them.")
+        show(f"Continuing after {counts.images} of {len(share.samples)} images, which an earlier run counted.")
     with fetching(share, counts.images, batch_size) as (weights_path, decoded):
         built = load_network(share, weights_path, tf_seed)
-        counts.counted_with = {
-            "batch_size": batch_size,
-            **network.device_facts(),
-            "libraries": results.versions(),
-        }
+        counts.counted_with = {"batch_size": batch_size, **network.device_facts(), "libraries": results.versions()}
         device = counts.counted_with["gpu"] or "the CPU"
         show(f"Counting the probabilities of {len(share.samples) - counts.images} images on {device}.")
         run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster)
@@ -249,9 +236,9 @@ def count_share(share, batch_size, tf_seed, path, cluster):
 
 @contextlib.contextmanager
 def fetching(share, done, batch_size):
-    """Fetch the weights and the samples from number `done` on, while TensorFlow is imported.
+    """Fetch the weights and all samples but the first `done` while TensorFlow is imported.
 
-    Yields the path of the weights, and the decoded samples as they come.
+    Yields the path of the weights, and a generator of decoded samples.
     """
     bucket, weights, samples = share.bucket, share.weights, share.samples[done:]
     width, height = share.target_size
@@ -261,7 +248,7 @@ def fetching(share, done, batch_size):
     bucket.check_room(absent)
     lookahead = max(2 * batch_size, DECODED_BYTES // (width * height * (1 + len(share.class_folders))))
 
-    def fetch():  # the weights first: without them no image is of use
+    def fetch():  # the weights first: nothing can be counted without them
         return bucket.fetch(weights), image_utils.start_decoding(
             samples, bucket, share.target_size, lookahead, share.problems_path, warn
         )
@@ -277,7 +264,7 @@ def fetching(share, done, batch_size):
 
 
 def load_network(share, weights_path, tf_seed):
-    """Rebuild the network and give it its weights."""
+    """Rebuild the network, with its weights."""
     if tf_seed is not None:
         network.set_seed(tf_seed)
     try:
@@ -286,12 +273,12 @@ def load_network(share, weights_path, tf_seed):
         )
     except ModelError as error:
         raise ModelError(f"{share.bucket.url(share.weights.name)}, with the config.yaml beside it: {error}") from error
-    share.bucket.fetch(share.weights)  # it has not changed while it was read
+    share.bucket.fetch(share.weights)  # an error if the file changed while it was read
     return built
 
 
 def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
-    """Count what the network makes of the decoded samples; keep a checkpoint now and then."""
+    """Run the network over the decoded samples and count, with a checkpoint every CHECKPOINT_SECONDS."""
     batches = inference.count_probabilities(
         built,
         decoded,
@@ -308,17 +295,17 @@ def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
     saved = time.monotonic()
     with progress("inference", len(share.samples), initial=counts.images, unit=" images") as bar:
         for batch, images in enumerate(batches):
-            cluster.check()
             if batch == 0:
                 threading.Thread(target=import_what_follows, daemon=True).start()
             bar.update(images)
+            cluster.progress(counts.images, len(share.samples))
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 keep(counts, checkpoint, counts.save_checkpoint)
                 saved = time.monotonic()
 
 
 def import_what_follows():
-    """Import what only the end of a run needs while the network leaves the interpreter idle, which ends the imports."""
+    """Import what the end of a run needs, while the interpreter waits for the network; then collect garbage again."""
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
     import scipy.optimize  # noqa: F401
@@ -328,18 +315,18 @@ def import_what_follows():
 
 
 def keep(counts, path, save):
-    """Cache the counts; if the disk has no room, that costs the next run time, but not this one its result."""
+    """Cache the counts. A full disk is only a warning: this run does not need the cache."""
     try:
         save(path)
     except OSError as error:
         warn(
             f"the counts of {counts.images} images cannot be kept in {path.parent} ({error.strerror or error}): make "
-            "room there, or make it writable, or a later run must count again"
+            "room there, or make it writable, else a later run must count again"
         )
 
 
 def train_thresholds(inputs, counts, metric):
-    """Train class after class, showing every evaluation; returns a ClassResult per class."""
+    """Train the threshold of each class, showing every evaluation; returns a list of results.ClassResult."""
     models.check_trainable(counts, inputs.class_titles)
     low, high = models.check_optimisation()
     trained = []
@@ -362,7 +349,7 @@ def train_thresholds(inputs, counts, metric):
 
 
 def publish(arguments, inputs, counts, trained, started):
-    """Show the table, draw the figures, and put everything into the model's folder."""
+    """Show the table, draw the figures, and put all into the model's folder; `arguments` is a dictionary."""
     metric, model_id = arguments["optimizing_class_metric"].name, arguments["model_id"]
     for line in results.table(trained, metric):
         show(line)
@@ -388,13 +375,13 @@ def main():
     cluster = workers.Cluster()
     try:
         args = parse_arguments()
-        cluster = workers.read_cluster(os.environ.get("TF_CONFIG"))
+        cluster = workers.Cluster(*workers.read_tf_config(os.environ.get("TF_CONFIG")), show, terminal.end_with)
         last_words.append(lambda: cluster.leave((WORKER_LOST, f"{cluster} was interrupted; {workers.CONTINUE}")))
         cluster.join()
         run(args, cluster)
     except ExpectedError as error:
         terminal.fail(error)
-        cluster.leave((error.exit_code, printable(error)))
+        cluster.leave((error.exit_code, f"{cluster}: {printable(error)}"))
         return error.exit_code
     except Exception:
         terminal.report_bug(TMP)
@@ -405,4 +392,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os._exit(main())  # no thread that still waits for a slow bucket is waited for
+    os._exit(main())  # without waiting for threads that still wait for a slow bucket

@@ -1,31 +1,29 @@
-"""Several processes of the tool, one a machine: each counts a share of the images, and the shares are summed once.
+"""Several processes of the tool, one a machine: each counts a share of the images, and the chief sums the counts.
 
-TensorFlow's engine for several workers sums, and its coordination service knows who is alive. They run in a process
-of their own beside the one that counts (`python workers.py`): TensorFlow waits without limit, and deaf to signals,
-for a worker that never comes, and a process can be ended. It needs no GPU.
+Every worker keeps one connection to the chief. What goes through it is a line of JSON, which raw bytes may follow:
+signs of life with progress, numbers to sum, and why a worker ends, which the chief passes on to the others.
+A connection belongs to one run: a worker that has joined never connects again, so runs cannot mix.
 """
 
 import contextlib
-import ctypes
 import hashlib
 import json
-import multiprocessing.connection
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from errors import WORKER_LOST, PeerError, first_line
+from errors import USAGE, PeerError, UsageError, first_line
 
 START_SECONDS = 600  # within which all workers come
+LIFE_SECONDS = 5  # between signs of life; Google's network forgets a connection that is idle for ten minutes
 DEAD_SECONDS = 60  # without a sign of life, after which a worker is taken for dead
-LINGER_SECONDS = 2  # for which one that ends can still be asked for its part of a sum, or why it ends
+HANG_SECONDS = 1800  # without progress, after which a worker is taken to hang
+WAIT_SECONDS = 60  # between lines that say for whom a sum waits
+LEAVE_SECONDS = 0.4  # for the others to hear why this worker ends
+PART = 2**20  # bytes of numbers in one message: other messages go between
+CONTINUE = "what was counted is kept in tmp: start all workers again to continue"
 FORM = 'must be like {"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
 
 
@@ -47,7 +45,7 @@ def read_tf_config(text):
 
     Raises
     ------
-    ValueError
+    UsageError
     """
     try:
         config = json.loads(text or "{}")
@@ -55,44 +53,57 @@ def read_tf_config(text):
             return ["localhost"], 0
         tasks = [(kind, i) for kind in ("chief", "worker") for i in range(len(cluster.get(kind, [])))]
         addresses = [cluster[kind][i] for kind, i in tasks]
-        places = [(host, int(port)) for host, _, port in (address.rpartition(":") for address in addresses)]
+        places = [_place(address) for address in addresses]
         own = (config["task"]["type"], int(config["task"]["index"]))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{FORM} ({type(error).__name__}: {error})") from error
+        raise UsageError(f"TF_CONFIG {FORM} ({type(error).__name__}: {error})") from error
     if set(cluster) - {"chief", "worker"} or len(cluster.get("chief", [])) > 1:
-        raise ValueError(f"{FORM}; beside worker, its cluster may have one chief and nothing else")
+        raise UsageError(f"TF_CONFIG {FORM}; beside worker, its cluster may have one chief and nothing else")
     if len(set(places)) < len(places) or not all(host and 0 < port < 2**16 for host, port in places):
-        raise ValueError(f"{FORM}; each worker needs a host:port of its own")
+        raise UsageError(f"TF_CONFIG {FORM}; each worker needs a host:port of its own")
     if own not in tasks:
-        raise ValueError(f"{FORM}; {own[0]} {own[1]} is not in its cluster")
+        raise UsageError(f"TF_CONFIG {FORM}; {own[0]} {own[1]} is not in its cluster")
     return addresses, tasks.index(own)
 
 
-CONTINUE = "start all workers again to continue"
-
-
-def read_cluster(text):
-    return Cluster(*read_tf_config(text))
-
-
 class Cluster:
-    """The place of this process among the workers. Alone, it starts nothing and its sums are its own numbers.
+    """The place of this process among the workers. Where it is the only one, it connects to nothing.
+
+    Parameters
+    ----------
+    addresses : list of str
+        host:port of all workers, the chief first. Only the chief's is used; the others are their names.
+    index : int
+        Of this process; 0 is the chief.
+    show : callable
+        Takes a line to print.
+    end : callable
+        Takes the PeerError that ends the run, in a thread of the cluster's own, whatever the others are busy with;
+        meant to end the process. If it returns, or there is none, what is called next raises the error.
 
     Attributes
     ----------
     number : int
         Of workers.
-    index : int
-        Of this process; 0 is the chief.
     """
 
-    def __init__(self, addresses=("localhost",), index=0):
+    def __init__(self, addresses=("localhost",), index=0, show=print, end=None):
         self.addresses, self.index, self.number = addresses, index, len(addresses)
-        self._process = None
-        self._joined = False
+        self._show, self._end = show, end
+        self._changed = threading.Condition()  # guards all that follows
+        self._peers = {}  # by index: to the chief, the workers that are there; to a worker, the chief
+        self._started = False
+        self._error = None
+        self._farewells = None  # threads that tell the peers that this worker ends
+        self._total, self._arrived = None, 0  # of the sum that is being made, and how many bytes of it are there
+        self._progress = [[0, 0]] * self.number  # images counted and to count; None: it waits for the others
+        self._since = [time.monotonic()] * self.number  # the last progress
 
     def __str__(self):
-        return describe(self.index, self.addresses)
+        return self._name(self.index)
+
+    def _name(self, index):
+        return f"worker {index} ({self.addresses[index]})"
 
     def join(self):
         """Wait until all workers are there.
@@ -100,65 +111,37 @@ class Cluster:
         Raises
         ------
         PeerError
+        UsageError
+            This is the chief, and its port cannot be used.
         """
         if self.number == 1:
             return
-        self._connection, theirs = multiprocessing.connection.Pipe()
-        fd = theirs.fileno()
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, str(fd), str(self.index), *self.addresses],
-            pass_fds=[fd],
-            start_new_session=True,  # Ctrl-C is for the tool, which tells the others
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        theirs.close()
-        self._heard = time.monotonic()
-        self._listen(START_SECONDS)
-        if not self._joined:
-            raise PeerError(f"not all workers came within {START_SECONDS} s{self._absent()}")
+        self._show(f"This is {self} of {self.number}; waiting for all to come.")
+        _start(self._live)
+        if self.index == 0:
+            self._gather()
+        else:
+            self._reach_chief()
 
-    def _absent(self):
-        """Which workers do not answer, as the end of a sentence."""
-        absent = []
-        for index, address in enumerate(self.addresses):
-            host, _, port = address.rpartition(":")
-            if index != self.index:
-                try:
-                    socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-                except OSError as error:
-                    absent.append(f"{describe(index, self.addresses)} does not answer ({error.strerror or error})")
-        return "".join(f"; {line}" for line in absent)
+    def progress(self, images, total):
+        """Tell the others how many images of this worker's share are counted.
 
-    def _listen(self, seconds):
-        """What the process beside this one says, waiting so many seconds: a sum, or None."""
-        try:
-            while self._connection.poll(seconds):
-                error, total = self._connection.recv()
-                if error:
-                    raise PeerError(error[1] if self._joined else error[1] + self._absent(), error[0])
-                self._heard, self._joined, seconds = time.monotonic(), True, 0
-                if total is not None:
-                    return total
-        except (EOFError, OSError) as error:
-            raise PeerError(f"{self} lost its process that speaks with the other workers") from error
-        if self._joined and time.monotonic() - self._heard > DEAD_SECONDS:
-            raise PeerError(_dead(0, self.addresses))
-        return None
-
-    def check(self):
-        """Raise PeerError if another worker ended with an error or died."""
-        if self.number > 1:
-            self._listen(0)
+        Raises
+        ------
+        PeerError
+            Another worker ended with an error or died.
+        """
+        with self._changed:
+            self._note_progress(self.index, [images, total])
+            if self._error:
+                raise self._error
 
     def sum(self, numbers):
         """Sum over all workers, of which each must call this.
 
         Parameters
         ----------
-        numbers : int64 array, shape (n,)
+        numbers : int64 array, shape (n,), n > 0
 
         Returns
         -------
@@ -170,10 +153,22 @@ class Cluster:
         """
         if self.number == 1:
             return numbers
-        self.check()
-        self._connection.send(numbers)
-        while (total := self._listen(1)) is None:
-            pass
+        with self._changed:
+            self._note_progress(self.index, None)
+        content = memoryview(np.ascontiguousarray(numbers, "<i8")).cast("B")
+        if self.index == 0:
+            with self._changed:
+                self._add(content, 0, len(content))
+            total = self._wait_for_total(len(content) * self.number)
+            content = memoryview(total).cast("B")
+        for peer in list(self._peers.values()):
+            with contextlib.suppress(OSError):  # the thread that reads from it says what is wrong
+                for first in range(0, len(content), PART):
+                    peer.send({"first": first, "of": len(content)}, content[first : first + PART])
+        if self.index > 0:
+            total = self._wait_for_total(len(content))
+        with self._changed:
+            self._note_progress(self.index, [0, 0])
         return total
 
     def agree(self, key, flag):
@@ -192,131 +187,271 @@ class Cluster:
 
         Raises
         ------
-        ValueError
+        UsageError
             Which worker has another key than the chief.
         """
         numbers = np.zeros(self.number + 1, np.int64)
         numbers[self.index] = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
         numbers[-1] = flag and self.index == 0
         *keys, flag = self.sum(numbers)
-        if others := [describe(i, self.addresses) for i, key in enumerate(keys) if key != keys[0]]:
-            raise ValueError(
+        if others := [self._name(i) for i, key in enumerate(keys) if key != keys[0]]:
+            raise UsageError(
                 f"{', '.join(others)} has other arguments, or finds other objects in its bucket, than the chief: start "
                 "all workers with the same command, on one gs:// bucket or one shared directory"
             )
         return bool(flag)
 
     def leave(self, error=None):
-        """End the process beside this one, after it has told the others of an error (exit code, message)."""
-        if self._process and self._joined:
-            # It waits to be heard before it listens; what it says may have been cut by an interruption.
-            threading.Thread(target=self._discard, daemon=True).start()
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                self._connection.send(error)
-                self._process.wait(3 * LINGER_SECONDS)
-        if self._process:
-            self._process.kill()
+        """Tell the others that this worker ends, in LEAVE_SECONDS at most; any thread may call this at any time.
 
-    def _discard(self):
-        with contextlib.suppress(OSError):
-            while os.read(self._connection.fileno(), 2**16):
-                pass
+        Parameters
+        ----------
+        error : (int, str)
+            The exit code with which all are to end, and why; None: its work is done.
+        """
+        self._bid_farewell({"error": error} if error else {"done": True})
+        deadline = time.monotonic() + LEAVE_SECONDS
+        for thread in self._farewells:
+            thread.join(max(0, deadline - time.monotonic()))
 
+    def _gather(self):
+        """The chief: wait until all workers are there."""
+        try:
+            server = _server(self.addresses[0])
+        except OSError as error:
+            raise UsageError(
+                f"{self} cannot listen at its port ({error.strerror or error}): end what uses it, an earlier run of "
+                "this tool perhaps, or name another port in every TF_CONFIG"
+            ) from error
+        _start(self._accept, server)
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or len(self._peers) == self.number - 1, START_SECONDS)
+            if self._error:
+                raise self._error
+            if missing := [self._name(i) for i in range(1, self.number) if i not in self._peers]:
+                raise PeerError(f"not all workers came within {START_SECONDS} s: {', '.join(missing)} did not")
+            self._started = True
+            self._since = [time.monotonic()] * self.number
+        for peer in list(self._peers.values()):
+            with contextlib.suppress(OSError):
+                peer.send({"start": True})
 
-def describe(index, addresses):
-    return f"worker {index} ({addresses[index]})"
-
-
-def _dead(index, addresses):
-    return (
-        f"{describe(index, addresses)} died or cannot be reached; what was counted is kept in tmp: "
-        "start all workers again to go on"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The process beside the one that counts
-
-
-def _join(index, addresses):
-    """Become a worker of TensorFlow's; returns a function that sums over all, and TensorFlow's context."""
-    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}})
-    import tensorflow as tf
-    from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
-    from tensorflow.python.eager import context
-
-    context = context.context()
-    context.configure_coordination_service(
-        "standalone",
-        service_leader="/job:worker/replica:0/task:0",
-        cluster_register_timeout_in_ms=2000 * START_SECONDS,
-        heartbeat_timeout_in_ms=1000 * DEAD_SECONDS,
-        coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=len(addresses))],
-    )
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
-
-    @tf.function(input_signature=[tf.TensorSpec((None,), tf.int64)])
-    def add(numbers):
-        def add_here(numbers):
-            return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(numbers))
-
-        return strategy.run(add_here, [numbers])
-
-    return lambda numbers: add(numbers).numpy(), context
-
-
-def _take_part(connection, index, addresses):
-    """Send (None, None) as a sign of life, (None, sum), or (error, None), once all are there; end when told to."""
-    own = describe(index, addresses)
-    with contextlib.suppress(AttributeError):  # Linux: while it waits, nothing else ends it with its parent
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    try:
-        add, context = _join(index, addresses)
-    except Exception as error:
-        connection.send(((WORKER_LOST, f"{own} cannot join the others: {first_line(error)}"), None))
-        return
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(1, 0)
-
-    thread, total = ThreadPoolExecutor(1), None
-    try:
-        while True:
-            if connection.poll(0.2):
-                message = connection.recv()
-                if not isinstance(message, np.ndarray):
-                    break
-                total, asked = thread.submit(add, message), time.monotonic()
-            error = _error_among_workers(context, addresses)
-            ready = total and total.done() and not error
-            if ready and (failure := total.exception()):
-                # whose fault that is, the coordination service may know only later
-                ready = time.monotonic() - asked > 2 * DEAD_SECONDS
-                error = (WORKER_LOST, f"{own} cannot sum over the workers: {first_line(failure)}") if ready else None
-            connection.send((error, total.result() if ready and not error else None))
-            total = None if ready else total
-    except (EOFError, OSError):
-        message = (WORKER_LOST, _dead(index, addresses))
-    if message:
-        with contextlib.suppress(Exception):  # another was first
-            context.report_error_to_cluster(1, json.dumps(message))
-    time.sleep(LINGER_SECONDS)
-
-
-def _error_among_workers(context, addresses):
-    """Exit code and message that a worker told to all or that its silence means; None if all is well."""
-    try:
-        states = context.get_task_states([("worker", len(addresses))])
-    except Exception:
-        return WORKER_LOST, _dead(0, addresses)
-    for index, state in enumerate(states):
-        if state:
+    def _reach_chief(self):
+        """A worker: wait until the chief is there, and says that all are."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            trouble = f"does not let this worker in: its TF_CONFIG differs, or it has a worker {self.index} already"
             try:
-                return tuple(json.loads(str(state)))
-            except ValueError:
-                return WORKER_LOST, _dead(index, addresses)
-    return None
+                peer = _Peer(socket.create_connection(_place(self.addresses[0]), timeout=5))
+                peer.send({"worker": self.index, "of": self.number})
+                with self._changed:
+                    self._peers[0] = peer
+                _start(self._listen_to, peer, 0)
+            except OSError as error:
+                trouble = f"does not answer ({error.strerror or error})"
+            with self._changed:
+                self._changed.wait_for(lambda: self._error or self._started or not self._peers)
+                if self._error:
+                    raise self._error
+                if self._started:
+                    return
+            time.sleep(0.2)
+        raise PeerError(f"not all workers came within {START_SECONDS} s: {self._name(0)} {trouble}")
+
+    def _wait_for_total(self, size):
+        """The sum, once as many bytes of it have arrived."""
+
+        def arrived():
+            with self._changed:
+                return self._changed.wait_for(lambda: self._error or self._arrived == size, WAIT_SECONDS)
+
+        while not arrived():
+            self._show(f"Waiting for {self._who_counts()}.")
+        with self._changed:
+            if self._error:
+                raise self._error
+            total, self._total, self._arrived = self._total, None, 0
+        return total
+
+    def _who_counts(self):
+        counting = [(i, *progress) for i, progress in enumerate(self._progress) if progress and i != self.index]
+        return ", ".join(f"{self._name(i)}: {images:,} of {total:,} images" for i, images, total in counting)
+
+    def _add(self, content, first, size):
+        """Add a part of the numbers to sum, which begins at this byte."""
+        if self._total is None:
+            self._total = np.zeros(size // 8, "<i8")
+        if self._total.nbytes != size:
+            raise ValueError(f"{size} bytes to sum, not {self._total.nbytes}")
+        self._total[first // 8 : (first + len(content)) // 8] += np.frombuffer(content, "<i8")
+        self._arrived += len(content)
+
+    def _note_progress(self, index, progress):
+        if progress is None or progress != self._progress[index]:
+            self._progress[index], self._since[index] = progress, time.monotonic()
+
+    # All that follows runs in threads of its own.
+
+    def _accept(self, server):
+        while True:
+            with contextlib.suppress(OSError):
+                _start(self._welcome, _Peer(server.accept()[0]))
+
+    def _welcome(self, peer):
+        """The chief: let a worker in, if its place is free. If not, it tries again, until what had died is missed."""
+        try:
+            hello, _ = peer.receive()
+            index, number = hello["worker"], hello["of"]
+            if number != self.number:
+                peer.send({"error": (USAGE, f"TF_CONFIG names {number} workers here, and {self.number} to the chief")})
+            with self._changed:
+                free = not self._started and number == self.number and index in range(1, number)
+                free = free and self._peers.setdefault(index, peer) is peer
+                self._changed.notify_all()
+        except (OSError, ValueError, KeyError, TypeError):
+            free = False  # it is none of ours
+        if free:
+            self._listen_to(peer, index)
+        peer.close()
+
+    def _listen_to(self, peer, index):
+        """Take what a peer sends, until it ends."""
+        try:
+            while True:
+                message, content = peer.receive()
+                if "error" in message:
+                    code, text = message["error"]
+                    raise PeerError(text, code)
+                with self._changed:
+                    if "done" in message:
+                        del self._peers[index]
+                        return
+                    self._take(message, content, index)
+                    self._changed.notify_all()
+        except PeerError as ending:
+            error = ending
+        except Exception as reason:  # whatever it is, this thread must not end silently
+            error = PeerError(f"{self._name(index)} died or cannot be reached ({first_line(reason)}); {CONTINUE}")
+            with self._changed:
+                if not self._started:  # it may come again
+                    del self._peers[index]
+                    self._changed.notify_all()
+                    return
+        finally:
+            peer.close()
+        self._fail(error)
+
+    def _take(self, message, content, index):
+        if "start" in message:
+            self._started = True
+        elif "first" in message:
+            self._add(content, message["first"], message["of"])
+        elif self.index == 0:
+            self._note_progress(index, message["progress"])
+        else:
+            own, self._progress = self._progress[self.index], message["progress"]
+            self._progress[self.index] = own
+
+    def _live(self):
+        """Give signs of life, and, as the chief, look who gives none of progress."""
+        while self._farewells is None:
+            with self._changed:
+                peers = dict(self._peers)
+                progress = self._progress[:] if self.index == 0 else self._progress[self.index]
+                late = time.monotonic() - HANG_SECONDS
+                running = (0, *peers) if self.index == 0 and self._started and peers else ()
+                hung = [i for i in running if self._progress[i] and self._since[i] < late]
+            for peer in peers.values():
+                with contextlib.suppress(OSError):
+                    peer.send({"progress": progress}, wait=False)
+            if hung:
+                self._fail(
+                    PeerError(
+                        f"{self._name(hung[0])} hangs: it is alive, but has made no progress for "
+                        f"{HANG_SECONDS / 60:g} minutes; {CONTINUE}"
+                    )
+                )
+            time.sleep(LIFE_SECONDS)
+
+    def _fail(self, error):
+        """End with an error, and all others with it."""
+        if self._bid_farewell({"error": (error.exit_code, str(error))}):
+            if self._end:
+                self._end(error)
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _bid_farewell(self, message):
+        """Send the last message to every peer; False if there was a last one before."""
+        with self._changed:
+            if self._farewells is not None:
+                return False
+            self._farewells = [_start(peer.send_last, message) for peer in self._peers.values()]
+            return True
 
 
-if __name__ == "__main__":
-    _take_part(multiprocessing.connection.Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3:])
-    os._exit(0)
+class _Peer:
+    """A connection to another worker."""
+
+    def __init__(self, connection):
+        connection.settimeout(DEAD_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket, self._file = connection, connection.makefile("rb")
+        self._sending = threading.Lock()
+        self._closed = threading.Event()
+
+    def send(self, message, content=b"", wait=True):
+        """Send a message; without `wait`, not while another thread sends one: that is a sign of life as well."""
+        if self._sending.acquire(blocking=wait):
+            try:
+                self._socket.sendall(json.dumps({**message, "bytes": len(content)}).encode() + b"\n")
+                self._socket.sendall(content)
+            except OSError:
+                self.close()  # nothing may follow a part of a message
+                raise
+            finally:
+                self._sending.release()
+
+    def send_last(self, message):
+        with contextlib.suppress(OSError):
+            self.send(message)
+            self._socket.shutdown(socket.SHUT_WR)
+            self._closed.wait(LEAVE_SECONDS)  # if this process ended with something unread, the message might be lost
+
+    def receive(self):
+        """The next message and the bytes that follow it."""
+        line = self._file.readline(2**16)
+        if not line.endswith(b"\n"):
+            raise ConnectionError("its connection ended")
+        message = json.loads(line)
+        content = self._file.read(message["bytes"])
+        if len(content) < message["bytes"]:
+            raise ConnectionError("its connection ended")
+        return message, content
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads; `close` would not
+        self._closed.set()
+
+
+def _start(target, *arguments):
+    thread = threading.Thread(target=target, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
+
+def _place(address):
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _server(address):
+    """A socket that listens at this machine's port; at all its addresses, as its own name may mean loopback to it."""
+    host, port = _place(address)
+    if host in ("localhost", "127.0.0.1"):
+        return socket.create_server((host, port))
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))

@@ -126,6 +126,12 @@ def test_images_of_no_named_stack_count_as_one_more():
     assert members(blocks, names)[-1] == {name for name in names if name[0] in "xyz"}
 
 
+def test_a_stack_does_not_take_the_images_of_a_longer_name():
+    names = [f"{stack}-{i}.png" for stack in ("a_1", "b", "c", "d", "a_10", "bone") for i in range(2)]
+    blocks = confidence.blocks_of(names, ["a_1", "b", "c", "d"])
+    assert members(blocks, names)[-1] == {"a_10-0.png", "a_10-1.png", "bone-0.png", "bone-1.png"}
+
+
 def test_more_stacks_than_blocks_are_put_together_evenly():
     stacks = [f"s{i}" for i in range(1000)]
     blocks = confidence.blocks_of([f"{stack}-0.png" for stack in stacks], stacks)
@@ -247,6 +253,8 @@ def test_replicates_keep_to_the_bounds():
     blocks = noisy_blocks(9)
     said = assess(blocks, index=low, low=low, high=high)
     assert THRESHOLDS[low] == said.x_interval[0] <= said.x_interval[1] <= THRESHOLDS[high]
+    said = assess(blocks, index=80, low=40, high=80)  # the best lies above
+    assert THRESHOLDS[40] <= said.x_interval[0] <= said.x_interval[1] == THRESHOLDS[80]
     said = assess(blocks, index=low + 1, low=low + 1, high=low + 1)  # not even a coarse threshold within
     assert said.x_interval == (THRESHOLDS[low + 1], THRESHOLDS[low + 1])
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 from urllib.parse import unquote
 
 import numpy as np
@@ -43,6 +44,7 @@ from PIL import Image
 import configuration
 import models
 import train_segmentation_model_prediction_thresholds as script
+from counts import Counts
 from errors import EXIT_CODES, ExpectedError, UsageError
 from gcp_utils import open_bucket
 from image_utils import draw_subset
@@ -116,6 +118,18 @@ def test_a_rerun_with_another_metric_needs_no_tensorflow(counted, no_tensorflow,
     assert result["metadata"]["counted_with"]["batch_size"] == 4
 
 
+def test_a_rerun_keeps_what_the_counts_were_made_with(counted, monkeypatch):
+    (path,) = (counted / "tmp/counts").glob("*.npz")
+    counts = Counts.load(path)
+    made_with = {**counts.counted_with, "gpu": "Tesla P100-PCIE-16GB", "batch_size": 7}
+    replace(counts, counted_with=made_with).save(path)
+    monkeypatch.chdir(counted)
+    run_here(monkeypatch, *arguments("bucket", batch_size=3))
+    result = results("bucket")[-1]
+    assert result["metadata"]["counted_with"] == made_with
+    assert result["metadata_system"]["System_info"]["gpu"] == "Tesla P100-PCIE-16GB"
+
+
 def test_runs_in_the_same_second_give_a_result_each(counted, no_tensorflow):
     before = results(counted / "bucket")
     metrics = ["iou_score", "f1_score", "f2_score", "iou_score"]
@@ -143,8 +157,8 @@ def test_runs_in_the_same_second_give_a_result_each(counted, no_tensorflow):
     assert not list((counted / "tmp/results").iterdir())
 
 
-def test_a_result_is_never_overwritten(tmp_path):
-    bucket, folder = open_bucket(tmp_path, tmp_path / "tmp/objects"), tmp_path / MODEL
+def test_a_result_is_never_overwritten_and_ends_with_its_yaml(tmp_path, monkeypatch):
+    bucket, folder = open_bucket(str(tmp_path), tmp_path / "tmp/objects"), tmp_path / MODEL
     folder.mkdir(parents=True)
     taken = {}
     for second in range(4):
@@ -153,10 +167,18 @@ def test_a_result_is_never_overwritten(tmp_path):
     for path, content in taken.items():
         path.write_text(content)
     files = {ending: b"new" for ending in ENDINGS[1:]}
+    created = []
+
+    def create(name, data, create=bucket.create):
+        created.append(name)
+        create(name, data)
+
+    monkeypatch.setattr(bucket, "create", create)
     name = publish(bucket, MODEL_ID, {"metadata": {"created_datetime": None}}, files, tmp_path / "tmp/results")
     assert all(path.read_text() == content for path, content in taken.items())
     path = tmp_path / name
     assert path not in taken
+    assert created[-1] == name
     assert path.name == f"model_thresholds_{yaml.safe_load(path.read_text())['metadata']['created_datetime']}.yaml"
     for ending in files:
         assert path.with_name(path.name.replace(".yaml", ending)).read_bytes() == b"new"
@@ -215,7 +237,7 @@ CHANGES = {
             bucket / "datasets/dataset-tiny/config.yaml", lambda c: c["dataset_config"].update(target_size=[64, 96])
         ),
     ),
-    "the blocks": (True, stacks(*(f"slice_000{i}" for i in range(10)))),
+    "the blocks": (True, stacks(*(f"slice_000{i}" for i in range(5)))),
     "stacks without an image": (False, stacks("elsewhere")),
     "something else in the configuration": (
         False,
@@ -313,7 +335,7 @@ def test_the_documented_commands_work_as_written(sandbox, server, tmp_path):
     ):
         process = run_tool(*command.split(), cwd=tmp_path, STORAGE_EMULATOR_HOST=server)
         assert process.returncode == 0, process.stderr
-        assert process.stderr == ""
+        assert all(line.startswith("warning: ") for line in process.stderr.splitlines())
         split = command.split()[3]
         url = published(process)
         assert url.startswith("gs://sandbox/models/segmentation-model-composite_0123_20200321T154533Z/model_thr")

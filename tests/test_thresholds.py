@@ -314,7 +314,7 @@ def test_a_level_that_is_not_reached_is_an_error_with_the_highest(monkeypatch):
     monkeypatch.setattr(models, "OPT_BOUNDS", [0.5, 1])
     with pytest.raises(ModelError, match=r"highest is 0\.333333, at 0\.5;"):  # rounded down, so that it is reached
         train(pixels({0.9: 1, 0.3: 2}, {0.1: 9}), "precision_at_recall_0.5")
-    with pytest.raises(ModelError, match=r"class0: recall .* within OPT_BOUNDS.* highest is 0\.7, at 0\.5;"):
+    with pytest.raises(ModelError, match=r"class0: recall .* within OPT_BOUNDS.* highest is 0\.7, at 0\.5; widen them"):
         train(histogram_of(p, truth), "precision_at_recall_0.95")
 
 

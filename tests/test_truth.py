@@ -8,6 +8,7 @@ import csv
 import io
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,7 +48,7 @@ def confusion(p, truth, threshold):
 
 
 @pytest.fixture(scope="module")
-def bucket(make_once, tiny_bucket_template, tiny_network):
+def bucket_template(make_once, tiny_bucket_template, tiny_network):
     """Images in stacks whose masks the network finds more or less; masks of 255, and of one bit."""
 
     def fill(folder):
@@ -94,19 +95,19 @@ def predict(network, images, batch_size):
 
 
 @pytest.fixture(scope="module", params=["iou_score", "precision_at_recall_0.7"])
-def run(request, bucket, tiny_network, tmp_path_factory):
+def run(request, bucket_template, tiny_network, tmp_path_factory):
     """A run, and the truth about it."""
     folder = tmp_path_factory.mktemp("run")
-    given = arguments(bucket, batch_size=5, optimizing_class_metric=request.param)
+    bucket = Path(shutil.copytree(bucket_template, folder / "bucket"))
+    given = arguments("bucket", batch_size=5, optimizing_class_metric=request.param)
     drawn, stdout = {}, io.StringIO()
-    before = set((bucket / MODEL).iterdir())
     with pytest.MonkeyPatch.context() as patch:
         for name in ("curves_figure", "draw_slices"):
             patch.setattr(figures, name, keep(drawn, name, getattr(figures, name)))
         patch.setattr("sys.stdout", stdout)
         patch.chdir(folder)
         run_here(patch, *given)
-    (path,) = (path for path in set((bucket / MODEL).iterdir()) - before if path.suffix == ".yaml")
+    (path,) = (bucket / MODEL).glob("model_thresholds_*.yaml")
     result = yaml.safe_load(path.read_text())
     rows = list(csv.DictReader(io.StringIO(path.with_name(f"{path.stem}_curves.csv").read_text())))
 

@@ -3,14 +3,16 @@
 import re
 import shutil
 import signal
+import socket
+import threading
 import time
-from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from chaos_proxy import ChaosProxy
+from fake_gcs import fake_gcs_server, free_port, list_objects
 from helpers import (
-    MODEL,
     SCRIPT,
     SPLIT,
     arguments,
@@ -25,10 +27,9 @@ from helpers import (
     upload,
     write_split,
 )
-from fake_gcs import fake_gcs_server, free_port, list_objects
 
 import workers
-from workers import LOST, read_tf_config
+from errors import WORKER_LOST, PeerError, UsageError
 
 
 class Job:
@@ -55,6 +56,12 @@ class Job:
                 return
         raise AssertionError(self.processes[index].stderr.read())
 
+    def wait_for_counts(self, index):
+        """Wait until a worker has kept some counts."""
+        while not list(self.folders[index].glob("tmp/counts/*.partial.npz")):
+            assert self.processes[index].poll() is None, self.processes[index].stderr.read()
+            time.sleep(0.05)
+
     def finish(self):
         return [finish(process) for _, process in sorted(self.processes.items())]
 
@@ -66,7 +73,7 @@ def training(result):
     return result["final_trained_prediction_thresholds"], *(metadata[name] for name in about)
 
 
-@pytest.mark.parametrize(("number", "factor", "shares"), [(2, 1.0, [6, 5]), (3, 1.0, [4, 4, 3]), (3, 0.1, [1, 1, 0])])
+@pytest.mark.parametrize(("number", "factor", "shares"), [(2, 1.0, [6, 5]), (3, 0.1, [1, 1, 0])])
 def test_the_result_is_that_of_one_process(tiny_bucket, tmp_path, number, factor, shares):
     """Also where the images cannot be divided, and where there are fewer of them than workers."""
     given = arguments(tiny_bucket, batch_size=4, dataset_downsample_factor=factor)
@@ -82,8 +89,6 @@ def test_the_result_is_that_of_one_process(tiny_bucket, tmp_path, number, factor
         assert ("is done: its share is counted" in process.stdout.splitlines()[-1]) == (index > 0)
     first, second = results(tiny_bucket)
     assert training(first) == training(second)
-    pictures = sorted((tiny_bucket / MODEL).glob("*_slices.png"))
-    assert len(pictures) == 2 and pictures[0].read_bytes() == pictures[1].read_bytes()
     assert not [path for folder in job.folders[1:] for path in folder.glob("tmp/counts/*")]
 
     rerun = Job(tmp_path, [*given, "--optimizing-class-metric", "f1_score"], number)
@@ -102,8 +107,7 @@ def test_each_worker_fetches_its_share_alone(tiny_bucket, tmp_path):
         names = [re.search(r"/o/([^?]*)\?.*alt=media", request.path) for request in proxy.requests]
         of_the_split = sorted(unquote(name[1]) for name in names if name and unquote(name[1]).startswith(SPLIT))
         assert of_the_split == sorted(name for name in before if name.startswith(SPLIT))
-        assert len(set(list_objects(server, "bkt")) - before) == 3
-        assert proxy.count("create") == 3
+        assert len(set(list_objects(server, "bkt")) - before) == proxy.count("create") == 4
 
 
 @pytest.fixture
@@ -117,35 +121,30 @@ def long_job(tiny_bucket, copied_script):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_worker_that_dies_ends_the_others_in_time_and_a_rerun_goes_on(long_job, tmp_path, victim):
+def test_a_worker_that_dies_ends_the_others_and_a_rerun_continues(long_job, tmp_path, victim):
     bucket, script = long_job
     given = arguments(bucket, batch_size=1)
     job = Job(tmp_path, given, 2, script)
-    job.wait_for(1 - victim, "Counting the probabilities of 300 images")
-    job.wait_for(victim, "Counting the probabilities of 300 images")
-    time.sleep(2)
+    job.wait_for_counts(1 - victim)
     job.processes[victim].kill()
-    killed = time.monotonic()
     survivor = job.finish()[1 - victim]
-    assert time.monotonic() - killed < 10 + 15
     dead = f"worker {victim} ({job.addresses[victim]}) died or cannot be reached"
-    assert_one_error_line(survivor, LOST, dead, "start all workers again")
+    assert_one_error_line(survivor, WORKER_LOST, dead, "start all workers again")
     assert not results(bucket)
     again = Job(tmp_path, given, 2, script).finish()
     for process in again:
         assert process.returncode == 0, process.stderr
-    assert "Going on after" in again[1 - victim].stdout
+    assert "Continuing after" in again[1 - victim].stdout
     assert len(results(bucket)) == 1
 
 
-def test_a_worker_that_never_comes_is_named(tiny_bucket, copied_script, tmp_path):
-    shortened(copied_script.with_name("workers.py"), START_SECONDS=10)
-    job = Job(tmp_path, arguments(tiny_bucket), 3, copied_script, absent=[2])
-    began = time.monotonic()
+@pytest.mark.parametrize("absent", [0, 2])
+def test_a_worker_that_never_comes_is_named(tiny_bucket, copied_script, tmp_path, absent):
+    shortened(copied_script.with_name("workers.py"), START_SECONDS=4)
+    job = Job(tmp_path, arguments(tiny_bucket), 3, copied_script, absent=[absent])
     for process in job.finish():
-        missing = f"worker 2 ({job.addresses[2]}) does not answer (Connection refused)"
-        assert_one_error_line(process, LOST, "not all workers came within 10 s", missing)
-    assert time.monotonic() - began < 10 + 20
+        missing = f"worker {absent} ({job.addresses[absent]})"
+        assert_one_error_line(process, WORKER_LOST, "not all workers came within 4 s", missing)
     assert not results(tiny_bucket)
 
 
@@ -154,7 +153,7 @@ def test_bad_input_that_one_worker_meets_ends_all_with_that_error(tiny_bucket, t
     second.write_bytes(second.read_bytes()[:99])
     chief, worker = Job(tmp_path, arguments(tiny_bucket), 2).finish()
     assert_one_error_line(worker, 3, f"{second.name} cannot be decoded")
-    assert (chief.returncode, chief.stderr) == (3, worker.stderr)
+    assert_one_error_line(chief, 3, "worker 1 (", worker.stderr.strip().removeprefix("error: "))
     assert not results(tiny_bucket)
 
 
@@ -173,7 +172,7 @@ def test_an_interrupted_worker_ends_all(long_job, tmp_path, who):
     job.processes[who].send_signal(signal.SIGINT)
     ended = job.finish()
     assert_one_error_line(ended[who], 130, "interrupted")
-    assert_one_error_line(ended[1 - who], LOST, f"worker {who} ({job.addresses[who]}) was interrupted", "again")
+    assert_one_error_line(ended[1 - who], WORKER_LOST, f"worker {who} ({job.addresses[who]}) was interrupted", "again")
     assert not results(bucket)
 
 
@@ -182,6 +181,100 @@ def test_workers_with_other_arguments_are_refused(tiny_bucket, tmp_path):
     for process in job.finish():
         assert_one_error_line(process, 2, f"worker 1 ({job.addresses[1]}) has other arguments")
     assert not results(tiny_bucket)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What happens on long jobs, with the times scaled down
+
+
+class ForgetfulNetwork:
+    """A proxy before the chief that holds whatever comes on a connection once that was idle for `limit` seconds."""
+
+    def __init__(self, target, limit):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.target, self.limit = target, limit
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            one, other = self.listener.accept()[0], socket.create_connection(("127.0.0.1", self.target))
+            used = [time.monotonic()]
+            for source, sink in ((one, other), (other, one)):
+                threading.Thread(target=self.forward, args=(source, sink, used), daemon=True).start()
+
+    def forward(self, source, sink, used):
+        while content := source.recv(2**16):
+            if time.monotonic() - used[0] > self.limit:
+                return  # and whoever waits for it waits
+            used[0] = time.monotonic()
+            sink.sendall(content)
+
+
+def in_two_workers(monkeypatch, chief_does, worker_does, limit=60, **seconds):
+    """What two workers return, or the error of each; the second reaches the first through a forgetful network."""
+    for name, value in seconds.items():
+        monkeypatch.setattr(workers, name, value)
+    port = free_port()
+    proxy = ForgetfulNetwork(port, limit)
+    outcome = [None, None]
+
+    def work(index, does):
+        chief = f"127.0.0.1:{proxy.port if index else port}"
+        cluster = workers.Cluster([chief, "127.0.0.1:1"], index, show=lambda line: None)
+        try:
+            cluster.join()
+            outcome[index] = does(cluster)
+            cluster.leave()
+        except PeerError as error:
+            outcome[index] = error
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate((chief_does, worker_does))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return outcome
+
+
+def test_a_sum_may_wait_longer_than_the_network_remembers(monkeypatch):
+    def after(seconds):
+        return lambda cluster: time.sleep(seconds) or cluster.sum(np.array([2**62, 1, 2, 3])).tolist()
+
+    for pauses in ((0, 2), (2, 0)):
+        both = in_two_workers(monkeypatch, *map(after, pauses), limit=1, LIFE_SECONDS=0.2, DEAD_SECONDS=20)
+        assert both == [[-(2**63), 2, 4, 6]] * 2
+
+
+def test_a_worker_that_hangs_is_named(monkeypatch):
+    both = in_two_workers(
+        monkeypatch,
+        lambda cluster: cluster.sum(np.ones(3, np.int64)),
+        lambda cluster: time.sleep(3) or cluster.progress(1, 2),
+        LIFE_SECONDS=0.2,
+        HANG_SECONDS=1,
+    )
+    assert all(isinstance(error, PeerError) and error.exit_code == WORKER_LOST for error in both)
+    assert all("worker 1 (127.0.0.1:1) hangs" in str(error) for error in both)
+
+
+def test_a_network_that_forgets_is_an_error_not_a_wait(monkeypatch):
+    both = in_two_workers(
+        monkeypatch,
+        lambda cluster: cluster.sum(np.ones(3, np.int64)),
+        lambda cluster: time.sleep(2) or cluster.sum(np.ones(3, np.int64)),
+        limit=0.5,
+        LIFE_SECONDS=100,
+        DEAD_SECONDS=3,
+    )
+    assert any(isinstance(error, PeerError) and "cannot be reached" in str(error) for error in both)
+
+
+def test_large_counts_are_summed_whole(monkeypatch):
+    numbers = np.random.default_rng(0).integers(0, 2**40, 3_000_001)
+    for total in in_two_workers(monkeypatch, *[lambda cluster: cluster.sum(numbers)] * 2):
+        assert (total == 2 * numbers).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -202,7 +295,7 @@ def test_workers_with_other_arguments_are_refused(tiny_bucket, tmp_path):
     ],
 )
 def test_the_cluster_is_that_of_tf_config(text, expected):
-    assert read_tf_config(text) == expected
+    assert workers.read_tf_config(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -228,13 +321,7 @@ def test_the_cluster_is_that_of_tf_config(text, expected):
     ],
 )
 def test_a_tf_config_that_cannot_be_is_a_usage_error(text, tmp_path):
-    with pytest.raises(ValueError, match="must be like"):
-        read_tf_config(text)
+    with pytest.raises(UsageError, match="must be like"):
+        workers.read_tf_config(text)
     if len(text) < 20:
         assert_one_error_line(run_tool(*arguments("b"), cwd=tmp_path, TF_CONFIG=text), 2, "TF_CONFIG must be like")
-
-
-def test_the_readme_names_the_times():
-    text = " ".join((Path(SCRIPT).parent / "README.md").read_text().split())
-    assert f"within {workers.START_SECONDS // 60} minutes" in text
-    assert f"within {2 * workers.DEAD_SECONDS // 60} minutes" in text

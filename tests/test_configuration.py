@@ -1,45 +1,37 @@
-"""Hostile and broken content in a bucket: nothing is executed, memory stays bounded, and one clean line names it."""
+"""What config.yaml says: hostile or broken, it executes nothing, takes bounded memory, and one clean line names it."""
 
 import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
-from helpers import (
-    MODEL,
-    SCRIPT,
-    SPLIT,
-    arguments,
-    assert_one_error_line,
-    results,
-    run_tool,
-    thresholds,
-)
+from helpers import MODEL, SCRIPT, SPLIT, arguments, assert_one_error_line, results, run_tool, thresholds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train_segmentation_model_prediction_thresholds as script
-from gcp_utils import Blob, BucketError, open_bucket
-from image_utils import DatasetError
+import configuration
+import terminal
+from confidence import Blocks
+from errors import ConfigurationError
+from gcp_utils import Blob, open_bucket
+from results import PlainDumper
+from train_segmentation_model_prediction_thresholds import Inputs
 
-EXPECTED = (DatasetError, BucketError)
 MEGABYTES = 300  # what no case may take more
-ARGS = script.parse_arguments(arguments("bucket"))
 
 
 @pytest.fixture(autouse=True)
 def sealed(tmp_path, monkeypatch):
-    """A folder of the test's own, where nothing but bucket and tmp may be afterwards, and bounded memory and time."""
+    """A folder of the test's own, where nothing but bucket and tmp may be afterwards, and bounded memory."""
     monkeypatch.chdir(tmp_path)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is in use now
-    before, start = memory("VmRSS"), time.monotonic()
+    before = memory("VmRSS")
     yield
     assert memory("VmHWM") - before < MEGABYTES
-    assert time.monotonic() - start < 60
     assert {path.name for path in tmp_path.iterdir()} <= {"bucket", "tmp", "no_tensorflow", "counted"}
 
 
@@ -50,10 +42,10 @@ def memory(kind):
 
 def error_line(call, capsys, *words):
     """What the user reads of the error that a call must raise."""
-    with pytest.raises(EXPECTED) as caught:
+    with pytest.raises(ConfigurationError) as caught:
         call()
     capsys.readouterr()
-    script.fail(3, caught.value)
+    terminal.fail(caught.value)
     output = capsys.readouterr()
     assert output.out == ""
     line = output.err.removesuffix("\n")
@@ -61,6 +53,13 @@ def error_line(call, capsys, *words):
     for word in words:
         assert word in line
     return line
+
+
+def name_counts(config):
+    """A configuration of a network must go into the name of the cached counts, whatever it holds."""
+    weights, blocks = Blob("model.hdf5", 1, "1"), Blocks(np.zeros(0, np.int64), 0, "stacks", "nothing")
+    train_config = {"segmentation_model": config}
+    Inputs(None, {}, train_config, weights, [9, 9], [], [], blocks, 1, Path("tmp/problems.txt")).counts_path()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -131,7 +130,8 @@ def write_config(tmp_path, name, content):
 
 
 def target_size(bucket):
-    return script.read_target_size(script.read_config(bucket, "config.yaml", "dataset_config"), "bucket/config.yaml")
+    config = configuration.read_config(bucket, "config.yaml", "dataset_config")
+    return configuration.target_size(config, "bucket/config.yaml")
 
 
 @pytest.mark.parametrize("what", HOSTILE_YAML)
@@ -153,12 +153,11 @@ def test_hostile_yaml(what, tmp_path, capsys):
 def test_odd_yaml_that_is_fine(content, tmp_path):
     bucket = write_config(tmp_path, "config.yaml", content)
     assert target_size(bucket) == [9, 9]
-    config = script.read_config(bucket, "config.yaml", "dataset_config")
-    text = yaml.dump({"dataset_config": config}, Dumper=script.PlainDumper, allow_unicode=True).encode()
+    config = configuration.read_config(bucket, "config.yaml", "dataset_config")
+    text = yaml.dump({"dataset_config": config}, Dumper=PlainDumper, allow_unicode=True).encode()
     assert b"\x1b" not in text
     assert yaml.safe_load(text)["dataset_config"]["target_size"] == [9, 9]
-    weights = Blob("model.hdf5", 1, "1")
-    script.Inference([], [], [9, 9], {"segmentation_model": config}, weights).counts_path()
+    name_counts(config)
 
 
 def test_a_configuration_of_100_megabytes_is_not_read(tmp_path, capsys):
@@ -170,7 +169,7 @@ def test_a_configuration_of_100_megabytes_is_not_read(tmp_path, capsys):
 @pytest.mark.parametrize("seed", ["many", -1, 2**32, 1.0, float("nan"), True, [1], {"a": 1}, "\x1b[2J" * 99])
 def test_shuffle_seeds_of_a_wrong_type(seed, capsys):
     config = {"validation_data_shuffle_seed": seed}
-    error_line(lambda: script.subset_seed(ARGS, config), capsys, "shuffle seed", "config.yaml")
+    error_line(lambda: configuration.subset_seed(config, "validation", None), capsys, "shuffle seed", "config.yaml")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def limited(*given, cwd, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)),
     )
 
@@ -203,19 +202,13 @@ def spoil(name, content):
 
 DATASET_CONFIG = "datasets/dataset-tiny/config.yaml"
 HOSTILE_RUNS = {
-    "a Python call": (spoil(DATASET_CONFIG, f"dataset_config: {CALL}"), 3, DATASET_CONFIG),
-    "merges of merges": (spoil(DATASET_CONFIG, f"{MERGES}dataset_config: *i"), 3, DATASET_CONFIG),
-    "100 MB": (lambda bucket: os.truncate(bucket / MODEL / "config.yaml", 100_000_000), 3, f"{MODEL}/config.yaml"),
     "an escape sequence in a value": (
-        spoil(DATASET_CONFIG, r'dataset_config: {target_size: "\e]0;owned\a\e[2J\nerror: none"}'), 3, DATASET_CONFIG
+        spoil(DATASET_CONFIG, r'dataset_config: {target_size: "\e]0;owned\a\e[2J\nerror: none"}'),
+        3,
+        DATASET_CONFIG,
     ),
-    "an escape sequence in a seed": (
-        spoil(f"{MODEL}/config.yaml", r'train_config: {validation_data_shuffle_seed: "\e[2J\r"}'), 3, "shuffle seed"
-    ),
-    "an escape sequence in a name": (spoil(f"{SPLIT}/images/\x1b[2J\x07.png", b"x"), 4, "images/\\x1b[2J\\x07.png"),
     "a newline in a name": (spoil(f"{SPLIT}/images/a\nerror: b.png", b"x"), 4, "images/a\\nerror: b.png"),
-    "a name that is not UTF-8": (spoil(f"{SPLIT}/images/\udcff.png", b"x"), 4, "\\udcff.png"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", HOSTILE_RUNS)
@@ -245,13 +238,30 @@ def test_a_run_on_odd_content_gives_the_same_result_and_stays_clean(tiny_bucket,
     assert "\x1b" not in text
     (result,) = results(tiny_bucket)
     assert result["metadata"]["message"] == "\x1b]0;owned\x07"
-    assert thresholds(result) == thresholds(results(counted_template[0] / "bucket")[0])
+    assert thresholds(result) == thresholds(results(counted_template / "bucket")[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the rest of the tool asks of it
+
+
+def test_the_stacks_of_a_split():
+    stacks = configuration.stacks
+    config = {"dataset_split": {"validation": ["a", 12], "test": "a", "train": [["a"], None, "b"]}}
+    assert stacks(config, "validation") == ["a", "12"]
+    assert stacks(config, "test") == stacks({}, "test") == stacks({"dataset_split": 3}, "test") == []
+    assert stacks(config, "train") == ["b"]
+
+
+@pytest.mark.parametrize("size", [[1, 2**14], [96, 64]])
+def test_target_sizes(size):
+    assert configuration.target_size({"target_size": size}, "x") == size
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Fuzzing
 
-fuzzed = settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+fuzzed = settings(max_examples=500, deadline=None, derandomize=True, database=None)
 kinds = st.sampled_from(["flip", "cut", "repeat", "insert"])
 mutations = st.lists(st.tuples(st.floats(0, 1), kinds, st.binary(max_size=9)), min_size=1, max_size=4)
 
@@ -273,11 +283,10 @@ def mutate(data, steps):
 
 
 def attempt(call):
-    """Call; whatever is raised must be an error of ours, which is shown in one line."""
+    """Call; whatever is raised must be an error of ours."""
     try:
         return call()
-    except EXPECTED as error:
-        assert "error: " + script.printable(error) == f"error: {script.printable(str(error))}"
+    except ConfigurationError as error:
         assert str(error)
         return None
 
@@ -308,8 +317,8 @@ def test_fuzz_yaml(data):
     bucket = OneFile(b"dataset_config: " + data if b"dataset_config" not in data else data)
     size = attempt(lambda: target_size(bucket))
     assert size is None or (len(size) == 2 and all(0 < edge <= 2**14 for edge in size))
-    config = attempt(lambda: script.read_config(bucket, "config.yaml", "dataset_config"))
+    config = attempt(lambda: configuration.read_config(bucket, "config.yaml", "dataset_config"))
     if config is not None:  # it goes into names and results without an error
-        script.Inference([], [], [9, 9], {"segmentation_model": config}, Blob("model.hdf5", 1, "1")).counts_path()
-        text = yaml.dump(config, Dumper=script.PlainDumper, allow_unicode=True).encode()
+        name_counts(config)
+        text = yaml.dump(config, Dumper=PlainDumper, allow_unicode=True).encode()
         assert len(text) < 10_000_000
