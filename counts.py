@@ -163,7 +163,7 @@ class Counts:
 
     @classmethod
     def load(cls, path):
-        """Read what `save` or `save_checkpoint` wrote; None where there is none or it is damaged."""
+        """Read what `save` or `save_checkpoint` wrote; None if there is no such file, or if it is damaged."""
         fields = _read(path)
         if fields and "shown_bins" not in fields:
             slices = _read(_slices_of(path, len(fields["shown_names"])))

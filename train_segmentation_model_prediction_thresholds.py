@@ -129,6 +129,8 @@ class Inputs(NamedTuple):
 
     def share(self, index, number):
         """The part that worker `index` of `number` counts."""
+        if number == 1:
+            return self
         return self._replace(
             samples=self.samples[index::number],
             blocks=replace(self.blocks, labels=self.blocks.labels[index::number]),
@@ -195,9 +197,7 @@ def count_images(inputs, batch_size, tf_seed, cluster):
         where = path if cluster.index == 0 else "the chief's cache"
         show(f"Counts of these images by this model are in {where}: no inference needed.")
         return cached
-    batch_size = min(
-        batch_size, len(inputs.samples)
-    )  # the same for all shares: the last bit of a probability depends on it
+    batch_size = min(batch_size, len(inputs.samples))  # the same for all shares: a probability's last bit depends on it
     share_path = path if cluster.number == 1 else path.with_suffix(f".{cluster.index}_of_{cluster.number}.npz")
     share = inputs.share(cluster.index, cluster.number)
     counts = Counts.load(share_path) or count_share(share, batch_size, tf_seed, share_path, cluster)

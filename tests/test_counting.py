@@ -274,11 +274,16 @@ def test_one_image_that_does_not_fit_is_an_error(tf, data):
         count(memory_hog(tf, limit=0), data, batch_size=4)
 
 
-def failing_network(tf, error, limit):
-    """A network that fails as a device does whose memory is full once a batch is larger than `limit`."""
+def failing_network(tf, error, limit, after=0):
+    """A network that fails as a device does whose memory is full once a batch is larger than `limit`.
+
+    The first `after` batches fit all the same.
+    """
+    batches = []
 
     def fail(x):
-        if len(x) > limit:
+        batches.append(len(x))
+        if len(x) > limit and len(batches) > after:
             raise error
         return np.concatenate([x, x], axis=-1)
 
@@ -302,6 +307,16 @@ def test_no_memory_has_many_names(tf, data, name, text):
     assert smaller == [(8, 4), (4, 2)]
     with pytest.raises(ModelError, match=f"2, 1 images of 96 x 64 .*memory.*{text[:20]}"):
         count(failing_network(tf, error, 0), data, batch_size=2)
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_memory_that_fills_during_the_pass_loses_no_image(tf, data, after):
+    counts, smaller = count(failing_network(tf, MemoryError("out of memory"), 2, after), data, batch_size=3)
+    assert smaller == [(3, 1)]
+    reference, _ = count(failing_network(tf, MemoryError(), 9), data, batch_size=3)
+    assert counts.images == len(data)
+    np.testing.assert_array_equal(counts.histogram, reference.histogram)
+    np.testing.assert_array_equal(counts.block_histograms, reference.block_histograms)
 
 
 def test_another_error_is_no_lack_of_memory(tf, data):
