@@ -187,7 +187,7 @@ def _slices_of(path, number):
 
 
 def _write(path, fields):
-    """Write attributes of Counts to `path`, whole or not at all, with their SHA-256 at the end."""
+    """Write attributes of Counts to `path`, completely or not at all, with their SHA-256 at the end."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")

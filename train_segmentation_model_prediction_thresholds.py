@@ -48,7 +48,7 @@ TMP = Path("tmp")
 CHECKPOINT_SECONDS = 30
 DECODED_BYTES = 2**25  # of decoded images and masks that may wait for the network
 SHOWN_SLICES = 6
-COUNTS_FORMAT = 2  # raise it when the meaning of cached counts changes
+COUNTS_FORMAT = 3  # raise it when the meaning of cached counts changes
 
 
 def parse_arguments():
