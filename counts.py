@@ -4,6 +4,7 @@ Bin k holds the probabilities in (THRESHOLDS[k - 1], THRESHOLDS[k]]. So the sum 
 pixels with `p > THRESHOLDS[k]`: exactly what a Keras metric with `thresholds=THRESHOLDS[k]` counts, but in int64.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -142,34 +143,32 @@ class Counts:
 
     def save(self, path):
         """Write to `path`, completely or not at all; raises OSError."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with open(partial, "w+b") as file:
-                names, counted_with = np.array(self.shown_names, dtype=str), json.dumps(self.counted_with)
-                np.savez(file, **{**vars(self), "shown_names": names, "counted_with": counted_with})
-                file.seek(0)
-                file.write(hashlib.file_digest(file, "sha256").digest())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        _write(path, vars(self))
+
+    def save_checkpoint(self, path):
+        """As `save`, but with the slices in a file of their own, which is written only when there are new ones."""
+        slices = _slices_of(path, len(self.shown_names))
+        if not slices.exists():
+            _write(slices, {name: getattr(self, name) for name in SLICES})
+        _write(path, {name: value for name, value in vars(self).items() if name not in SLICES[1:]})
+        for older in set(path.parent.glob(_slices_of(path, "*").name)) - {slices}:
+            older.unlink(missing_ok=True)
+
+    @staticmethod
+    def remove_checkpoint(path):
+        """Delete what `save_checkpoint` wrote, where that is possible."""
+        with contextlib.suppress(OSError):
+            for file in (path, *path.parent.glob(_slices_of(path, "*").name)):
+                file.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path):
-        """Read what `save` wrote; None if there is no file, or if it is damaged (its last 32 bytes are its SHA-256)."""
-        try:
-            content = memoryview(Path(path).read_bytes())
-        except OSError:
-            return None
-        content, digest = content[:-32], content[-32:]
-        if hashlib.sha256(content).digest() != digest:
-            return None
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            fields = {name: arrays[name] for name in cls.__dataclass_fields__}
-        return cls(
+        """Read what `save` or `save_checkpoint` wrote; None if there is no such file, or if it is damaged."""
+        fields = _read(path)
+        if fields and "shown_bins" not in fields:
+            slices = _read(_slices_of(path, len(fields["shown_names"])))
+            fields = slices and fields | slices
+        return fields and cls(
             **fields
             | {
                 "images": int(fields["images"]),
@@ -177,6 +176,45 @@ class Counts:
                 "counted_with": json.loads(str(fields["counted_with"])),
             }
         )
+
+
+SLICES = ("shown_names", "shown_images", "shown_truth", "shown_bins")
+
+
+def _slices_of(path, number):
+    """Where a checkpoint keeps its slices."""
+    return path.with_suffix(f".{number}_slices")
+
+
+def _write(path, fields):
+    """Write attributes of Counts to `path`, whole or not at all, with their SHA-256 at the end."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    plain = {"shown_names": lambda names: np.array(names, dtype=str), "counted_with": json.dumps}
+    try:
+        with open(partial, "w+b") as file:
+            np.savez(file, **{name: plain.get(name, np.asarray)(value) for name, value in fields.items()})
+            file.seek(0)
+            file.write(hashlib.file_digest(file, "sha256").digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(path):
+    """What `_write` wrote, as arrays by their names; None where there is nothing or it is damaged."""
+    try:
+        content = memoryview(Path(path).read_bytes())
+    except OSError:
+        return None
+    content, digest = content[:-32], content[-32:]
+    if hashlib.sha256(content).digest() != digest:
+        return None
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def confusion(histogram):

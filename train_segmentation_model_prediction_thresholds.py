@@ -129,6 +129,8 @@ class Inputs(NamedTuple):
 
     def share(self, index, number):
         """The part that worker `index` of `number` counts."""
+        if number == 1:
+            return self
         return self._replace(
             samples=self.samples[index::number],
             blocks=replace(self.blocks, labels=self.blocks.labels[index::number]),
@@ -195,16 +197,14 @@ def count_images(inputs, batch_size, tf_seed, cluster):
         where = path if cluster.index == 0 else "the chief's cache"
         show(f"Counts of these images by this model are in {where}: no inference needed.")
         return cached
-    batch_size = min(
-        batch_size, len(inputs.samples)
-    )  # the same for all shares: the last bit of a probability depends on it
+    batch_size = min(batch_size, len(inputs.samples))  # the same for all shares: a probability's last bit depends on it
     share_path = path if cluster.number == 1 else path.with_suffix(f".{cluster.index}_of_{cluster.number}.npz")
     share = inputs.share(cluster.index, cluster.number)
     counts = Counts.load(share_path) or count_share(share, batch_size, tf_seed, share_path, cluster)
     if cluster.number > 1:
         counts = counts.summed(cluster.sum)
         if cluster.index == 0:
-            keep(counts, path)
+            keep(counts, path, counts.save)
         cluster.sum(np.zeros(1, np.int64))  # returns when the chief has saved the sum: the share is no longer needed
         with contextlib.suppress(OSError):
             share_path.unlink(missing_ok=True)
@@ -215,7 +215,10 @@ def count_share(share, batch_size, tf_seed, path, cluster):
     """Count a share from its last checkpoint on, and cache the counts at `path`."""
     width, height = share.target_size
     checkpoint = path.with_suffix(".partial.npz")
-    counts = Counts.load(checkpoint) or Counts.empty(len(share.class_folders), height, width, share.blocks.number)
+    counts = Counts.load(checkpoint)
+    if counts is None:
+        Counts.remove_checkpoint(checkpoint)  # it may be damaged in part
+        counts = Counts.empty(len(share.class_folders), height, width, share.blocks.number)
     if not share.samples:  # fewer images than workers
         return counts
     if counts.images:
@@ -226,9 +229,8 @@ def count_share(share, batch_size, tf_seed, path, cluster):
         device = counts.counted_with["gpu"] or "the CPU"
         show(f"Counting the probabilities of {len(share.samples) - counts.images} images on {device}.")
         run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster)
-    keep(counts, path)
-    with contextlib.suppress(OSError):
-        checkpoint.unlink(missing_ok=True)
+    keep(counts, path, counts.save)
+    Counts.remove_checkpoint(checkpoint)
     return counts
 
 
@@ -298,7 +300,7 @@ def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
             bar.update(images)
             cluster.progress(counts.images, len(share.samples))
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                keep(counts, checkpoint)
+                keep(counts, checkpoint, counts.save_checkpoint)
                 saved = time.monotonic()
 
 
@@ -312,10 +314,10 @@ def import_what_follows():
     gc.enable()
 
 
-def keep(counts, path):
+def keep(counts, path, save):
     """Cache the counts. A full disk is only a warning: this run does not need the cache."""
     try:
-        counts.save(path)
+        save(path)
     except OSError as error:
         warn(
             f"the counts of {counts.images} images cannot be kept in {path.parent} ({error.strerror or error}): make "

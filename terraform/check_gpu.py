@@ -12,13 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-# The oldest driver that runs CUDA 12 of any minor version: NVIDIA's table "CUDA minor version compatibility".
+# The oldest driver that runs every minor version of CUDA 12: NVIDIA's table "CUDA minor version compatibility".
 OLDEST_DRIVER = "525.60.13"
 # The oldest GPU that TensorFlow has kernels for: "cuda_compute_capabilities" of tf.sysconfig.get_build_info().
 OLDEST_GPU = "6.0"
-# cuDNN from 9.11 on has none for GPUs before Turing: NVIDIA's support matrices of 9.10 and 9.11.
+# cuDNN from 9.11 on has no kernels for GPUs older than Turing: NVIDIA's support matrices of 9.10 and 9.11.
 LAST_CUDNN_BEFORE_TURING, TURING = "9.10", "7.5"
-# What TensorFlow and cuDNN load, what others need first.
+# The libraries that TensorFlow and cuDNN load; each stands after those that it needs.
 LIBRARIES = (
     *("libcudart.so.12", "libnvJitLink.so.12", "libnvrtc.so.12", "libcublasLt.so.12", "libcublas.so.12"),
     *("libcufft.so.11", "libcusparse.so.12", "libcusolver.so.11", "libcudnn.so.9", "libnccl.so.2"),
@@ -26,7 +26,7 @@ LIBRARIES = (
 
 
 def number(version):
-    """A version as a tuple of integers, which compares as versions do."""
+    """A version as a tuple of integers, so that versions can be compared."""
     return tuple(int(part) for part in version.split("."))
 
 
@@ -38,28 +38,30 @@ def gpus_of_the_driver():
     except FileNotFoundError:
         sys.exit("error: there is no NVIDIA driver on this machine: nvidia-smi is missing")
     except subprocess.TimeoutExpired:
-        sys.exit("error: the GPU's driver hangs: nvidia-smi says nothing for 120 s; stop the VM, start it again")
-    said = " ".join((answer.stdout + answer.stderr).split())
-    if "No devices were found" in said or not (said or answer.returncode):
         sys.exit(
-            "error: no GPU: the driver is there and finds none; either the machine has none, or the driver is too new "
-            "for it (580 is the last branch for P100 and V100)"
+            "error: the GPU's driver hangs: nvidia-smi does not answer within 120 s; stop the VM and start it again"
         )
-    if "version mismatch" in said:
-        sys.exit(f"error: the GPU's driver was updated while it was at work: stop the VM and start it again ({said})")
-    if "compute_cap" in said:
+    output = " ".join((answer.stdout + answer.stderr).split())
+    if "No devices were found" in output or not (output or answer.returncode):
+        sys.exit(
+            "error: no GPU: the driver is installed but finds none; either the machine has none, or the driver is too "
+            "new for it (580 is the last branch for P100 and V100)"
+        )
+    if "version mismatch" in output:
+        sys.exit(f"error: the GPU's driver was updated while it was running: stop the VM and start it again ({output})")
+    if "compute_cap" in output:
         sys.exit(f"error: the GPU's driver is too old: nvidia-smi does not know compute_cap, {OLDEST_DRIVER} is needed")
     if answer.returncode != 0:
-        sys.exit(f"error: the GPU's driver does not work: nvidia-smi says: {said}")
+        sys.exit(f"error: the GPU's driver does not work: nvidia-smi says: {output}")
     return [tuple(part.strip() for part in line.rsplit(",", 2)) for line in answer.stdout.splitlines() if line.strip()]
 
 
 def refuse_what_cannot_work(gpus):
-    """End with what is wrong with the driver, or with a GPU that has no kernels, before TensorFlow meets it."""
+    """End with an error if the driver is too old, or if TensorFlow or cuDNN has no kernels for a GPU."""
     try:
         cudnn = importlib.metadata.version("nvidia-cudnn-cu12")
     except importlib.metadata.PackageNotFoundError:
-        cudnn = None  # it may come from elsewhere
+        cudnn = None  # it may not come from pip
     for name, capability, driver in gpus:
         if number(driver) < number(OLDEST_DRIVER):
             sys.exit(f"error: the GPU's driver is too old: {driver}, TensorFlow's CUDA needs {OLDEST_DRIVER} or later")
@@ -72,12 +74,12 @@ def refuse_what_cannot_work(gpus):
         if cudnn and old and number(cudnn)[:2] > number(LAST_CUDNN_BEFORE_TURING):
             sys.exit(
                 f"error: cuDNN {cudnn} has no kernels for {name}, compute capability {capability}: "
-                f"{LAST_CUDNN_BEFORE_TURING} is the last that has; pip install -r requirements-gpu.txt"
+                f"{LAST_CUDNN_BEFORE_TURING} is the last that has them; pip install -r requirements-gpu.txt"
             )
 
 
 def libraries_that_do_not_load():
-    """(library, the loader's reason) for each of `LIBRARIES` that does not load."""
+    """Yield (library, error) for each of LIBRARIES that cannot be loaded."""
     folders = [*site.getsitepackages(), site.getusersitepackages()]
     for library in LIBRARIES:
         from_pip = [path for folder in folders for path in Path(folder).glob(f"nvidia/*/lib/{library}")]
@@ -88,20 +90,20 @@ def libraries_that_do_not_load():
 
 
 def fail(what):
-    """End with `what`, or with the libraries that explain it."""
+    """End with an error, and with the missing libraries or the setting that may explain it."""
     if missing := list(libraries_that_do_not_load()):
         sys.exit(
             f"error: {what}: missing or damaged: {', '.join(library for library, _ in missing)} ({missing[0][1]}); "
             "pip install --force-reinstall -r requirements.txt -r requirements-gpu.txt"
         )
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        what += f"; CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}, which may hide some"
-    sys.exit(f"error: {what}; TF_CPP_MIN_LOG_LEVEL=0 before this command shows what TensorFlow says to it")
+        what += f"; CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}, which may hide GPUs"
+    sys.exit(f"error: {what}; TF_CPP_MIN_LOG_LEVEL=0 before this command shows TensorFlow's own messages")
 
 
 @contextlib.contextmanager
 def quiet():
-    """Keep off the screen what TensorFlow's native code says, unless TF_CPP_MIN_LOG_LEVEL asks for it."""
+    """Hide the messages of TensorFlow's native code, unless TF_CPP_MIN_LOG_LEVEL is set."""
     screen = os.dup(2)
     if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -120,7 +122,7 @@ def main():
 
 
 def compute_on(number_of_gpus):
-    """A convolution on each GPU."""
+    """Compute a convolution on each GPU."""
     import tensorflow as tf
 
     try:
@@ -132,7 +134,7 @@ def compute_on(number_of_gpus):
     for gpu in seen:
         try:
             with tf.device(gpu.name):
-                # A convolution needs CUDA, cuDNN and kernels for this GPU; being listed needs none of them.
+                # This needs CUDA, cuDNN and kernels for this GPU; a GPU is listed even without them.
                 pixels = tf.nn.conv2d(tf.ones((1, 8, 8, 1)), tf.ones((3, 3, 1, 1)), strides=1, padding="VALID")
             total = float(tf.reduce_sum(pixels))
         except (RuntimeError, tf.errors.OpError) as error:

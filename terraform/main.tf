@@ -1,5 +1,5 @@
 locals {
-  # The two ways to a GPU: machine types that have it in them (accelerator is null), and n1 machines that it is attached to.
+  # Some machine types have the GPU in them: there, accelerator is null. To n1 machines it is attached.
   gpus = {
     L4   = { accelerator = null, machine_types = { 1 = "g2-standard-8", 2 = "g2-standard-24", 4 = "g2-standard-48", 8 = "g2-standard-96" } }
     T4   = { accelerator = "nvidia-tesla-t4", machine_types = { 1 = "n1-standard-8", 2 = "n1-standard-16", 4 = "n1-standard-32" } }
@@ -9,12 +9,12 @@ locals {
   }
   gpu = local.gpus[var.gpu_type]
 
-  # <project_name>-<user_name> as Google Cloud accepts it. 63 characters is its limit; the longest suffix is "-cluster".
+  # <project_name>-<user_name> in a form that Google Cloud accepts: at most 63 characters with the longest suffix, "-cluster".
   clean_name = replace(lower("${var.project_name}-${var.user_name}"), "/[^a-z0-9]+/", "-")
   name       = trim(substr(local.clean_name, 0, 55), "-")
   names      = [for i in range(var.number_of_machines) : i == 0 ? local.name : "${local.name}-${i}"]
 
-  # A service account's ID has 6 to 30 characters; the hash keeps shortened ones apart.
+  # A service account's ID has 6 to 30 characters; the hash makes shortened IDs different.
   linux_user      = trim(substr(replace(lower(var.user_name), "/[^a-z0-9]+/", "-"), 0, 20), "-")
   service_account = "vm-${local.linux_user}-${substr(sha1("${var.project_name} ${var.user_name}"), 0, 6)}"
 
@@ -23,8 +23,8 @@ locals {
   code    = "~/necstlab-damage-segmentation"
   tarball = "${path.module}/.terraform/code"
 
-  # Fixed addresses, so that each machine's command is known before the machines are, and outlives a stop. The first four
-  # addresses of a subnetwork are Google's.
+  # Fixed addresses, so that the command for each machine is known before the machines exist, and remains valid after a
+  # stop. Google uses the first addresses of a subnetwork.
   subnetwork = "10.0.0.0/24"
   addresses  = [for i in range(var.number_of_machines) : cidrhost(local.subnetwork, i + 10)]
 }
@@ -71,7 +71,7 @@ resource "google_service_account" "vm" {
   display_name = "VMs ${local.name}"
 }
 
-# Together: read and create objects, never overwrite or delete one.
+# The two roles can read and create objects, but not overwrite or delete them.
 resource "google_storage_bucket_iam_member" "vm" {
   for_each = toset(["roles/storage.objectViewer", "roles/storage.objectCreator"])
   bucket   = local.bucket
@@ -86,7 +86,7 @@ resource "google_compute_instance" "vm" {
   machine_type = local.gpu.machine_types[var.gpu_count]
   tags         = [local.name]
 
-  # What a VM needs without naming it: with these, `apply -target` of one VM brings them along.
+  # A VM needs these but does not refer to them: listed here, `apply -target` of one VM creates them too.
   depends_on = [
     google_compute_firewall.ssh,
     google_compute_firewall.cluster,
@@ -124,7 +124,7 @@ resource "google_compute_instance" "vm" {
     provisioning_model          = var.spot ? "SPOT" : "STANDARD"
     preemptible                 = var.spot
     on_host_maintenance         = "TERMINATE" # a VM with a GPU cannot move to another host
-    automatic_restart           = false       # a job that was cut off does not start again by itself, but a GPU costs
+    automatic_restart           = false       # the job would not start again by itself, but the GPU would cost money
     instance_termination_action = "STOP"
 
     max_run_duration {
@@ -133,7 +133,7 @@ resource "google_compute_instance" "vm" {
   }
 
   shielded_instance_config {
-    enable_secure_boot          = false # it would refuse drivers that are not signed
+    enable_secure_boot          = false # it would refuse the GPU's driver, which is not signed
     enable_vtpm                 = true
     enable_integrity_monitoring = true
   }

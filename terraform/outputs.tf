@@ -1,5 +1,5 @@
 output "ssh" {
-  description = "The command that logs in to each VM; null for a VM that is not there."
+  description = "The command that logs in to each VM; null for a VM that does not exist."
   value = {
     for i, name in local.names :
     name => try("ssh -i ${var.ssh_private_key_file} ${local.linux_user}@${google_compute_instance.vm[i].network_interface[0].access_config[0].nat_ip}", null)
@@ -7,7 +7,7 @@ output "ssh" {
 }
 
 output "one_of_several" {
-  description = "The command that creates each VM, and does not touch the others; with destroy for apply it removes it."
+  description = "The command that creates each VM without changing the others. With destroy instead of apply it removes the VM."
   depends_on  = [google_compute_instance.vm] # else -target leaves it out
   value = {
     for i, name in local.names :
@@ -16,7 +16,7 @@ output "one_of_several" {
 }
 
 output "run" {
-  description = "The command to run on each VM. With several VMs, TF_CONFIG makes them work on one job together."
+  description = "The command to run on each VM. With several VMs, TF_CONFIG lets them share one job."
   depends_on  = [google_compute_instance.vm] # else -target leaves it out
   value = {
     for i, name in local.names :

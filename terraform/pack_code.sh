@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Pack the code base as it lies on this machine: what git tracks, local edits included, and configurations not yet
-# tracked. So .git, virtual environments, data, keys and Terraform's state stay behind.
-# The commit goes along in .git_hash, with "-dirty" behind it if a tracked file was edited.
+# Pack the code base as it is on this machine: the files that git tracks, with local edits, and configurations that it
+# does not track yet. So .git, virtual environments, data, keys and Terraform's state are not packed.
+# .git_hash has the commit in it, followed by "-dirty" if a tracked file was edited.
 # Usage: pack_code.sh <tarball>
 set -euo pipefail
 
@@ -10,7 +10,7 @@ tarball=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 cd "$(dirname "$0")/.."
 
 commit=$(git rev-parse --verify HEAD) || {
-  echo "error: no commit in $PWD, so no commit hash to send along: work in a clone of the repository" >&2
+  echo "error: no commit in $PWD, so the code cannot be sent with its commit: work in a clone of the repository" >&2
   exit 1
 }
 if ! git diff --quiet HEAD -- .; then commit+=-dirty; fi
@@ -23,7 +23,7 @@ echo "$commit" > "$scratch/.git_hash"
   git ls-files -z --cached
   git ls-files -z --others --exclude-standard -- 'configs/*.yaml'
 } | while IFS= read -r -d '' path; do
-  # What git tracks may have been deleted here.
+  # A file that git tracks may have been deleted here.
   if [ -e "$path" ] || [ -L "$path" ]; then printf '%s\0' "$path"; fi
 done > "$scratch/files"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs on the VM, as the user who will log in, from the code base that Terraform unpacked: installs the environment and
-# ends when TensorFlow computes on every GPU, or with what went wrong. It may be killed at any time and run again.
+# Runs on the VM, as the user who will log in, in the code base that Terraform unpacked. It installs the environment and
+# checks that TensorFlow computes on every GPU, or ends with an error. It may be killed at any time and run again.
 set -euo pipefail
 
 code=$(cd "$(dirname "$0")/.." && pwd)
@@ -14,7 +14,7 @@ fail() {
 }
 trap 'echo "error: the VM is not set up: line $LINENO failed: $BASH_COMMAND" >&2' ERR
 
-# try_for <seconds> <command...>: until it succeeds, at most so long
+# try_for <seconds> <command...>: run the command until it succeeds, for at most that number of seconds
 try_for() {
   local end=$((SECONDS + $1))
   shift
@@ -24,31 +24,32 @@ try_for() {
   done
 }
 
-# Error-Mode: else an update without the network succeeds, and leaves lists that lead nowhere.
+# Error-Mode: otherwise an update without the network succeeds, and leaves old lists whose packages are gone.
 apt() {
   sudo env DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l apt-get -qq -o DPkg::Lock::Timeout=600 \
     -o Acquire::Retries=5 -o APT::Update::Error-Mode=any "$@"
 }
 
-# An earlier set-up may still be at work after the connection to it broke.
+# An earlier set-up may still be running after its connection broke.
 exec 9> "$HOME/.necstlab-set-up.lock"
-flock --wait 1800 9 || fail "another set-up has been at work on this VM for 30 minutes: see ps aux, then run this again"
+flock --wait 1800 9 || fail "another set-up has been running on this VM for 30 minutes: look for it with ps aux, then run this again"
 
 echo "== Waiting for the first boot to finish"
-# Its exit status also tells of complaints that do not matter here, so only the end counts.
+# Its exit status is not used: it is also an error for faults that do not matter here.
 if command -v cloud-init > /dev/null; then timeout 900 cloud-init status --wait > /dev/null || true; fi
 
 echo "== Installing tmux, nano and Python's venv"
-# The lock's timeout does not cover the package lists, which the image's own updates may hold, nor dpkg by itself.
+# The image's automatic updates may have locked the package lists or dpkg, for which the timeout above does not work.
 try_for 600 apt update || fail "apt-get update did not succeed within 10 minutes"
-# What an interrupted set-up left half-done: apt-get installs nothing before that is put right.
+# Complete what an interrupted set-up left half-installed; before that, apt-get installs nothing.
 try_for 600 sudo env DEBIAN_FRONTEND=noninteractive dpkg --configure --pending > /dev/null ||
   fail "dpkg --configure --pending did not succeed within 10 minutes"
 apt install --fix-broken > /dev/null
 apt install --no-install-recommends tmux nano python3-venv > /dev/null
 
-# The file names what the environment holds, and is written when all of it is on the disk. Without it, or with another
-# list in it, nothing there can be trusted: pip takes half a package for a whole one. What was downloaded is kept.
+# The file `installed` has the requirements that the environment was made from, and is written when all is on the disk. If
+# it is missing or different the environment is made anew, because pip takes a half-installed package for a whole one. What
+# was downloaded is still in pip's cache.
 echo "== Installing the Python environment: TensorFlow with CUDA, some 3 GB"
 if ! cat "${requirements[@]}" | cmp --silent - "$environment/installed"; then
   rm -rf "$environment"
@@ -61,8 +62,8 @@ if ! cat "${requirements[@]}" | cmp --silent - "$environment/installed"; then
 fi
 rm -rf ~/.cache/pip
 
-# python3 is the environment's, with nothing to activate: in .profile for logins and tmux, whose shells read /etc/profile
-# first, which may set PATH anew; in .bashrc for `ssh <vm> <command>`, above the line that ends it: so at the top of both.
+# Make python3 the environment's, without activation. .profile is for logins and tmux, whose shells read /etc/profile
+# first, which may set PATH. .bashrc is for `ssh <vm> <command>`: it returns early there, so the line is at the top.
 for file in ~/.profile ~/.bashrc; do
   touch "$file"
   grep -qxF "$path_line" "$file" || { echo "$path_line" | cat - "$file" > "$file.new" && mv "$file.new" "$file"; }
@@ -75,7 +76,7 @@ try_for 600 timeout 60 nvidia-smi > /dev/null 2>&1 ||
 timeout 60 nvidia-smi -L
 
 echo "== Checking that TensorFlow computes on the GPU"
-# In a login shell, as it will be used.
+# In a login shell, as the user will have.
 bash -lc 'cd "$1" && python3 terraform/check_gpu.py' bash "$code"
 
 sync

@@ -1,5 +1,5 @@
 variable "project_name" {
-  description = "Your Google Cloud project, as its ID spells it: `gcloud config get project` prints it."
+  description = "The ID of your Google Cloud project: `gcloud config get project` prints it."
   type        = string
 
   validation {
@@ -9,12 +9,12 @@ variable "project_name" {
 }
 
 variable "user_name" {
-  description = "Your Google Cloud user name. It ends the names of the VMs and, in a form that Linux accepts, it is your user on them."
+  description = "Your Google Cloud user name. The VMs' names end with it and, in a form that Linux accepts, it is your user name on them."
   type        = string
 
   validation {
     condition     = can(regex("^[A-Za-z][A-Za-z0-9._@-]*$", var.user_name)) && lower(var.user_name) != "root"
-    error_message = "user_name starts with a letter, continues with letters, digits and . _ @ - only, and is not root."
+    error_message = "user_name starts with a letter, has only letters, digits and . _ @ - after it, and is not root."
   }
 }
 
@@ -29,7 +29,7 @@ variable "gcp_bucket" {
 }
 
 variable "ssh_source_ranges" {
-  description = "The IPv4 ranges that may reach the VMs by SSH. Your own address only: [\"203.0.113.7/32\"]."
+  description = "The IPv4 ranges that may reach the VMs by SSH. For only your own address: [\"203.0.113.7/32\"]."
   type        = list(string)
 
   validation {
@@ -42,23 +42,23 @@ variable "ssh_source_ranges" {
       for range in var.ssh_source_ranges :
       can(cidrnetmask(range)) && try(cidrsubnet(range, 0, 0) == range && tonumber(split("/", range)[1]) >= 8, false)
     ])
-    error_message = "ssh_source_ranges are IPv4 ranges no wider than /8, with no bits set behind the prefix, such as 203.0.113.7/32 or 203.0.113.0/24. The whole internet (0.0.0.0/0) is not one of them."
+    error_message = "ssh_source_ranges are IPv4 ranges no wider than /8, with no bits set after the prefix, such as 203.0.113.7/32 or 203.0.113.0/24. The whole internet (0.0.0.0/0) is not allowed."
   }
 }
 
 variable "ssh_private_key_file" {
-  description = "The private key, without a passphrase, that Terraform and you log in with; the public key lies beside it with .pub added."
+  description = "The file of the private key, without a passphrase, with which Terraform and you log in. The public key is in the same folder, with .pub at the end of its name."
   type        = string
   default     = "~/.ssh/necstlab-damage-segmentation"
 
   validation {
     condition     = fileexists(pathexpand(var.ssh_private_key_file)) && fileexists(pathexpand("${var.ssh_private_key_file}.pub"))
-    error_message = "ssh_private_key_file: ${var.ssh_private_key_file} or ${var.ssh_private_key_file}.pub is not there. Create the pair: ssh-keygen -t ed25519 -N '' -f ${var.ssh_private_key_file}"
+    error_message = "ssh_private_key_file: ${var.ssh_private_key_file} or ${var.ssh_private_key_file}.pub does not exist. Create the pair: ssh-keygen -t ed25519 -N '' -f ${var.ssh_private_key_file}"
   }
 }
 
 variable "number_of_machines" {
-  description = "How many VMs."
+  description = "The number of VMs."
   type        = number
   default     = 1
 
@@ -75,12 +75,12 @@ variable "gpu_type" {
 
   validation {
     condition     = contains(keys(local.gpus), var.gpu_type)
-    error_message = "gpu_type is one of ${join(", ", keys(local.gpus))}. TensorFlow no longer supports older ones, such as K80."
+    error_message = "gpu_type is one of ${join(", ", keys(local.gpus))}. TensorFlow no longer supports older GPUs, such as K80."
   }
 }
 
 variable "gpu_count" {
-  description = "How many GPUs each VM has: 1, 2, 4 or 8; T4 and P100 end at 4."
+  description = "The number of GPUs of each VM: 1, 2, 4 or 8; at most 4 for T4 and P100."
   type        = number
   default     = 1
 
@@ -91,7 +91,7 @@ variable "gpu_count" {
 }
 
 variable "zone" {
-  description = "Where the VMs run. Take one that has the GPU type (`gcloud compute accelerator-types list`) in the region of the bucket: reading across regions is slow and costs money."
+  description = "Where the VMs run: a zone that has the GPU type (`gcloud compute accelerator-types list`), in the region of the bucket, because reading across regions is slow and costs money."
   type        = string
   default     = "us-central1-c"
 
@@ -102,13 +102,13 @@ variable "zone" {
 }
 
 variable "spot" {
-  description = "Spot VMs cost far less, and Google may stop them at any time."
+  description = "Use Spot VMs: they cost far less, but Google may stop them at any time."
   type        = bool
   default     = false
 }
 
 variable "max_run_hours" {
-  description = "A VM stops after this many hours, so that a forgotten GPU does not cost a fortune; its disk stays. Changing this recreates the VM."
+  description = "A VM stops after this number of hours, so that a forgotten GPU does not cost a fortune. Its disk remains. Changing this replaces the VM."
   type        = number
   default     = 24
 
@@ -119,7 +119,7 @@ variable "max_run_hours" {
 }
 
 variable "disk_gb" {
-  description = "Size of the boot disk in GB: the system and the environment take about 50, the copies of the dataset and the model the rest. Changing this recreates the VM, with an empty disk. To keep what is on it: `gcloud compute disks resize <VM> --size <GB>GB --zone <zone>`, the same number here, and stop and start the VM."
+  description = "Size of the boot disk in GB: the system and the environment take about 50, the copies of the dataset and the model the rest. Changing this replaces the VM by one with an empty disk; docs/vm.md says how to make the disk larger and keep its content."
   type        = number
   default     = 200
 
@@ -130,13 +130,13 @@ variable "disk_gb" {
 }
 
 variable "image" {
-  description = "The boot image: Ubuntu 24.04 with the NVIDIA driver in it."
+  description = "The boot image: Ubuntu 24.04 with the NVIDIA driver."
   type        = string
   default     = "projects/deeplearning-platform-release/global/images/family/common-cu129-ubuntu-2404-nvidia-580"
 }
 
 variable "cluster_port" {
-  description = "The port on which the VMs of one job talk to each other, when number_of_machines is above 1."
+  description = "The port that the VMs of one job use to talk to each other, if number_of_machines is above 1."
   type        = number
   default     = 2222
 

@@ -52,7 +52,8 @@ SPLIT = "datasets/dataset-benchmark/validation"
 
 def seconds(*command, cwd):
     start = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, command)], cwd=cwd, check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     return time.perf_counter() - start
 
 
@@ -67,7 +68,8 @@ def process_seconds(*command, cwd):
 def peak_megabytes(*command, cwd, **environment):
     """Peak resident memory of a process, in MiB."""
     words = [sys.executable, "-c", PEAK, sys.executable, *map(str, command)]
-    process = subprocess.run(words, cwd=cwd, env=os.environ | environment, check=True, stdout=subprocess.PIPE)
+    process = subprocess.run(words, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     return float(process.stdout)
 
 
@@ -144,6 +146,7 @@ def two_workers(folder, bucket):
                 cwd=folder / f"worker {index}",
                 env={**os.environ, "TF_CONFIG": tf_config(("worker", index), worker=addresses)},
                 stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
                 preexec_fn=lambda index=index: os.sched_setaffinity(0, cores[index::2]),
             )
         )
@@ -297,6 +300,8 @@ def binned_curve(truth, p):
 
 
 def curve_ratio(other, repeats):
+    import scipy.optimize  # noqa: F401  not to be measured
+
     truth, p = pixels()
     bins, metric = np.searchsorted(THRESHOLDS, p), models.class_metric("f1_score")
     histogram = np.stack([np.bincount(bins[truth == side], minlength=len(THRESHOLDS) + 1) for side in (0, 1)])

@@ -2,8 +2,8 @@
 
 The images are axial slices of the MNI152 brain, the average of 152 people's T1-weighted MRI scans; the masks
 come from its grey- and white-matter maps. The configurations are configs/dataset-sandbox.yaml and
-configs/train-sandbox.yaml. What this very file made from the same configuration before is kept: a changed
-train configuration trains anew, a changed dataset configuration does both.
+configs/train-sandbox.yaml. If only the train configuration has changed since the last time, only the network is
+made again; if this file or the dataset configuration has changed, both are.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main():
 
 @contextlib.contextmanager
 def only_builder_in(directory):
-    """Wait until no other process builds in `directory`, then clear away what an interrupted one left."""
+    """Wait until no other process builds in `directory`, then remove what an interrupted one left there."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -63,10 +63,10 @@ def only_builder_in(directory):
 
 
 def build(folder, config_path, write, *arguments, outdates=None):
-    """Make `folder` unless this file made it from this configuration; it is there complete or not at all.
+    """Make `folder`, completely or not at all, unless this file has made it from this configuration already.
 
-    `write(new_folder, config, *arguments)` fills it. `outdates` is a folder that was made from this one, and
-    goes with it.
+    `write(new_folder, config, *arguments)` fills it. `outdates` is a folder that was made from the old `folder`, and
+    is removed with it. Returns whether `folder` was made.
     """
     builder = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     text = f"# Made by build_sandbox.py ({builder}) from {config_path.name}:\n\n{config_path.read_text()}"
@@ -86,7 +86,7 @@ def build(folder, config_path, write, *arguments, outdates=None):
 
 
 def load_volumes():
-    """T1-weighted volume, grey-, white-matter map: uint8 (x, y, z), 1 mm voxels, x right, y front, z up."""
+    """T1-weighted volume, grey- and white-matter maps: uint8, shape (x, y, z), 1 mm voxels, x right, y front, z up."""
     data = Path(importlib.util.find_spec("nilearn").origin).parent / "datasets/data"
     return [
         np.asarray(nibabel.load(data / f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz").dataobj)
@@ -95,7 +95,7 @@ def load_volumes():
 
 
 def annotate(grey_map, white_map):
-    """uint8 annotation: 50 in grey, 200 in white matter; 100 and 150 within two pixels of the other one."""
+    """uint8 annotation: 50 in grey matter, 200 in white matter; 100 and 150 within two pixels of the other tissue."""
     tissue = grey_map + white_map > 127  # the two fractions of a voxel add up to 255 at most
     grey, white = tissue & (grey_map >= white_map), tissue & (grey_map < white_map)
     near_white, near_grey = binary_dilation(white, iterations=2), binary_dilation(grey, iterations=2)
@@ -105,7 +105,7 @@ def annotate(grey_map, white_map):
 
 def write_dataset(folder, config):
     config = config["dataset_config"]
-    volumes = [volume.transpose(2, 1, 0)[:, ::-1] for volume in load_volumes()]  # z; from the front; from the left
+    volumes = [volume.transpose(2, 1, 0)[:, ::-1] for volume in load_volumes()]  # axes: z; front to back; left to right
     crops = crop_positions(volumes[0].shape[1:], *config["target_size"], config["image_cropping"]["num_per_image"])
     for split, stacks in config["dataset_split"].items():
         slices = [(stack, z) for stack in stacks for z in slice_numbers(stack)]
@@ -120,11 +120,11 @@ def write_dataset(folder, config):
                 path = folder / split / subfolder / f"{stack}-{z:03d}_crop{number}.tif"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels[crop]).save(path)
-        print(f"dataset: {split}, {len(slices) * len(crops)} images of {len(slices)} slices")
+        print(f"dataset: {split}, {len(slices) * len(crops)} images from {len(slices)} slices")
 
 
 def crop_positions(shape, width, height, number):
-    """Index expressions of crops side by side in the middle of a slice: two across, the others below."""
+    """Index expressions of crops side by side in the middle of a slice: two across, number / 2 down."""
     down = number // 2
     top, left = (shape[0] - down * height) // 2, (shape[1] - 2 * width) // 2
     if number % 2 or top < 0 or left < 0:
@@ -141,7 +141,7 @@ def slice_numbers(stack):
 
 
 def read_split(folder):
-    """Images, (n, height, width, 1) in [0, 1], and masks, (n, height, width, classes) of 0 and 1; float32."""
+    """float32 images, shape (n, height, width, 1), in [0, 1], and masks, shape (n, height, width, classes), 0 or 1."""
 
     def read_stack(subfolder):
         pictures = [np.asarray(Image.open(path)) for path in sorted(subfolder.iterdir())]
@@ -157,7 +157,7 @@ def train_model(folder, config, dataset):
     validation = read_split(dataset / "validation")
 
     tf = import_tensorflow()
-    with contextlib.redirect_stdout(None):  # it announces its framework
+    with contextlib.redirect_stdout(None):  # it prints the name of its framework
         import segmentation_models
     tf.keras.utils.set_random_seed(config["training_data_shuffle_seed"])
     architecture = getattr(segmentation_models, config["segmentation_model"]["model_name"])
@@ -168,7 +168,7 @@ def train_model(folder, config, dataset):
     )
     for layer in network.layers:
         if isinstance(layer, tf.keras.layers.BatchNormalization):
-            # The usual 0.99 averages over more batches than this short training has.
+            # The default, 0.99, averages over more batches than this short training has.
             layer.momentum = 0.9
     network.compile(optimizer=config["optimizer"], loss={"binary_cross_entropy": "binary_crossentropy"}[config["loss"]])
 
@@ -192,7 +192,9 @@ def train_model(folder, config, dataset):
         verbose=0,
         callbacks=[tf.keras.callbacks.LambdaCallback(on_epoch_end=report)],
     )
-    warnings.filterwarnings("ignore", message="You are saving your model as an HDF5 file")  # as users have it
+    warnings.filterwarnings(
+        "ignore", message="You are saving your model as an HDF5 file"
+    )  # users' models are such files
     network.save(folder / "model.hdf5")
 
 

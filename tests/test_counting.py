@@ -251,6 +251,24 @@ def test_a_batch_that_does_not_fit_is_halved(tf, data):
     np.testing.assert_array_equal(counts.block_histograms, reference.block_histograms)
 
 
+def test_a_lack_of_memory_that_shows_where_results_are_read(tf, tiny_network, data, monkeypatch):
+    """As where a step only hands the batch over: none of the images of the two batches on their way is lost."""
+    tensor = next(kind for kind in type(tf.constant(0)).__mro__ if "numpy" in vars(kind))
+    read = tensor.numpy
+
+    def numpy(self):
+        if self.shape.rank == 3 and self.dtype == tf.int64 and self.shape[1] > 3:  # histograms of so many images
+            raise tf.errors.InternalError(None, None, "CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+        return read(self)
+
+    reference, _ = count(tiny_network, data, batch_size=2)
+    monkeypatch.setattr(tensor, "numpy", numpy)
+    counts, smaller = count(tiny_network, data, batch_size=4)
+    assert smaller == [(4, 2)]
+    np.testing.assert_array_equal(counts.histogram, reference.histogram)
+    np.testing.assert_array_equal(counts.block_histograms, reference.block_histograms)
+
+
 def test_one_image_that_does_not_fit_is_an_error(tf, data):
     with pytest.raises(ModelError, match="4, 2, 1 images of 96 x 64 .*memory.*OOM"):
         count(memory_hog(tf, limit=0), data, batch_size=4)
@@ -374,3 +392,21 @@ counts.save(sys.argv[4])
         found.append(Counts.load(path))
     for name in ("histogram", "block_histograms", "shown_names", "shown_bins", "shown_images"):
         np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+
+
+def test_a_checkpoint_writes_a_slice_once(tiny_network, data, tmp_path):
+    path = tmp_path / "of these counts.partial.npz"
+    counts, began = Counts.empty(2, 64, 96, 3), []
+    steps = inference.count_probabilities(tiny_network, data, [0] * 11, counts, NAMES, 2, {"slice 1", "slice 6"}, print)
+    for _ in steps:
+        counts.save_checkpoint(path)
+        (slices,) = set(tmp_path.iterdir()) - {path}
+        began.append((slices.name, slices.stat().st_ino))
+        found = Counts.load(path)
+        for name, value in vars(counts).items():
+            np.testing.assert_array_equal(getattr(found, name), value)
+    assert len(began) == 6 and len(set(began)) == 2
+    slices.write_bytes(slices.read_bytes()[:-1])
+    assert Counts.load(path) is None
+    Counts.remove_checkpoint(path)
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The figures: what they show is where it belongs, whatever the number of classes, names and sizes."""
+"""The figures: everything is drawn at the right place, for any number of classes, any names and sizes."""
 
 import io
 import subprocess
@@ -106,7 +106,7 @@ def line(axes, label):
 @pytest.mark.parametrize(
     ("classes", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 2, 2), (12, 3, 4), (14, 4, 4)]
 )
-def test_every_class_has_a_panel_of_its_own_on_the_page(classes, rows, columns):
+def test_every_class_has_a_panel(classes, rows, columns):
     results = [result(f"class{i}", f"folder {i}", centre=(i + 1) / 15) for i in range(classes)]
     figure, axes = panels(results)
     boxes = [one.get_position() for one in axes]
@@ -122,12 +122,12 @@ def test_every_class_has_a_panel_of_its_own_on_the_page(classes, rows, columns):
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 12])
-def test_text_stays_on_the_page_and_clear_of_other_text(classes):
+def test_text_is_inside_the_page_and_does_not_overlap(classes):
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    # The longest names of everything that has one, and the widest tick labels.
+    # Long names everywhere, and the widest tick labels.
     results = [result("class10", "m" * 80, height=0.0007)] * classes
     with matplotlib.rc_context(figures.STYLE):
         figure = figures.curves_figure(results, "binary_accuracy_tfkeras", "long title " * 40, NOTE * 3)
@@ -142,8 +142,8 @@ def test_text_stays_on_the_page_and_clear_of_other_text(classes):
         assert not [texts[k] for k in range(i) if box.overlaps(boxes[k])], text
 
 
-def test_the_peak_is_drawn_where_it_belongs():
-    # Spikes one threshold wide: what a curve loses that is thinned out by leaving points away.
+def test_a_narrow_peak_is_drawn_at_its_place():
+    # Spikes one threshold wide, which would be lost if points were left out to thin the curve.
     high, low = index_of(47001 / 65536), index_of(20001 / 65536)
     metric = np.full(len(T), 0.1)
     metric[high], metric[low] = 0.9, 0.7
@@ -162,9 +162,9 @@ def test_the_peak_is_drawn_where_it_belongs():
 
 
 @pytest.mark.parametrize("centre", [0.5, 1e-4])
-def test_the_drawn_curve_stays_within_a_column_of_the_true_one(centre):
+def test_the_drawn_curve_is_within_a_column_of_the_true_one(centre):
     metric = np.random.default_rng(0).random(len(T))
-    metric[index_of(centre)] = 1.1  # the threshold, and with it the axis
+    metric[index_of(centre)] = 1.1  # the trained threshold, which decides the kind of axis
     _, (axes,) = panels([result(metric=metric)])
     drawn_x, drawn_y = line(axes, "iou_score").get_data()
     x = np.log(T / (1 - T)) if "logit" in axes.get_xlabel() else T
@@ -173,9 +173,9 @@ def test_the_drawn_curve_stays_within_a_column_of_the_true_one(centre):
     assert drawn_x[0] <= x[0] + column and (np.diff(drawn_x) >= 0).all() and len(drawn_x) < 5000
     seen = np.flatnonzero((x > axes.get_xlim()[0]) & (x < axes.get_xlim()[1]))
     order = seen[np.argsort(metric[seen])]
-    for k in order[-50:]:  # every peak is there
+    for k in order[-50:]:  # peaks
         assert drawn_y[np.abs(drawn_x - x[k]) <= column].max() >= metric[k]
-    for k in order[:50]:  # and every dip
+    for k in order[:50]:  # dips
         assert drawn_y[np.abs(drawn_x - x[k]) <= column].min() <= metric[k]
 
 
@@ -200,7 +200,7 @@ def test_the_axis_reaches_as_far_as_a_threshold_close_to_an_end(x):
 
 
 @pytest.mark.parametrize("height", [0.0004, 0.013, 0.15, 0.35, 0.93, 1.0])
-def test_a_class_with_a_low_metric_fills_its_panel(height):
+def test_the_curve_of_a_low_metric_fills_its_panel(height):
     _, (axes,) = panels([result(height=height)])
     bottom, top = axes.get_ylim()
     assert (height - bottom) / (top - bottom) > 0.3
@@ -208,7 +208,7 @@ def test_a_class_with_a_low_metric_fills_its_panel(height):
     assert [float(label.get_text()) for label in axes.get_yticklabels()] == pytest.approx(list(axes.get_yticks()))
 
 
-def test_a_metric_that_is_always_high_is_spread():
+def test_the_axis_of_a_metric_that_is_always_high_starts_above_0():
     high = result(metric=0.97 + bump(0.4, 0.2, 0.02), metric_interval=(0.985, 0.995))
     _, (axes,) = panels([high], "binary_accuracy_sm")
     bottom, top = axes.get_ylim()
@@ -229,7 +229,7 @@ def test_the_intervals_and_one_half_are_drawn():
     for name in ("precision", "recall"):
         x, y = line(axes, name).get_data()
         assert np.allclose(y, np.interp(x, T, getattr(shown.curve, name)), atol=0.03)
-    # An interval over everything hides nothing.
+    # An interval over the whole axis hides nothing.
     wide = result(x_interval=(T[0], T[-1]))
     figure, (axes,) = panels([wide])
     picture = decode(draw([wide]))
@@ -237,10 +237,10 @@ def test_the_intervals_and_one_half_are_drawn():
     assert is_near(pixels_at(picture, figure, axes, 0.4, wide.curve.metric[index_of(0.4)]), figures.BLUE).any()
 
 
-def test_the_panel_says_what_was_found():
+def test_the_numbers_of_a_class_stand_above_its_panel():
     shown = result("class7", "cracks", x=0.61234, x_interval=(0.6, 0.65), metric_interval=(0.25, 0.7875))
     figure, (axes,) = panels([shown], "f1_score")
-    said = "\n".join(text.get_text() for text in axes.texts)
+    shown_text = "\n".join(text.get_text() for text in axes.texts)
     trained = shown.trained
     for part in [
         "class7 (cracks)",
@@ -251,7 +251,7 @@ def test_the_panel_says_what_was_found():
         f"{trained.metric_at_half:.4f} at 0.5",
         "12,345 positives",
     ]:
-        assert part in said
+        assert part in shown_text
     assert axes.get_ylabel() == "f1_score" and axes.get_xlabel() == "threshold"
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"f1_score", "precision", "recall", "trained threshold", "threshold 0.5"} < set(legend)
@@ -275,7 +275,7 @@ def test_a_metric_is_not_drawn_twice(metric_name):
     assert line(axes, metric_name).get_linewidth() > 1.5
 
 
-def test_names_are_text_and_nothing_else():
+def test_names_are_drawn_literally():
     results = [result(f"class{i}", name) for i, name in enumerate(ODD_NAMES)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -287,7 +287,7 @@ def test_names_are_text_and_nothing_else():
     assert not any(text.get_parse_math() for one in axes for text in one.texts)
 
 
-def test_the_users_matplotlib_settings_neither_matter_nor_change():
+def test_the_users_matplotlib_settings_have_no_effect_and_do_not_change():
     import matplotlib
 
     expected = draw([result()])
@@ -297,7 +297,7 @@ def test_the_users_matplotlib_settings_neither_matter_nor_change():
         assert dict(matplotlib.rcParams) == before
 
 
-def test_neither_pyplot_nor_an_early_import():
+def test_matplotlib_is_imported_late_and_pyplot_never():
     code = (
         "import sys, figures; assert not [m for m in sys.modules if m.startswith('matplotlib')]\n"
         "import test_figures as t\n"
@@ -313,7 +313,7 @@ def test_neither_pyplot_nor_an_early_import():
 
 
 def tint(outcome, grey):
-    """The colour of an outcome over a grey level of the image: 0 hit, 1 miss, 2 false alarm."""
+    """The colour of an outcome (0 hit, 1 miss, 2 false alarm) over a grey level of the image."""
     color, opacity = list(figures.OUTCOMES.values())[outcome]
     return opacity * np.array(color) + (1 - opacity) * grey
 
@@ -332,7 +332,7 @@ def marked(size=(256, 256), grey=12, name="slice_0"):
     return figures.Slice(name, np.full(size, grey, np.uint8), truth, prediction)
 
 
-def test_hits_misses_and_false_alarms_have_their_colours_in_their_places():
+def test_hits_misses_and_false_alarms_are_drawn_at_their_places():
     picture = decode(figures.draw_slices([marked()], ["class0"], "title"))
     hits, misses, false_alarms = (positions(picture, tint(i, 12)) for i in range(3))
     assert (len(hits), len(misses), len(false_alarms)) == (20 * 10, 5 * 10, 20 * 3)
@@ -344,7 +344,7 @@ def test_hits_misses_and_false_alarms_have_their_colours_in_their_places():
     assert (picture[tuple(slice_corner - 1)] == 255).all()
 
 
-def test_classes_go_down_and_slices_across():
+def test_rows_are_classes_and_columns_are_slices():
     shape = 100, 80
     slices = []
     for i in range(3):
@@ -356,7 +356,7 @@ def test_classes_go_down_and_slices_across():
     for i in range(3):
         for outcome in (0, 2):
             found = positions(picture, tint(outcome, 40 * i))
-            assert len(found) == 300 * 240  # three times enlarged
+            assert len(found) == 300 * 240  # enlarged three times
             means.append((i, outcome, *found.mean(axis=0)))
     row = {(i, outcome): y for i, outcome, y, _ in means}
     column = {(i, outcome): x for i, outcome, _, x in means}
@@ -364,7 +364,7 @@ def test_classes_go_down_and_slices_across():
     assert column[0, 0] == column[0, 2] < column[1, 0] == column[1, 2] < column[2, 0] == column[2, 2]
 
 
-def test_the_image_reads():
+def test_the_grey_values_of_the_image_are_visible_under_the_colours():
     ramp = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
     empty = np.zeros((256, 256, 1), bool)
     plain = decode(figures.draw_slices([figures.Slice("s", ramp, empty, empty)], ["a"], "title"))
@@ -380,7 +380,7 @@ def test_the_image_reads():
     assert np.ptp(covered[-9, left : left + 256].sum(axis=1)) > 100
 
 
-def test_cracks_one_pixel_wide_stay_whole_in_large_slices():
+def test_cracks_one_pixel_wide_have_no_gaps_in_large_slices():
     truth = np.zeros((2048, 2048, 1), bool)
     truth[777] = True
     truth[np.arange(2048), np.arange(2048)] = True
@@ -396,7 +396,7 @@ def test_cracks_one_pixel_wide_stay_whole_in_large_slices():
 
 
 @pytest.mark.parametrize("side", [768, 1152])
-def test_a_cell_shows_what_most_of_its_marked_pixels_are(side):
+def test_a_cell_shows_its_most_frequent_outcome(side):
     truth, prediction = np.random.default_rng(side).random((2, side, side)) < 0.1
     shown = figures.Slice("s", np.full((side, side), 12, np.uint8), truth[..., None], prediction[..., None])
     picture = decode(figures.draw_slices([shown], ["a"], "title"))
@@ -426,7 +426,7 @@ def test_twelve_classes_of_noisy_images_and_odd_names_stay_below_4_mb(side):
     assert decode(png).shape[1] > 6 * 190
 
 
-def test_same_input_same_bytes():
+def test_the_same_input_gives_the_same_bytes():
     assert draw([result()]) == draw([result()])
     assert figures.draw_slices([marked()], ["a"], "t") == figures.draw_slices([marked()], ["a"], "t")
     assert figures.draw_slices([marked()], ["a"], "t") != figures.draw_slices([marked(grey=99)], ["a"], "t")

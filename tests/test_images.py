@@ -1,4 +1,4 @@
-"""Pictures as their authors mean them: names, pairing, decoding, and all that is wrong at once."""
+"""Images and masks: names, pairing, decoding, and one error that names all files that cannot be used."""
 
 import io
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SCRIPT, SPLIT, arguments, assert_one_error_line, run_tool
+from fake_gcs import listing_stub
+from helpers import ROOT, SPLIT, arguments, assert_one_error_line, run_tool
+from hostile import attempt, error_line, memory, mutate, mutations, sealed_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
-from test_gcp_utils import listing_stub
-from test_hostile import attempt, error_line, memory, mutate, mutations, sealed  # noqa: F401
 
-import train_segmentation_model_prediction_thresholds as script
+import terminal
 from errors import BucketError, DatasetError
 from gcp_utils import Blob, open_bucket
 from image_utils import (
@@ -31,6 +31,14 @@ from image_utils import (
     pair_images_and_masks,
     start_decoding,
 )
+
+
+@pytest.fixture(autouse=True)
+def sealed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with sealed_folder(tmp_path):
+        yield
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Names
@@ -56,7 +64,7 @@ REFUSED_NAMES = {
     "a very long name": f"{SPLIT}/images/{'x' * 900}.png",
     "a name that is a format string": f"{SPLIT}/images/{{0.__class__}}%s%n.png",
     "another case": f"{SPLIT}/images/A.png",
-    "another normal form": f"{SPLIT}/images/a\u0301.png",
+    "another Unicode form": f"{SPLIT}/images/a\u0301.png",
 }
 
 
@@ -68,10 +76,10 @@ def pair(names, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("what", REFUSED_NAMES)
-def test_hostile_names_are_named_in_one_clean_line(what, monkeypatch, tmp_path, capsys):
+def test_a_hostile_name_is_one_clean_error_line(what, monkeypatch, tmp_path, capsys):
     name = REFUSED_NAMES[what]
     names = [f"{SPLIT}/images/a.png", f"{SPLIT}/masks/class_0/a.png", name]
-    # The last part, as it may be shown: without what a terminal obeys.
+    # The last part of the name, with escapes for what would steer a terminal.
     shown = name.rpartition("/")[2].split("\n")[0].encode("unicode_escape").decode() if name.isascii() else ""
     error_line(lambda: pair(names, monkeypatch, tmp_path), capsys, "gs://bucket", shown)
 
@@ -95,15 +103,15 @@ ODD_BUT_FINE = [
 ]
 
 
-def test_odd_names_that_are_fine_are_kept_apart(monkeypatch, tmp_path):
+def test_odd_names_are_accepted_and_not_confused(monkeypatch, tmp_path):
     names = [f"{SPLIT}/{part}/{name}" for part in ("images", "masks/class_0") for name in ["a.png", *ODD_BUT_FINE]]
     _, samples = pair(names, monkeypatch, tmp_path)
     assert [sample.name for sample in samples] == sorted(["a.png", *ODD_BUT_FINE])
 
 
 def test_too_many_classes_are_refused(monkeypatch, tmp_path, capsys):
-    names = [f"{SPLIT}/images/a.png", *(f"{SPLIT}/masks/{number}/a.png" for number in range(20_000))]
-    error_line(lambda: pair(names, monkeypatch, tmp_path), capsys, "20,000", "classes")
+    names = [f"{SPLIT}/images/a.png", *(f"{SPLIT}/masks/{number}/a.png" for number in range(101))]
+    error_line(lambda: pair(names, monkeypatch, tmp_path), capsys, "101 folders", "at most 100 classes")
 
 
 @pytest.mark.parametrize("name", [b"\xff.png", b"a\nb.png", b"\x1b[2J.png", b"\xed\xa0\x80.png"])
@@ -152,7 +160,7 @@ LEFT_BEHIND = [
 
 @pytest.mark.parametrize("folder", ["", "images/", "masks/", "masks/class_0/"])
 def test_what_desktops_and_nas_boxes_leave_behind_is_skipped(folder):
-    """Also where it would be another class, or another image."""
+    """Also in places where it would be a class or an image."""
     class_folders, samples = paired(["images/a.png", "masks/class_0/a.png", *(folder + name for name in LEFT_BEHIND)])
     assert class_folders == ["class_0"] and [sample.name for sample in samples] == ["a.png"]
 
@@ -160,7 +168,7 @@ def test_what_desktops_and_nas_boxes_leave_behind_is_skipped(folder):
 @pytest.mark.parametrize(
     "name", ["images/..", "images/./a.png", "..", "Icon", "images/folder$", "desktop.ini.png", "a@eaDir"]
 )
-def test_other_names_are_no_leftovers(name):
+def test_similar_names_are_not_skipped(name):
     assert not is_leftover(name)
 
 
@@ -172,13 +180,13 @@ def test_names_that_differ_only_in_unicode_form_are_paired(image, mask):
     _, (sample,) = paired([f"images/{image}", f"masks/class_0/{mask}"])
     assert (sample.name, sample.image.name) == (image, f"{SPLIT}/images/{image}")
     assert [blob.name for blob in sample.masks] == [f"{SPLIT}/masks/class_0/{mask}"]
-    with pytest.raises(DatasetError, match="has no partner"):  # one mask is not for two images
+    with pytest.raises(DatasetError, match="has no partner"):  # one mask does not serve two images
         paired([f"images/{image}", f"images/{mask}", f"masks/class_0/{mask}"])
-    with pytest.raises(DatasetError, match="has no partner"):  # nor is it in a third form
+    with pytest.raises(DatasetError, match="has no partner"):  # nor does one in a third form
         paired(["images/\u00c5.png", "images/\u212b.png", "masks/class_0/A\u030a.png"])
 
 
-def test_all_names_that_are_wrong_are_counted_and_ten_are_named(tmp_path):
+def test_all_wrong_names_are_counted_and_ten_are_named(tmp_path):
     fine = [f"{folder}/{number:02}.png" for folder in ("images", "masks/a", "masks/b") for number in range(20)]
     names = [name for name in fine if name not in ("images/03.png", "masks/a/04.png")]
     names += [
@@ -199,7 +207,7 @@ def test_all_names_that_are_wrong_are_counted_and_ten_are_named(tmp_path):
     assert set(named) == {f"{SPLIT}/{name}" for name in wrong} | {f"{SPLIT}/masks/b/{n}.png" for n in range(20, 30)}
 
 
-def test_one_problem_needs_no_list(tmp_path):
+def test_a_single_problem_is_the_whole_message(tmp_path):
     with pytest.raises(DatasetError) as caught:
         paired(["images/a.png", "images/b.png", "masks/a/a.png"], tmp_path / "tmp/problems.txt")
     assert str(caught.value) == (
@@ -209,7 +217,7 @@ def test_one_problem_needs_no_list(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["file/problems.txt", "/dev/full"])
-def test_a_list_that_cannot_be_written_is_no_obstacle(path, tmp_path):
+def test_without_room_for_the_list_the_error_still_names_ten(path, tmp_path):
     (tmp_path / "bucket").write_text("")
     problems = Problems(tmp_path / path.replace("file", "bucket"))
     for number in range(5000):
@@ -217,7 +225,7 @@ def test_a_list_that_cannot_be_written_is_no_obstacle(path, tmp_path):
     assert "5,000 files" in str(problems.error()) and "cannot be written" in str(problems.error())
 
 
-def test_all_sizes_that_cannot_be_are_named_before_anything_is_fetched(tmp_path):
+def test_all_files_of_impossible_size_are_named_before_anything_is_fetched(tmp_path):
     samples = [
         Sample(f"{n}", *blobs_of([f"images/{n}.png"], n), tuple(blobs_of([f"masks/a/{n}.png"]))) for n in range(3)
     ]
@@ -279,7 +287,7 @@ def several_pages(kind="TIFF", pages=((PIXELS, 0), (255 - PIXELS, 0))):
 
 
 def tiff(tags, data=b""):
-    """A little-endian TIFF of one directory; tags are (tag, type, count, value)."""
+    """A little-endian TIFF with one page; tags are (tag, type, count, value)."""
     entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + data
 
@@ -305,7 +313,7 @@ HOSTILE_IMAGES = {
     "a PNG of no width": ("x.png", lambda: png(0, HEIGHT)),
     "a PNG of no height": ("x.png", lambda: png(WIDTH, 0)),
     "a TIFF of no size": ("x.tif", lambda: odd_tiff({256: (4, 1, 0), 257: (4, 1, 0)})),
-    "pixels that are too few": ("x.png", lambda: png(data=b"\0" * 99)),
+    "too few pixels": ("x.png", lambda: png(data=b"\0" * 99)),
     "a bad zlib stream": ("x.png", lambda: PNG.replace(zlib.compress(b"")[:2], b"\xff\xff", 1)[:-40]),
     "a flipped bit in the pixels": ("x.png", lambda: flipped(PNG, MIDDLE)),
     "a flipped bit in the header": ("x.png", lambda: flipped(PNG, 18)),
@@ -355,12 +363,12 @@ HOSTILE_IMAGES = {
     "a directory beyond the file": ("x.tif", lambda: TIFF[:4] + struct.pack("<I", 2**32 - 1) + TIFF[8:]),
     "tags of a wrong type": ("x.tif", lambda: odd_tiff({256: (2, 4, 0x41414141), 257: (12, 1, 8)})),
     **{
-        f"a PNG cut after {share} %": ("x.png", lambda share=share: PNG[: len(PNG) * share // 100])
-        for share in (1, 10, 50, 90, 99)
+        f"a PNG cut after {percent} %": ("x.png", lambda percent=percent: PNG[: len(PNG) * percent // 100])
+        for percent in (1, 10, 50, 90, 99)
     },
     **{
-        f"a TIFF cut after {share} %": ("x.tif", lambda share=share: TIFF[: len(TIFF) * share // 100])
-        for share in (1, 10, 50, 90)
+        f"a TIFF cut after {percent} %": ("x.tif", lambda percent=percent: TIFF[: len(TIFF) * percent // 100])
+        for percent in (1, 10, 50, 90)
     },
     **{
         f"a {name} TIFF cut in the middle": (
@@ -375,7 +383,7 @@ HOSTILE_IMAGES = {
 def test_hostile_images(what, capfd, recwarn):
     name, make = HOSTILE_IMAGES[what]
     data = make()
-    Path("/proc/self/clear_refs").write_text("5")  # what it took to make it does not count
+    Path("/proc/self/clear_refs").write_text("5")  # the memory for making the file does not count
     before = memory("VmRSS")
     with pytest.raises(DatasetError) as caught:
         decode_image(data, f"gs://bucket/{name}", SIZE, modes=("L",))
@@ -383,7 +391,7 @@ def test_hostile_images(what, capfd, recwarn):
     Path("/proc/self/clear_refs").write_text("5")
     noise = capfd.readouterr()
     assert noise == ("", "") or "JPEG" in what  # libtiff's JPEG decoder cannot be silenced
-    script.fail(3, caught.value)
+    terminal.fail(caught.value)
     line = capfd.readouterr().err
     assert line.startswith(f"error: gs://bucket/{name} ") and line[:-1].isprintable() and len(line) < 600
     assert "BytesIO" not in line
@@ -396,7 +404,7 @@ def plain(tags, pixels=PIXELS):
     return data.ljust(8 + 2 + 12 * 20 + 4, b"\0") + pixels.tobytes()
 
 
-REFUSED_BY_NAME = {  # what Pillow would turn, invert, scale, drop or misread on its way to 8-bit grey, without a word
+REFUSED_WITH_A_REASON = {  # Pillow would silently rotate, invert, scale, drop or misread something
     **{
         f"orientation {number}": ("x.tif", lambda n=number: encoded(kind="TIFF", tiffinfo={274: n}), f"tag ({number})")
         for number in (0, *range(2, 10))
@@ -441,14 +449,14 @@ REFUSED_BY_NAME = {  # what Pillow would turn, invert, scale, drop or misread on
 
 
 def two_strips():
-    """Two strips, each of them as large as the image: Pillow reads the second, others the first."""
+    """Two strips, each as large as the image: Pillow reads the second one, other programs the first."""
     file = plain({273: (4, 2, 254 + PIXELS.nbytes), 279: (4, 2, 254 + PIXELS.nbytes)})
     return file + struct.pack("<II", 254, 254)
 
 
-@pytest.mark.parametrize("what", REFUSED_BY_NAME)
-def test_what_pillow_would_reinterpret_is_refused_by_name(what):
-    name, make, words = REFUSED_BY_NAME[what]
+@pytest.mark.parametrize("what", REFUSED_WITH_A_REASON)
+def test_what_pillow_would_reinterpret_is_refused_with_a_reason(what):
+    name, make, words = REFUSED_WITH_A_REASON[what]
     for modes in (("L",), ("L", "1")):
         with pytest.raises(DatasetError) as caught:
             decode_image(make(), f"gs://bucket/{name}", SIZE, modes)
@@ -463,8 +471,8 @@ def test_masks_of_one_bit_are_read(kind, options):
         decode_image(data, f"x.{kind.lower()}", SIZE, ("L",))
 
 
-def test_the_libraries_say_nothing_of_their_own(tmp_path):
-    """pytest turns their warnings off, so this needs a process."""
+def test_the_libraries_print_nothing(tmp_path):
+    """In a process, because pytest captures warnings."""
     (tmp_path / "bucket").mkdir()
     for number, data in enumerate((TIFF[:100], TIFF[: len(TIFF) // 2], odd_tiff({256: (2, 4, 0x41414141)}), PNG[:99])):
         (tmp_path / f"bucket/{number}.tif").write_bytes(data)
@@ -476,13 +484,13 @@ for path in sorted(pathlib.Path("bucket").iterdir()):
     except image_utils.DatasetError:
         print("refused")
 """
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (process.stdout, process.stderr) == ("refused\n" * 4, "")
 
 
 def interlaced():
-    """A PNG in seven passes (Adam7), which Pillow does not write."""
+    """A PNG in seven passes (Adam7), which Pillow cannot write."""
     passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
     rows = (row for y, x, dy, dx in passes for row in PIXELS[y::dy, x::dx])
     return png(interlace=1, data=b"".join(b"\0" + row.tobytes() for row in rows))
@@ -507,7 +515,7 @@ FINE_IMAGES = {
     "made by hand": ("x.png", png),
     "interlaced": ("x.png", interlaced),
     "in capitals": ("x.PNG", lambda: PNG),
-    "a profile in a way that is unknown": ("x.png", lambda: png(before=chunk(b"iCCP", b"x\0\x07" + PNG))),
+    "a profile with an unknown compression": ("x.png", lambda: png(before=chunk(b"iCCP", b"x\0\x07" + PNG))),
     "a colour profile of 500 MB": (
         "x.png",
         lambda: png(before=chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(500_000_000), 1))),
@@ -520,17 +528,17 @@ FINE_IMAGES = {
         lambda: png(before=b"".join(chunk(k, b"") for k in (b"gAMA", b"pHYs", b"tRNS", b"iTXt"))),
     ),
     "a comment with a wrong checksum": ("x.png", lambda: png(before=chunk(b"tEXt", b"a\0b")[:-1] + b"!")),
-    "a colour that is to be transparent": ("x.png", lambda: encoded(transparency=9)),
+    "a grey value that is transparent": ("x.png", lambda: encoded(transparency=9)),
     "upright": ("x.png", lambda: encoded(exif=orientation(1))),
     "Exif that is damaged": ("x.png", lambda: png(before=chunk(b"eXIf", b"MM" + bytes(range(200, 240))))),
-    "a palette that is only suggested": ("x.png", lambda: png(before=chunk(b"PLTE", b"rgb"))),
+    "a suggested palette": ("x.png", lambda: png(before=chunk(b"PLTE", b"rgb"))),
     "an upright TIFF": ("x.tif", lambda: encoded(kind="TIFF", tiffinfo={274: 1})),
     "a TIFF with a profile": ("x.tif", lambda: encoded(kind="TIFF", icc_profile=b"no profile", dpi=(300, 300))),
     "a TIFF of ImageJ": ("x.tif", lambda: encoded(kind="TIFF", tiffinfo={270: "ImageJ=1.53t\nimages=1\nmin=9.0\n"})),
     "a big-endian TIFF": ("x.tif", big_endian),
-    "a thumbnail after it": ("x.tif", lambda: several_pages(pages=[(PIXELS, 0), (SMALL, 1), (SMALL, 1)])),
-    "a transparency mask after it": ("x.tif", lambda: several_pages(pages=[(PIXELS, 0), (PIXELS // 128, 4)])),
-    "two thumbnails before it": ("x.tif", lambda: several_pages(pages=[(SMALL, 1), (SMALL, 1), (PIXELS, 0)])),
+    "thumbnails after the image": ("x.tif", lambda: several_pages(pages=[(PIXELS, 0), (SMALL, 1), (SMALL, 1)])),
+    "a transparency mask after the image": ("x.tif", lambda: several_pages(pages=[(PIXELS, 0), (PIXELS // 128, 4)])),
+    "thumbnails before the image": ("x.tif", lambda: several_pages(pages=[(SMALL, 1), (SMALL, 1), (PIXELS, 0)])),
     "zstd": ("x.tif", lambda: encoded(kind="TIFF", compression="zstd")),
     "a predictor": ("x.tif", lambda: encoded(kind="TIFF", compression="tiff_lzw", tiffinfo={317: 2})),
     "a comment": ("x.png", lambda: encoded(pnginfo=comment())),
@@ -551,7 +559,7 @@ def comment():
 
 
 @pytest.mark.parametrize("what", FINE_IMAGES)
-def test_odd_images_that_are_fine(what):
+def test_odd_images_are_decoded(what):
     name, make = FINE_IMAGES[what]
     data = make()
     Path("/proc/self/clear_refs").write_text("5")
@@ -564,8 +572,8 @@ def test_odd_images_that_are_fine(what):
 # A split as a whole
 
 
-class Pictures:
-    """As much of a bucket as start_decoding needs: files in memory, that come one after the other where asked to."""
+class FilesInMemory:
+    """As much of a bucket as start_decoding needs; a file that is an exception cannot be fetched."""
 
     threads = 4
 
@@ -574,6 +582,9 @@ class Pictures:
 
     def url(self, name):
         return f"gs://bucket/{name}"
+
+    def is_here(self, blob):
+        return False
 
     def fetch(self, blob):
         self.fetched.append(blob.name)
@@ -588,16 +599,16 @@ MASK = encoded((PIXELS > 99) * np.uint8(255))
 
 
 def a_split(number, **changed):
-    """Names are image_3 and mask_3; `changed` has other bytes for some of them."""
+    """Samples and their bucket. Files are image_3.png and mask_3.png; `changed` has the bytes of those that differ."""
     samples = [
         Sample(f"{n:04}.png", Blob(f"image_{n}.png", 9, "1"), (Blob(f"mask_{n}.png", 9, "1"),)) for n in range(number)
     ]
     files = {f"{kind}_{n}.png": data for n in range(number) for kind, data in (("image", PNG), ("mask", MASK))}
-    return samples, Pictures(files | {f"{name}.png": data for name, data in changed.items()})
+    return samples, FilesInMemory(files | {f"{name}.png": data for name, data in changed.items()})
 
 
 def decode_all(samples, bucket, path, lookahead=3):
-    """The names of the samples that came, the warnings, and the error at the end."""
+    """The names of the samples that were given, the warnings, and the error at the end."""
     names, warnings = [], []
     try:
         for name, image, masks in start_decoding(samples, bucket, SIZE, lookahead, path, warnings.append):
@@ -615,31 +626,31 @@ def test_a_split_without_faults(tmp_path):
     assert not (tmp_path / "p.txt").exists()
 
 
-def test_after_a_damaged_picture_the_rest_is_looked_at_and_all_are_named_at_once(tmp_path):
+def test_after_a_damaged_file_the_rest_is_checked_and_one_error_names_all(tmp_path):
     wrong = {"image_4": PNG[:99], "mask_4": encoded(PIXELS[:-1]), "mask_5": b""} | {
         f"image_{n}": encoded(mode="RGB") for n in range(600, 620)
     }
     samples, bucket = a_split(700, **wrong)
     names, warnings, error = decode_all(samples, bucket, tmp_path / "tmp/p.txt")
-    assert names == [sample.name for sample in samples[:4]]  # the network gets none after it
+    assert names == [sample.name for sample in samples[:4]]  # no sample after it
     assert len(bucket.fetched) == 1400
     lines = (tmp_path / "tmp/p.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == [f"gs://bucket/{name}.png" for name in wrong]
     assert "23 files" in str(error) and lines[0] in str(error) and "tmp/p.txt" in str(error)
     assert [f"{name}.png" in str(error) for name in wrong] == 10 * [True] + 13 * [False]
-    (warning,) = warnings  # at once, since the rest may take long
+    (warning,) = warnings  # before the rest is checked, which may take long
     assert lines[0] in warning
 
 
 @pytest.mark.parametrize("where", [0, 5, 9])
-def test_one_damaged_picture_reads_as_it_always_did(where, tmp_path):
+def test_a_single_damaged_file_is_the_whole_message(where, tmp_path):
     names, warnings, error = decode_all(*a_split(10, **{f"mask_{where}": PNG[:99]}), tmp_path / "p.txt", lookahead=10)
     assert len(names) == where and warnings == []
-    assert str(error) == f"gs://bucket/mask_{where}.png cannot be decoded as PNG: it is cut off"
+    assert str(error) == f"gs://bucket/mask_{where}.png cannot be decoded as PNG (it is cut off): save it again"
     assert not (tmp_path / "p.txt").exists()
 
 
-def test_a_bucket_that_fails_ends_at_once_but_loses_no_damaged_picture(tmp_path):
+def test_an_error_of_the_bucket_ends_the_run_and_still_names_the_damaged_files(tmp_path):
     gone = BucketError("gs://bucket/image_7.png: changed")
     names, _, error = decode_all(*a_split(10, image_7=gone), tmp_path / "p.txt")
     assert len(names) == 7 and error is gone
@@ -649,10 +660,10 @@ def test_a_bucket_that_fails_ends_at_once_but_loses_no_damaged_picture(tmp_path)
 
 
 def test_no_more_than_the_lookahead_is_decoded_ahead(monkeypatch, tmp_path):
-    """Before a damaged picture and after it."""
+    """Before a damaged file and after it."""
     waiting, most, lock = 0, 0, threading.Lock()
 
-    class Counting(Pictures):
+    class Counting(FilesInMemory):
         def read(self, blob):
             nonlocal waiting, most
             with lock:
@@ -697,7 +708,7 @@ def test_masks_of_two_grey_values_are_no_warning(mask, tmp_path):
 
 
 def test_a_run_names_all_that_is_wrong_and_one_after_repair_works(tiny_bucket, tmp_path):
-    """The whole tool: names first, then content, and a warning about soft masks in the end."""
+    """First the names, then the content of the files, and a warning about soft masks at the end."""
     masks = tiny_bucket / SPLIT / "masks/class_0"
     fine = {path: path.read_bytes() for path in sorted(masks.iterdir())}
     damaged = list(fine)[3:6]
@@ -734,7 +745,7 @@ def test_a_run_names_all_that_is_wrong_and_one_after_repair_works(tiny_bucket, t
 fuzzed = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes what image_utils does about them
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes the filter of image_utils
 @fuzzed
 @given(st.sampled_from(sorted(what for what in FINE_IMAGES if "MB" not in what)), mutations)
 def test_fuzz_images(what, steps):

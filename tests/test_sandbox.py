@@ -1,4 +1,4 @@
-"""The sandbox is a bucket as users have it, and building it can be interrupted and repeated."""
+"""The sandbox is a bucket like those of users, and its build can be interrupted and repeated."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def test_configurations_in_the_bucket_are_those_in_configs(sandbox, dataset):
 @pytest.mark.parametrize("split", SPLITS)
 def test_each_image_has_a_mask_of_each_class(dataset, split):
     width, height = yaml.safe_load((dataset / "config.yaml").read_text())["dataset_config"]["target_size"]
-    assert width != height  # else a mix-up of the two would go unseen
+    assert width != height  # otherwise no test would notice if the two were swapped
     images = read_folder(dataset / split / "images")
     assert all(image.shape == (height, width) and image.dtype == np.uint8 for image in images.values())
     assert sorted(folder.name for folder in (dataset / split / "masks").iterdir()) == list(CLASSES)
@@ -82,7 +82,7 @@ def test_model_is_a_whole_compiled_keras_model(sandbox):
     assert model.layers[-1].activation.__name__ == "sigmoid"
 
 
-def test_what_is_complete_is_reused(sandbox):
+def test_a_complete_sandbox_is_not_built_again(sandbox):
     def state():
         return {path: path.stat().st_mtime_ns for path in sorted(sandbox.glob("*/*/**/*")) if path.is_file()}
 
@@ -106,7 +106,7 @@ def write_value(folder, config):
     (folder / "value").write_text(str(config["value"]))
 
 
-def test_a_changed_configuration_rebuilds_the_folder_and_outdates_what_was_made_from_it(tmp_path, config):
+def test_a_changed_configuration_rebuilds_the_folder_and_removes_what_was_made_from_it(tmp_path, config):
     dataset, model = tmp_path / "bucket/datasets/d", tmp_path / "bucket/models/m"
     model.mkdir(parents=True)
     assert build_sandbox.build(dataset, config, write_value)
@@ -118,7 +118,7 @@ def test_a_changed_configuration_rebuilds_the_folder_and_outdates_what_was_made_
     assert not model.exists()
 
 
-def test_an_interrupted_build_leaves_what_was_there(tmp_path, config):
+def test_an_interrupted_build_changes_nothing(tmp_path, config):
     folder = tmp_path / "bucket/datasets/d"
     folder.parent.mkdir(parents=True)
     build_sandbox.build(folder, config, write_value)
@@ -135,7 +135,7 @@ def test_an_interrupted_build_leaves_what_was_there(tmp_path, config):
     assert (folder / "value").read_text() == "2"
 
 
-def test_leftovers_of_a_killed_build_are_cleared_away(tmp_path):
+def test_leftovers_of_a_killed_build_are_removed(tmp_path):
     (tmp_path / ".building-x/new").mkdir(parents=True)
     with build_sandbox.only_builder_in(tmp_path):
         assert list(tmp_path.iterdir()) == []

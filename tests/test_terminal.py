@@ -1,4 +1,4 @@
-"""The terminal: signals end the process wherever it is, bugs are reported as such, closed streams do no harm."""
+"""The terminal: a signal ends the process in any state, a bug is reported as a bug, streams may be closed."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from helpers import ROOT, assert_one_error_line, run_tool
 
 from errors import BUG, USAGE
 
-STATES = {  # what the main thread does; it prints "here" when it has begun
+STATES = {  # what the main thread does when the signal comes; it prints "here" first
     "wait": "print('here', flush=True)\nimport time\nwhile True: time.sleep(60)",
     "imports": "print('here', flush=True)\nwhile True:\n import tensorflow\n for n in list(sys.modules):\n  "
     "if n.startswith('tensorflow'): del sys.modules[n]",
@@ -42,18 +42,18 @@ def error_line(process):
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_signal_ends_the_process_wherever_it_is(state):
+def test_a_signal_ends_the_process_in_any_state(state):
     number = list(STATES).index(state) % 3
     number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[number]
     process = start(STATES[state])
     assert process.stdout.readline() == "here\n"
-    for _ in range(3):  # who is impatient presses again
+    for _ in range(3):  # impatient users press Ctrl-C several times
         process.send_signal(number)
     assert "interrupted" in error_line(process)
     assert process.returncode == 128 + number
 
 
-def test_sigint_ends_what_was_started_in_the_background(tmp_path):
+def test_sigint_ends_a_process_that_was_started_in_the_background():
     process = start(STATES["wait"], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGINT)
@@ -61,7 +61,7 @@ def test_sigint_ends_what_was_started_in_the_background(tmp_path):
     assert process.returncode == 130
 
 
-def test_nohup_keeps_its_meaning():
+def test_nohup_protects_from_sighup():
     process = start(
         "print('here', flush=True)\nsys.stdin.read()\nprint('done')",
         stdin=subprocess.PIPE,
@@ -72,7 +72,7 @@ def test_nohup_keeps_its_meaning():
     assert process.communicate("", timeout=60) == ("done\n", "")
 
 
-def test_last_words_are_said_but_not_waited_for_without_end():
+def test_last_words_are_called_but_cannot_block_the_end():
     process = start(
         "import time\nlast_words += [lambda: time.sleep(1000), lambda: print('goodbye', flush=True)]\n" + STATES["wait"]
     )
@@ -82,7 +82,7 @@ def test_last_words_are_said_but_not_waited_for_without_end():
     assert process.returncode == 143
 
 
-def test_a_bug_is_reported_as_one(tmp_path):
+def test_a_bug_is_reported_as_a_bug(tmp_path):
     code = "try: 1 / 0\nexcept Exception: terminal.report_bug(sys.argv[1])"
     program = f"import sys, terminal\nterminal.open_streams()\n{code}"
     process = subprocess.run(
@@ -113,7 +113,7 @@ def test_closed_streams_do_no_harm(closed, tmp_path):
     assert process.stderr == ("" if "2>&-" in closed else "warning: warned\n")
 
 
-def test_a_package_that_is_not_installed_is_one_line(tmp_path):
+def test_a_missing_package_is_one_error_line(tmp_path):
     (tmp_path / "yaml.py").write_text("raise ModuleNotFoundError(\"No module named 'yaml'\")")
     process = run_tool("--help", cwd=tmp_path, PYTHONPATH=tmp_path)
     assert_one_error_line(process, USAGE, "'yaml'", "requirements.txt")

@@ -1,5 +1,5 @@
-"""The GPU VM, as far as it goes without Google Cloud and without a VM: Terraform's checks, the code that is sent, what
-pip resolves, the look at the GPU. test_vm.py runs the set-up."""
+"""The GPU VM, without Google Cloud and without a VM: Terraform's checks, the code that is sent, the packages that pip
+installs, and check_gpu.py. test_vm.py runs the set-up."""
 
 import json
 import os
@@ -19,7 +19,7 @@ NOT_CODE = shutil.ignore_patterns(
     *(".git", ".venv", "tmp", "sandbox", "__pycache__", ".*_cache", ".hypothesis"),
     *(".terraform*", "*.tfstate*", "terraform.tfvars"),
 )
-# What pip takes for the VM: Ubuntu 24.04, whose glibc is 2.39.
+# The platforms whose wheels pip installs on the VM: Ubuntu 24.04 has glibc 2.39.
 PLATFORMS = [f"--platform=manylinux{p}_x86_64" for p in (*(f"_2_{n}" for n in range(39, 4, -1)), "2014", "2010", "1")]
 VM_PYTHON = "3.12"
 
@@ -49,7 +49,7 @@ def commit_everything(folder):
 
 
 def pins(*files):
-    """Package -> version, as pip writes the name, of what requirements files pin."""
+    """Version by package, with pip's spelling of the name, of the pins in requirements files."""
     lines = [line.split("#")[0].strip() for file in files for line in (ROOT / file).read_text().splitlines()]
     pairs = (re.fullmatch(r"([^=[]+)(?:\[.*\])?==(.+)", line).groups() for line in lines if line)
     return {canonicalize_name(name): version for name, version in pairs}
@@ -64,7 +64,7 @@ def terraform(folder, *words):
 
 
 def terraform_init(folder):
-    """`terraform init`, which writes into the folder: the caller gives it a copy."""
+    """Run `terraform init`, which writes into the folder: give it a copy."""
     result = terraform(folder, "init", "-input=false", "-no-color")
     if "could not connect to registry.terraform.io" in " ".join(result.stderr.split()):
         pytest.skip("Terraform's registry is out of reach, so there is no google provider")
@@ -97,12 +97,12 @@ def test_terraform_plans(configuration):
     passed, failed = re.search(r"(\d+) passed, (\d+) failed", result.stdout).groups()
     written = "".join(path.read_text() for path in TERRAFORM.glob("tests/*.tftest.hcl"))
     assert (int(passed), int(failed)) == (len(re.findall(r"(?m)^run ", written)), 0)
-    for of_vm in ("whole_internet", "one_machine_by_default", "the_bucket_and_nothing_else", "stops_by_itself"):
-        assert f'run "{of_vm}"... pass' in result.stdout, "a test that must be there is gone"
+    for name in ("whole_internet", "one_machine_by_default", "the_bucket_and_nothing_else", "stops_by_itself"):
+        assert f'run "{name}"... pass' in result.stdout, "a test is missing"
 
 
 def test_example_has_every_variable_without_a_default(configuration):
-    """Without the example's line, or with a name that variables.tf does not know, the plan would ask or complain."""
+    """And none that variables.tf does not know."""
     example = (configuration / "terraform.tfvars.example").read_text()
     given = {line.split("=")[0].strip(" #") for line in example.splitlines() if " = " in line}
     blocks = (configuration / "variables.tf").read_text().split('variable "')[1:]
@@ -124,7 +124,7 @@ def test_shell_scripts_pass_shellcheck():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout with everything in it that must stay behind, and the commit it is at."""
+    """A checkout and its commit; it also has all kinds of files that must not be sent."""
     folder = tmp_path / "check out"
     (folder / "configs").mkdir(parents=True)
     (folder / "terraform").mkdir()
@@ -135,7 +135,7 @@ def checkout(tmp_path):
     (folder / "configs" / "dataset-medium.yaml").write_text("as committed")
     (folder / "configs" / "größe 1.yaml").write_text("an odd name")
     commit = commit_everything(folder)
-    for left_behind in [
+    for not_sent in [
         ".venv/bin/python",
         "sandbox/datasets/image.png",
         "tmp/cached",
@@ -146,13 +146,13 @@ def checkout(tmp_path):
         "configs/key.json",
         "id_ed25519",
     ]:
-        (folder / left_behind).parent.mkdir(parents=True, exist_ok=True)
-        (folder / left_behind).write_text("secret or large")
+        (folder / not_sent).parent.mkdir(parents=True, exist_ok=True)
+        (folder / not_sent).write_text("secret or large")
     return folder, commit
 
 
 def packed(folder, tmp_path):
-    """File name -> content of what pack_code.sh packs."""
+    """Content by name of the files that pack_code.sh packs."""
     done("bash", folder / "terraform" / "pack_code.sh", "sent/code.tar.gz", cwd=tmp_path)
     with tarfile.open(tmp_path / "sent" / "code.tar.gz") as tar:
         return {member.name: tar.extractfile(member).read().decode() for member in tar if member.isfile()}
@@ -182,9 +182,9 @@ def test_local_edits_are_sent_and_make_the_commit_dirty(checkout, tmp_path):
     assert files[".git_hash"] == f"{commit}-dirty\n"
 
 
-def test_hash_left_by_an_earlier_copy_does_not_count(checkout, tmp_path):
+def test_an_old_hash_file_is_not_sent(checkout, tmp_path):
     folder, commit = checkout
-    (folder / ".git_hash").write_text("of another time")
+    (folder / ".git_hash").write_text("of an earlier copy")
     assert packed(folder, tmp_path)[".git_hash"] == f"{commit}\n"
 
 
@@ -200,8 +200,8 @@ def test_code_without_a_commit_is_not_sent(checkout, tmp_path):
 # What pip resolves
 
 
-def test_pip_takes_what_the_requirements_name_and_nothing_else(tmp_path):
-    """For the VM's Python. A pip of its own, for older ones download gigabytes even for a dry run."""
+def test_pip_installs_what_the_requirements_pin_and_nothing_else(tmp_path):
+    """For the VM's Python. With a new pip, because older ones download gigabytes even for a dry run."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if (no_index := command(*pip, "--target", tmp_path / "pip", "pip==26.3")).returncode != 0:
         pytest.skip(f"no package index: {no_index.stderr.strip().splitlines()[-1]}")
@@ -217,14 +217,14 @@ def test_pip_takes_what_the_requirements_name_and_nothing_else(tmp_path):
     assert resolved["nvidia-cudnn-cu12"] == "9.10.2.21"
 
 
-# The look at the GPU
+# check_gpu.py
 
 CHECK_GPU = (TERRAFORM / "check_gpu.py").read_text()
 
 
 @pytest.fixture
 def check_gpu(tmp_path):
-    """check_gpu.py as a process, with a driver that answers `says` and, from pip, cuDNN of a version."""
+    """Run check_gpu.py with a driver that answers `says`, and with cuDNN of a version from pip."""
 
     def check(says, status=0, cudnn="9.10.2.21", source=CHECK_GPU, **environment):
         (tmp_path / "check.py").write_text(source)
@@ -261,29 +261,29 @@ def assert_one_line(result, *words):
         ("NVIDIA L4, 8.9, 580.95.05\nTesla M60, 5.2, 580.95.05", 0, ["no kernels for Tesla M60", "5.2"]),
     ],
 )
-def test_what_is_wrong_with_the_gpu_or_its_driver(check_gpu, says, status, words):
+def test_an_unusable_gpu_or_driver_is_explained(check_gpu, says, status, words):
     assert_one_line(check_gpu(says, status), *words)
 
 
 @pytest.mark.parametrize("gpu", ["Tesla P100-PCIE-16GB, 6.0", "Tesla V100-SXM2-16GB, 7.0"])
-def test_cudnn_that_dropped_the_gpu(check_gpu, gpu):
+def test_a_cudnn_without_kernels_for_the_gpu_is_named(check_gpu, gpu):
     result = check_gpu(f"{gpu}, 580.95.05", cudnn="9.11.0.98")
     assert_one_line(result, "cuDNN 9.11.0.98 has no kernels for " + gpu.split(",")[0], "requirements-gpu.txt")
 
 
-def test_no_driver_at_all(check_gpu):
+def test_a_machine_without_a_driver(check_gpu):
     assert_one_line(check_gpu("", PATH="/nowhere"), "no NVIDIA driver")
 
 
 def test_a_library_that_is_missing_is_named(check_gpu, tmp_path):
-    """cuDNN of the pinned version suits a P100, so that the libraries are what is left to blame."""
+    """With a driver and a cuDNN that support the GPU, only the libraries can be the cause."""
     (tmp_path / "libcudart.so.12").touch()
     result = check_gpu("Tesla P100-PCIE-16GB, 6.0, 580.95.05", LD_LIBRARY_PATH=str(tmp_path))
     assert_one_line(result, "TensorFlow sees 0 of 1 GPUs", "libcudart.so.12", "requirements-gpu.txt")
 
 
 def test_a_device_that_computes_is_enough(check_gpu):
-    """The same steps on the one CPU that every machine has. And the oldest GPU is that of TensorFlow's own list."""
+    """The same steps on a CPU, which every machine has. And OLDEST_GPU is the oldest that TensorFlow lists."""
     source = CHECK_GPU.replace('devices("GPU")', 'devices("CPU")')
     source += "    import tensorflow as tf\n    print(OLDEST_GPU, tf.sysconfig.get_build_info())\n"
     result = check_gpu("NVIDIA L4, 8.9, 580.95.05", source=source)

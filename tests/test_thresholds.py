@@ -1,4 +1,4 @@
-"""The trained threshold is the optimum, proved against independent truth."""
+"""The trained threshold is the optimum, compared with independent computations."""
 
 import warnings
 from fractions import Fraction
@@ -41,7 +41,7 @@ def exactly(name, tp, fp, fn, tn):
 
 
 def reaches_level(name, tp, fp, fn, tn):
-    """Whether the counts satisfy a constrained metric's condition."""
+    """Whether a metric's constraint holds, in exact arithmetic."""
     if "_at_" not in name:
         return True
     constraint, _, level = name.partition("_at_")[2].partition("_")
@@ -49,13 +49,13 @@ def reaches_level(name, tp, fp, fn, tn):
 
 
 def histogram_of(p, truth):
-    """Histogram of one class from probabilities and truth, by plain numpy."""
+    """Histogram of one class from probabilities and truth, computed by plain NumPy."""
     bins = np.searchsorted(THRESHOLDS, np.asarray(p, np.float32))
     return np.stack([np.bincount(bins[np.asarray(truth) == value], minlength=N + 1) for value in (0, 1)])
 
 
 def pixels(inside, outside):
-    """Histogram of {probability: number of pixels} inside and outside the mask."""
+    """Histogram of one class from {probability: number of pixels} inside and outside the mask."""
     histogram = np.zeros((2, N + 1), np.int64)
     for truth, numbers in ((0, outside), (1, inside)):
         histogram[truth, np.searchsorted(THRESHOLDS, np.array([*numbers], np.float32))] = [*numbers.values()]
@@ -67,7 +67,7 @@ def train(histogram, metric="iou_score"):
 
 
 def sparse_histogram(draw):
-    """A few filled bins: plateaus between them, ties among them, often single pixels."""
+    """Draw a histogram with few filled bins: it has plateaus and ties, and often single pixels."""
     pixels = st.one_of(st.integers(0, 3), st.integers(0, 10**12))
     rows = draw(st.lists(st.tuples(st.integers(0, N), pixels, pixels), min_size=1, max_size=8))
     histogram = np.zeros((2, N + 1), np.int64)
@@ -98,7 +98,7 @@ def value_of(k):
 
 @given(st.data(), st.sampled_from([*models.CLASS_METRICS, *CONSTRAINED]), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_the_optimum_is_the_optimum(data, name, bounded):
+def test_the_trained_threshold_is_the_exact_optimum(data, name, bounded):
     histogram = sparse_histogram(data.draw)
     low, high = sorted(data.draw(st.tuples(*2 * [st.integers(0, N - 1)]))) if bounded else (0, N - 1)
     runs, best = [], None  # runs: first and last of the best stretches, joined where they touch
@@ -144,8 +144,8 @@ def test_iou_and_f1_have_the_same_threshold(data):
     assert train(histogram, "iou_score").x == train(histogram, "f1_score").x
 
 
-def test_iou_and_f1_agree_where_rounding_would_tell_them_apart():
-    # Neighbouring fractions tp / union, the second larger by 1 / (union * union): float64 cannot tell them apart.
+def test_iou_and_f1_agree_where_rounding_would_make_them_differ():
+    # Neighbouring fractions tp / union, the second larger by 1 / (union * union): they are equal in float64.
     tp_above, union_above = 858993457, 2**31 - 1
     union = -pow(tp_above, -1, union_above) % union_above
     tp, union = (1 + tp_above * union) // union_above + tp_above, union + union_above
@@ -155,26 +155,26 @@ def test_iou_and_f1_agree_where_rounding_would_tell_them_apart():
     assert Fraction(tp, union) > Fraction(tp_above, union_above)
     assert tp / union == tp_above / union_above
     for name in ("iou_score", "f1_score"):
-        # the one that is really best, though the other one's stretch is the wider
+        # the one that is really best, although the stretch of the other is wider
         assert 10 <= train(histogram, name).index < 60000
 
 
 def test_the_matthews_coefficient_of_integers_is_in_exact_order():
     rng = np.random.default_rng(0)
     metric = models.class_metric("matthews_corrcoef")
-    told_apart = 0
+    equal_in_float64 = 0
     for _ in range(300):
         counts = [int(10**power) for power in rng.uniform(0, 18, 4)]
         others = [max(0, count + int(step)) for count, step in zip(counts, rng.integers(-1, 2, 4), strict=True)]
         exact = exactly("matthews_corrcoef", *counts), exactly("matthews_corrcoef", *others)
         ours = metric(*counts), metric(*others)
         assert (ours[0] < ours[1], ours[0] > ours[1]) == (exact[0] < exact[1], exact[0] > exact[1])
-        told_apart += exact[0] != exact[1] and float(ours[0]) == float(ours[1])
-    assert told_apart > 0  # some that float64 cannot tell apart
+        equal_in_float64 += exact[0] != exact[1] and float(ours[0]) == float(ours[1])
+    assert equal_in_float64 > 0
 
 
 @pytest.mark.parametrize("name", ["balanced_accuracy", "matthews_corrcoef"])
-def test_the_better_is_found_where_rounding_has_the_other_one_larger(name):
+def test_the_optimum_is_found_where_rounding_reverses_the_order(name):
     rng = np.random.default_rng(0)
     metric = models.class_metric(name)
     positives, negatives = 10**9 + 7, 10**17 + 39
@@ -182,7 +182,7 @@ def test_the_better_is_found_where_rounding_has_the_other_one_larger(name):
         tp, more_tp = rng.integers(10**8, 5 * 10**8, 2).tolist()
         fp = int(rng.integers(10**14, 10**15))
         higher = positives - tp, negatives - fp
-        # At a lower threshold, as many false positives more as the metric bears, by bisection.
+        # The most false positives that a lower threshold may add and still be better, by bisection.
         few, many = 0, negatives - fp
         exact = exactly(name, tp, fp, *higher)
         while many - few > 1:
@@ -191,7 +191,7 @@ def test_the_better_is_found_where_rounding_has_the_other_one_larger(name):
             few, many = (more_fp, many) if exactly(name, *counts) > exact else (few, more_fp)
         counts = [(tp, fp, *higher), (tp + more_tp, fp + few, higher[0] - more_tp, higher[1] - few)]
         ours = metric(*np.array(counts).T)
-        if few and ours[0] > ours[1]:  # though the second one is better
+        if few and ours[0] > ours[1]:  # although the second one is better
             break
     else:
         pytest.fail("no such case")
@@ -202,18 +202,18 @@ def test_the_better_is_found_where_rounding_has_the_other_one_larger(name):
 
 
 def test_one_pixel_of_many_decides():
-    # With it, the mask is right up to float64's last digit, over the wider stretch; without it, it is right.
+    # With this false positive the IoU rounds to 1 in float64, over a wider stretch; without it, it is 1.
     assert 0.6 <= train(pixels({0.9: 10**16}, {0.6: 1, 0.01: 100})).x < 0.9
 
 
-def test_the_widest_stretch_is_widest_in_thresholds_not_in_their_number():
+def test_the_widest_stretch_spans_the_largest_range_not_the_most_thresholds():
     histogram = pixels({0.4: 2, 2**-20: 2}, {0.3: 4})  # IoU 1/2 from 2**-40 to 2**-20 and from 0.3 to 0.4
     assert train(histogram).x == pytest.approx(0.35, abs=1e-5)
 
 
-def test_two_peaks_do_not_mislead():
+def test_the_higher_of_two_peaks_is_found():
     rng = np.random.default_rng(0)
-    # A broad low peak where a bounded search looks first, and a narrow high one close to 1.
+    # A broad low peak, where a bounded search begins, and a narrow high one close to 1.
     p = np.concatenate(
         [np.full(700, 0.998), rng.uniform(0.3, 0.45, 300), np.full(800, 0.99), rng.uniform(0, 0.3, 9000)]
     )
@@ -225,7 +225,7 @@ def test_two_peaks_do_not_mislead():
 
 
 @pytest.mark.parametrize("shift", [-20, -8, 0, 14])
-def test_logits_that_lie_elsewhere_have_the_same_optimum(shift):
+def test_the_optimum_is_found_for_shifted_logits(shift):
     rng = np.random.default_rng(2)
     truth = rng.random(20000) < 0.1
     p = (1 / (1 + np.exp(-(rng.normal(np.where(truth, 1, -1), 1.5) + shift)))).astype(np.float32)
@@ -247,10 +247,10 @@ def test_every_threshold_agrees_with_scikit_learn():
     metric = models.class_metric("precision_at_recall_0.9")
     trained, curve = models.train_prediction_threshold(histogram, "class0", metric, lambda *_: None)
 
-    # scikit-learn counts p >= t; just below t, that is p > THRESHOLDS[k] for the last one below t
+    # scikit-learn counts p >= t; this equals p > THRESHOLDS[k] for the last threshold below t
     precision, recall, distinct = sklearn.metrics.precision_recall_curve(truth, p)
     k = np.searchsorted(THRESHOLDS, distinct) - 1
-    single = (k >= 0) & (np.diff(k, prepend=-2) > 0)  # where no smaller probability shares the bin
+    single = (k >= 0) & (np.diff(k, prepend=-2) > 0)  # no smaller probability is in the same bin
     assert single.sum() > 3000
     np.testing.assert_allclose(curve.precision[k[single]], precision[:-1][single])
     np.testing.assert_allclose(curve.recall[k[single]], recall[:-1][single])
@@ -288,9 +288,9 @@ def test_every_threshold_agrees_with_scikit_learn():
 
 
 def test_the_level_is_reached_exactly():
-    tenth = 10**16  # 19 of 20 parts lie at the higher probability, then 19 of 20 but for one pixel
+    tenth = 10**16  # recall is 19 / 20 at the higher probability, then less by one pixel
     for pixels, allowed in ((19 * tenth, True), (19 * tenth - 1, False)):
-        assert pixels / (20 * tenth) == 0.95  # float64 cannot tell
+        assert pixels / (20 * tenth) == 0.95  # equal in float64
         histogram = np.zeros((2, N + 1), np.int64)
         histogram[1, [90000, 30000]] = pixels, 20 * tenth - pixels
         histogram[0, [60000, 10]] = tenth, tenth
@@ -303,7 +303,7 @@ def test_the_level_is_reached_exactly():
         np.testing.assert_array_equal(metric.allowed(*arrays), [[allowed]])
 
 
-def test_a_level_that_is_not_reached_is_an_error_with_the_highest(monkeypatch):
+def test_a_level_that_is_not_reached_is_an_error_that_names_the_highest(monkeypatch):
     # 70 pixels of the class at 0.6, 25 at 0.25, 5 at 0; all others at 0.125
     p, truth = np.repeat([0.6, 0.25, 0.0, 0.125], [70, 25, 5, 900]), np.repeat([1, 0], [100, 900])
     assert train(histogram_of(p, truth), "precision_at_recall_0.95").metric == 1
@@ -312,7 +312,7 @@ def test_a_level_that_is_not_reached_is_an_error_with_the_highest(monkeypatch):
     ):
         train(histogram_of(p, truth), "iou_score_at_recall_.951")
     monkeypatch.setattr(models, "OPT_BOUNDS", [0.5, 1])
-    with pytest.raises(ModelError, match=r"highest is 0\.333333, at 0\.5;"):  # rounded down, so that it is reached
+    with pytest.raises(ModelError, match=r"highest is 0\.333333, at 0\.5;"):  # rounded down, so that it can be reached
         train(pixels({0.9: 1, 0.3: 2}, {0.1: 9}), "precision_at_recall_0.5")
     with pytest.raises(ModelError, match=r"class0: recall .* within OPT_BOUNDS.* highest is 0\.7, at 0\.5; widen them"):
         train(histogram_of(p, truth), "precision_at_recall_0.95")
@@ -343,7 +343,7 @@ def test_names_with_a_level(name, level):
         ),
     ],
 )
-def test_names_of_no_metric(name, words):
+def test_a_name_that_is_no_metric_is_an_error(name, words):
     with pytest.raises(UsageError) as error:
         models.class_metric(name)
     assert all(word in str(error.value) for word in ["--optimizing-class-metric", *words])
@@ -392,7 +392,7 @@ def test_a_metric_that_breaks_the_rule_is_named(function, monkeypatch):
 
 
 @pytest.mark.parametrize("name", models.CLASS_METRICS)
-def test_our_own_metrics_keep_the_rule(name):
+def test_all_metrics_follow_the_rule(name):
     models.check_metric(models.class_metric(name))
 
 
@@ -417,7 +417,7 @@ ONE_STEP = [[float(THRESHOLDS[k]), float(THRESHOLDS[k + 1])] for k in (0, 1000, 
 
 @pytest.mark.parametrize("method", ["bounded", "brent", "golden"])
 @pytest.mark.parametrize("bounds", [[0, 1], [0.2, 0.4], [0.0, 1e-9], [0.9999, 1.0], [0.5, 0.5], *ONE_STEP], ids=str)
-def test_every_method_works_with_every_bounds(method, bounds, monkeypatch):
+def test_every_method_works_with_all_bounds(method, bounds, monkeypatch):
     configure(monkeypatch, OPT_METHOD=method, OPT_BOUNDS=bounds)
     models.check_optimisation()
     calls, original = [], scipy.optimize.minimize_scalar
@@ -449,7 +449,7 @@ def test_every_method_works_with_every_bounds(method, bounds, monkeypatch):
         assert all(t in thresholds[within] and m == iou[thresholds == t] for t, m in trained.history)
 
 
-def test_every_evaluation_is_shown_and_is_that_of_the_nearest_threshold(monkeypatch):
+def test_every_evaluation_is_shown_and_uses_the_nearest_threshold(monkeypatch):
     asked, shown, original = [], [], scipy.optimize.minimize_scalar
 
     def spy(objective, **configuration):
@@ -468,7 +468,7 @@ def test_every_evaluation_is_shown_and_is_that_of_the_nearest_threshold(monkeypa
     assert shown == [(n, *point) for n, point in enumerate(trained.history)]
 
 
-def test_the_search_keeps_away_from_thresholds_that_miss_the_level(monkeypatch):
+def test_the_search_avoids_thresholds_that_miss_the_level(monkeypatch):
     losses, original = [], scipy.optimize.minimize_scalar
 
     def spy(objective, **configuration):
@@ -496,7 +496,7 @@ def test_every_option_reaches_the_method(method, monkeypatch, capsys):
     for tol in (0.1, 1e-5):
         configure(monkeypatch, OPT_METHOD=method, OPT_TOL=0.01, OPT_OPTIONS={tolerance: tol, "disp": 2, "maxiter": 400})
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # such as SciPy's for options that it does not know
+            warnings.simplefilter("error")  # SciPy warns about options that it does not know
             evaluations[f"{tolerance} {tol}"] = train(histogram).nfev
         assert capsys.readouterr().out
         configure(monkeypatch, OPT_TOL=tol, OPT_OPTIONS={})
@@ -589,16 +589,21 @@ GOOD = {0.9: 80, 0.6: 15, 0.2: 5}, {0.95: 2, 0.5: 8, 0.1: 90, 0.01: 900}
     [
         *((None, name, [0, 1], pixels(*GOOD)) for name in models.CLASS_METRICS if name not in ("recall", "precision")),
         *((None, name, [0, 1], pixels(*GOOD)) for name in ("precision_at_recall_0.95", "recall_at_precision_0.5")),
-        # a higher precision, where recall does not reach the level
+        # precision is higher where recall does not reach the level
         (None, "precision_at_recall_0.95", [0, 1], pixels({0.9: 80, 0.6: 20}, {0.7: 10, 0.1: 900})),
         (None, "iou_score", [0.5, 0.6], pixels(*GOOD)),  # bounds that hold the optimum
-        (None, "iou_score", [0.5001, 0.5003], pixels(*GOOD)),  # a part of its stretch
+        (None, "iou_score", [0.5001, 0.5003], pixels(*GOOD)),  # bounds within the optimum's stretch
         (None, "iou_score", [0, 1], pixels({1.0: 50, 1e-6: 50}, {0.0: 900, 1.0: 10})),  # saturated
         ("bounds", "iou_score", [0.7, 1], pixels(*GOOD)),
         ("bounds", "iou_score", [0, 0.3], pixels(*GOOD)),
         ("bounds", "iou_score", [0.999, 1], pixels(*GOOD)),  # where the mask is empty
         ("bounds", "iou_score", [0, 0.001], pixels(*GOOD)),  # where it holds everything
-        ("bounds", "iou_score", [0.7, 1], pixels({0.6: 100}, {0.1: 900})),  # of a network that is perfect elsewhere
+        (
+            "bounds",
+            "iou_score",
+            [0.7, 1],
+            pixels({0.6: 100}, {0.1: 900}),
+        ),  # perfect outside the bounds
         ("perfect", "iou_score", [0, 1], pixels({0.6: 100}, {0.1: 900})),
         ("perfect", "iou_score", [0, 1], pixels({1.0: 100}, {0.0: 900})),
         ("perfect", "f1_score", [0, 1], pixels({1.0: 1}, {0.9: 900})),

@@ -1,7 +1,7 @@
-"""The GPU VM's set-up and its second life, for real, in a plain Ubuntu or Debian of its own that debootstrap makes.
+"""The GPU VM's set-up, and a job that is continued after a stop, in a real Ubuntu or Debian that debootstrap makes.
 
-Over SSH, with power cuts. Only the GPU is faked: the driver's answer, NVIDIA's libraries (empty wheels under the names
-and versions of requirements-gpu.txt) and TensorFlow's look at it.
+Over SSH, and with power cuts. Only the GPU is faked: the driver's answer, NVIDIA's libraries (empty wheels with the
+names and versions of requirements-gpu.txt) and check_gpu.py.
 """
 
 import json
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 CODE = "necstlab-damage-segmentation"  # on the VM
 FETCHED = f"home/jane/{CODE}/tmp/objects"
 ENVIRONMENT = "home/jane/.local/share/necstlab-environment"
-# The VM's own system where this host can check its signature, else the nearest; with the Python that is in it.
+# The VM's system if this host can check its signature, otherwise a similar one; each with its Python.
 KEYRINGS = Path("/usr/share/keyrings")
 SYSTEMS = [
     ("noble", "3.12", "http://archive.ubuntu.com/ubuntu", KEYRINGS / "ubuntu-archive-keyring.gpg", "main,universe"),
@@ -50,7 +50,7 @@ SYSTEMS = [
 
 
 class Machine:
-    """A running system with an SSH server on an address of the loopback network."""
+    """A running system with an SSH server on a loopback address."""
 
     def __init__(self, root, address, key):
         self.root, self.address, self.key = root, address, key
@@ -63,15 +63,15 @@ class Machine:
         return command(*self.ssh_words(), typed, **options)
 
     def login(self, typed):
-        """What comes of typing into the shell that `ssh <vm>` opens, with a terminal."""
+        """The output of a command that is typed into the shell that `ssh <vm>` opens, with a terminal."""
         return done(*self.ssh_words("-tt"), input=f"{typed}\nexit\n", timeout=120)
 
 
 def make_system(root, suite, mirror, keyring, components):
-    """A plain system with what the VM's image has beyond it: Python, sudo, an SSH server."""
+    """Make a plain system with Python, sudo and an SSH server, as the VM's image has them."""
     settings = root / "etc" / "dpkg" / "dpkg.cfg.d"
     settings.mkdir(parents=True)
-    (settings / "unsafe-io").write_text("force-unsafe-io\n")  # its disk is memory: faster
+    (settings / "unsafe-io").write_text("force-unsafe-io\n")  # faster, and its disk is memory
     done(
         *("debootstrap", "--variant=minbase", f"--components={components}", f"--keyring={keyring}"),
         *("--include=openssh-server,sudo,python3", suite, root, mirror),
@@ -79,7 +79,7 @@ def make_system(root, suite, mirror, keyring, components):
 
 
 def stub_cuda_wheels(folder):
-    """Empty wheels of what requirements-gpu.txt names."""
+    """Make empty wheels for the packages of requirements-gpu.txt."""
     for name, version in pins("requirements-gpu.txt").items():
         if name == "tensorflow":
             continue
@@ -91,7 +91,7 @@ def stub_cuda_wheels(folder):
 
 
 def fetch_wheels(folder, python_version):
-    """What requirements.txt asks for, as this host's pip and its cache give it, for the system's Python."""
+    """Download the wheels of requirements.txt, for the system's Python, with this host's pip and its cache."""
     done(
         *(sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", *PLATFORMS),
         *("--python-version", python_version, "-r", ROOT / "requirements.txt", "-d", folder),
@@ -108,19 +108,19 @@ def program(path, text):
 def machine():
     needs("debootstrap", "unshare", "setpriv", "chroot", "ssh", "ssh-keygen")
     if os.geteuid() != 0:
-        pytest.skip("only root can make a system of its own")
+        pytest.skip("only root can make such a system")
     if (refused := command("unshare", "--mount", "--pid", "--fork", "true")).returncode != 0:
-        pytest.skip(f"no namespaces for a system of its own: {refused.stderr.strip()}")
-    there = [system for system in SYSTEMS if system[3].exists()]
-    if not there:
-        pytest.skip("no keyring of Ubuntu's or Debian's archive to check a system against")
-    suite, python, mirror, keyring, components = there[0]
+        pytest.skip(f"no namespaces for such a system: {refused.stderr.strip()}")
+    possible = [system for system in SYSTEMS if system[3].exists()]
+    if not possible:
+        pytest.skip("no keyring of Ubuntu or Debian to check a system's signature")
+    suite, python, mirror, keyring, components = possible[0]
     try:
         urllib.request.urlopen(f"{mirror}/dists/{suite}/Release", timeout=20).close()
     except OSError as error:
         pytest.skip(f"{mirror} is out of reach: {error}")
     scratch = Path(tempfile.mkdtemp(prefix="vm-", dir="/var/tmp"))
-    command("mount", "-t", "tmpfs", "vm", scratch)  # some 4 GB in memory, where it can be: faster to make and remove
+    command("mount", "-t", "tmpfs", "vm", scratch)  # some 4 GB in memory, which is faster; if refused, on the disk
     server = None
     try:
         root, key = scratch / "root", scratch / "key"
@@ -129,11 +129,11 @@ def machine():
             make_system(root, suite, mirror, keyring, components)
             fetched.result()
         (scratch / "wheels").rename(root / "opt/wheels")
-        # Python compiles what it imports: far less than pip would.
+        # no-compile: Python compiles only what it imports, which is far less than pip compiles.
         pip = "[global]\nno-index = true\nfind-links = /opt/wheels\n[install]\nno-compile = true\n"
         (root / "etc/pip.conf").write_text(pip)
 
-        # The driver is not up yet at first, and a first boot may end with complaints.
+        # The driver fails at its first call, as on a VM where it is still starting. cloud-init reports faults.
         program(
             root / "usr/local/bin/nvidia-smi",
             "#!/bin/sh\n[ -e /tmp/driver ] || { touch /tmp/driver; exit 9; }\necho 'GPU 0: none (UUID: none)'\n",
@@ -148,7 +148,7 @@ def machine():
         shutil.copy(f"{key}.pub", root / "home/jane/.ssh/authorized_keys")
         done("chroot", root, "chown", "-R", "jane:", "/home/jane/.ssh")
 
-        # Its mounts and processes end with the server.
+        # In namespaces, so that its mounts and processes end with the server.
         address = ".".join(["127", *(str(random.randint(2, 250)) for _ in range(3))])
         inside = (
             "mount -t proc proc $0/proc && mount -t devpts -o newinstance,ptmxmode=0666 devpts $0/dev/pts"
@@ -157,7 +157,7 @@ def machine():
         with open(scratch / "sshd.log", "w") as log:
             server = subprocess.Popen(
                 [
-                    *("setpriv", "--pdeathsig=KILL"),  # nothing stays when pytest itself is killed
+                    *("setpriv", "--pdeathsig=KILL"),  # it ends even if pytest is killed
                     *("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", inside, root, address),
                 ],
                 stderr=log,
@@ -180,7 +180,7 @@ def machine():
 
 
 def checkout_with_check_gpu(folder, source):
-    """A checkout of this code whose look at the GPU is another."""
+    """Make a checkout of this code with another check_gpu.py; returns its commit."""
     shutil.copytree(ROOT, folder, ignore=NOT_CODE)
     commit = commit_everything(folder)
     (folder / "terraform" / "check_gpu.py").write_text(source)
@@ -188,7 +188,7 @@ def checkout_with_check_gpu(folder, source):
 
 
 SET_UP = f"bash {CODE}/terraform/set_up_vm.sh"
-# What appears when the power goes, the first time, the second time, ...
+# The files whose appearance triggers the first power cut, the second, ...
 MOMENTS = {
     "apt-get is fetching": "var/cache/apt/archives/partial/*.deb",
     "dpkg is unpacking": "var/lib/dpkg/info/nano.list",
@@ -198,12 +198,12 @@ MOMENTS = {
 
 
 def cut_power_when(machine, appears, typed):
-    """Run a command there until a file appears; then all its processes die, and /tmp is empty, as after a boot."""
+    """Run a command on the machine until a file appears. Then kill all processes, and empty /tmp as a boot does."""
     with subprocess.Popen([*machine.ssh_words(), typed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
         while not any(machine.root.glob(appears)):
             assert running.poll() is None, f"it ended before {appears} was there: {running.stdout.read().decode()}"
             time.sleep(0.01)
-        machine.ssh("sudo sh -c 'kill -KILL -1'")  # a shell's own kill: there is no other
+        machine.ssh("sudo sh -c 'kill -KILL -1'")  # the shell's kill: no other is installed
         assert running.wait(timeout=60) == 255, f"it ended before its connection: {running.stdout.read().decode()}"
     for path in (machine.root / "tmp").iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -211,7 +211,7 @@ def cut_power_when(machine, appears, typed):
 
 @pytest.fixture(scope="module")
 def ready_machine(machine, tmp_path_factory):
-    """The machine after a set-up that the power cut short again and again, what the last said, and the commit sent."""
+    """The machine after several set-ups with power cuts and a last one without, its result, and the commit sent."""
     folder = tmp_path_factory.mktemp("sent")
     commit = checkout_with_check_gpu(folder / "code", "import tensorflow; print('faked GPU')\n")
     done("bash", folder / "code" / "terraform" / "pack_code.sh", folder / "code.tar.gz")
@@ -219,12 +219,12 @@ def ready_machine(machine, tmp_path_factory):
         done(*machine.ssh_words(), f"mkdir {CODE} && tar -xz -C {CODE}", stdin=tarball)
     for moment, appears in MOMENTS.items():
         cut_power_when(machine, appears, SET_UP)
-        if moment == "the environment is being made":  # what dpkg leaves when it dies within a package
+        if moment == "the environment is being made":  # as dpkg leaves it when it is killed while it installs a package
             status = machine.root / "var/lib/dpkg/status"
             half = re.sub(r"(Package: nano\nStatus: ).*", r"\1install reinstreq half-installed", status.read_text())
             assert half != status.read_text()
             status.write_text(half)
-        if moment == "pip is installing":  # what had not reached the disk is empty
+        if moment == "pip is installing":  # a file that had not reached the disk is empty
             (six,) = machine.root.glob(f"{ENVIRONMENT}/lib/python3*/site-packages/six.py")
             six.write_text("")
     return machine, machine.ssh(SET_UP, timeout=500), commit
@@ -284,7 +284,7 @@ def test_commit_is_there(ready_machine):
     assert done(*machine.ssh_words(), f"cat {CODE}/.git_hash").strip() == f"{commit}-dirty"
 
 
-def test_a_job_goes_on_by_the_same_command_after_a_stop(ready_machine, tiny_bucket):
+def test_the_same_command_continues_a_job_after_a_stop(ready_machine, tiny_bucket):
     machine, _, _ = ready_machine
     with fake_gcs_server() as url:
         upload(url, tiny_bucket, "bucket")
@@ -300,8 +300,8 @@ def test_a_job_goes_on_by_the_same_command_after_a_stop(ready_machine, tiny_buck
     assert machine.ssh(f"cd {CODE} && python3 terraform/check_gpu.py").stdout == "faked GPU\n"
 
 
-def test_set_up_that_is_at_work_is_waited_for(ready_machine):
-    """Its connection may be broken, its processes still there."""
+def test_a_second_set_up_waits_for_one_that_is_running(ready_machine):
+    """It may be running even after its connection broke."""
     machine, _, _ = ready_machine
     at_work = "flock ~/.necstlab-set-up.lock sh -c 'until [ -e ~/end ]; do sleep 0.1; done'"
     first = subprocess.Popen([*machine.ssh_words(), at_work])
@@ -316,7 +316,7 @@ def test_set_up_that_is_at_work_is_waited_for(ready_machine):
     assert b"== The VM is ready" in second.communicate()[0]
 
 
-# terraform apply, provisioners and all, of a mocked VM whose address is the machine's
+# terraform apply with its provisioners, for a mocked VM that has the machine's address
 
 APPLY = """
 mock_provider "google" {{
@@ -356,7 +356,7 @@ def apply(machine, folder, check_gpu_source):
     return commit, terraform(folder / "terraform", "test", "-no-color", "-filter=tests/apply.tftest.hcl")
 
 
-def test_apply_copies_the_code_and_sets_the_vm_up(ready_machine, tmp_path):
+def test_apply_copies_the_code_and_sets_up_the_vm(ready_machine, tmp_path):
     needs("terraform")
     machine, _, _ = ready_machine
     commit, result = apply(machine, tmp_path / "code", "import tensorflow\n")
@@ -366,7 +366,7 @@ def test_apply_copies_the_code_and_sets_the_vm_up(ready_machine, tmp_path):
     assert machine.ssh("grep -c necstlab-environment .profile .bashrc").stdout.split() == [".profile:1", ".bashrc:1"]
 
 
-def test_apply_fails_with_what_went_wrong(ready_machine, tmp_path):
+def test_apply_fails_if_the_set_up_fails(ready_machine, tmp_path):
     needs("terraform")
     machine, _, _ = ready_machine
     _, result = apply(machine, tmp_path / "code", "raise SystemExit('error: no GPU today')\n")

@@ -1,4 +1,4 @@
-# What the variables refuse, each with its own message.
+# Values that the variables refuse.
 
 mock_provider "google" {}
 
@@ -50,7 +50,7 @@ run "address_without_prefix" {
   expect_failures = [var.ssh_source_ranges]
 }
 
-run "bits_behind_the_prefix" {
+run "bits_after_the_prefix" {
   command = plan
 
   variables {
@@ -110,7 +110,7 @@ run "bucket_without_gs" {
   expect_failures = [var.gcp_bucket]
 }
 
-run "key_not_there" {
+run "no_such_key" {
   command = plan
 
   variables {
@@ -120,7 +120,7 @@ run "key_not_there" {
   expect_failures = [var.ssh_private_key_file]
 }
 
-run "key_without_its_public_half" {
+run "key_without_the_public_key" {
   command = plan
 
   variables {

@@ -1,4 +1,4 @@
-# Plans alone, against a mock of Google Cloud: an apply would run the provisioners for real.
+# Only plans, with a mock of Google Cloud: an apply would really run the provisioners.
 
 mock_provider "google" {}
 
@@ -31,7 +31,7 @@ run "one_machine_by_default" {
   }
   assert {
     condition     = length(google_compute_firewall.cluster) == 0
-    error_message = "One machine has nobody to talk to, yet there is a rule for it"
+    error_message = "A rule between VMs, although there is only one"
   }
   assert {
     condition     = output.run == { damage-123456-jane = "python3 train_segmentation_model_prediction_thresholds.py --gcp-bucket gs://damage-data/stacks --dataset-directory <dataset_directory> --model-id <model_id> --optimizing-class-metric <optimizing_class_metric> --dataset-downsample-factor <dataset_downsample_factor>" }
@@ -70,7 +70,7 @@ run "several_machines" {
   }
 }
 
-run "machines_talk_to_each_other_alone" {
+run "machines_talk_only_to_each_other" {
   command = plan
 
   variables {
@@ -88,7 +88,7 @@ run "machines_talk_to_each_other_alone" {
   }
   assert {
     condition     = try(length(one(google_compute_firewall.cluster).source_ranges), 0) == 0
-    error_message = "The rule lets in addresses, not these VMs alone"
+    error_message = "The rule lets in addresses, not only these VMs"
   }
   assert {
     condition     = [for allow in one(google_compute_firewall.cluster).allow : "${allow.protocol} ${join(",", allow.ports)}"] == ["tcp 3333"]
@@ -117,7 +117,7 @@ run "ssh_from_the_callers_ranges_only" {
   }
   assert {
     condition     = google_compute_network.vm.auto_create_subnetworks == false && google_compute_network.vm.name != "default"
-    error_message = "Not a network of its own"
+    error_message = "Not a separate network"
   }
   assert {
     condition = alltrue([
@@ -125,7 +125,7 @@ run "ssh_from_the_callers_ranges_only" {
       google_compute_instance.vm[0].metadata["block-project-ssh-keys"] == "TRUE",
       google_compute_instance.vm[0].metadata["ssh-keys"] == "jane:${trimspace(file("tests/key.pub"))}",
     ])
-    error_message = "Others than the caller's key may log in, or not even that"
+    error_message = "Not only the caller's key may log in"
   }
 }
 
@@ -155,7 +155,7 @@ run "stops_by_itself" {
       google_compute_instance.vm[0].scheduling[0].instance_termination_action == "STOP",
       google_compute_instance.vm[0].scheduling[0].automatic_restart == false,
     ])
-    error_message = "A forgotten VM would go on"
+    error_message = "A forgotten VM would not stop"
   }
   assert {
     condition     = google_compute_instance.vm[0].scheduling[0].provisioning_model == "STANDARD" && !google_compute_instance.vm[0].scheduling[0].preemptible
@@ -192,7 +192,7 @@ run "gpu_in_the_machine_type" {
 
   assert {
     condition     = google_compute_instance.vm[0].machine_type == "a2-highgpu-2g" && length(google_compute_instance.vm[0].guest_accelerator) == 0
-    error_message = "Not two A100 by machine type alone"
+    error_message = "Not a machine type with two A100"
   }
   assert {
     condition     = google_compute_instance.vm[0].scheduling[0].on_host_maintenance == "TERMINATE"
@@ -205,7 +205,7 @@ run "gpu_by_default" {
 
   assert {
     condition     = google_compute_instance.vm[0].machine_type == "g2-standard-8" && length(google_compute_instance.vm[0].guest_accelerator) == 0
-    error_message = "Not one L4 by machine type alone"
+    error_message = "Not a machine type with one L4"
   }
 }
 
@@ -306,7 +306,7 @@ run "short_names_made_valid" {
   }
 }
 
-# What is missing from a targeted plan makes Terraform 1.11 end with a crash instead of the message below.
+# If something is missing in a targeted plan, Terraform 1.11 crashes instead of showing the message below.
 run "one_target_brings_what_it_needs" {
   command = plan
 
