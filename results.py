@@ -292,11 +292,26 @@ def _band_limits(confidence):
     return {j * BLOCK_STEP: (confidence.band_low[j], confidence.band_high[j]) for j in coarse}
 
 
-class PlainDumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
+class PlainDumper(yaml.SafeDumper):
     """Writes equal values in full each time: people find anchors and aliases hard to read."""
 
     def ignore_aliases(self, data):
         return True
+
+
+class FastDumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
+    """The same with libyaml, where PyYAML was built with it."""
+
+    ignore_aliases = PlainDumper.ignore_aliases
+
+
+def to_yaml(content):
+    """YAML of plain Python values: with escapes for characters that UTF-8 does not have or that steer a terminal."""
+    options = {"sort_keys": False, "allow_unicode": True}
+    try:
+        return yaml.dump(content, Dumper=FastDumper, **options)
+    except UnicodeEncodeError:  # libyaml refuses half of a surrogate pair, as from a message that is not UTF-8
+        return yaml.dump(content, Dumper=PlainDumper, **options)
 
 
 def publish(bucket, model_id, description, files, folder):
@@ -332,10 +347,9 @@ def publish(bucket, model_id, description, files, folder):
             time.sleep(0.05)
         timestamp = created.strftime("%Y%m%dT%H%M%SZ")
         description["metadata"]["created_datetime"] = timestamp
-        text = yaml.dump(description, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
         contents = {
             f"model_thresholds_{timestamp}{ending}": content
-            for ending, content in {**files, ".yaml": text.encode()}.items()
+            for ending, content in {**files, ".yaml": to_yaml(description).encode()}.items()
         }
         staged = _stage(contents, timestamp, folder)
         published = False
