@@ -277,9 +277,8 @@ def curves_csv(results):
         indices = sorted(limits)
         counts = [count[indices] for count in (result.curve.tp, result.curve.fp, result.curve.fn, result.curve.tn)]
         metrics = [metric(*counts) for metric in models.CLASS_METRICS.values()]
-        columns = (
-            column.tolist() for column in (*counts, *metrics)
-        )  # csv writes Python's numbers twice as fast as NumPy's
+        # csv writes Python's numbers twice as fast as NumPy's
+        columns = (column.tolist() for column in (*counts, *metrics))
         for index, *values in zip(indices, *columns, strict=True):
             row = [float(THRESHOLDS[index]), *values, *limits[index]]
             writer.writerow([result.name, *("" if value is None else f"{value:.12g}" for value in row)])
