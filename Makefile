@@ -1,4 +1,4 @@
-# The two commands: `make sandbox` shows the tool at work, `make test` proves it; `make test-all` proves more.
+# `make sandbox` shows a run of the tool; `make test` runs the quick tests, `make test-all` all of them.
 
 PYTHON := .venv/bin/python
 DOCUMENTED_RUN := --dataset-directory dataset-composite_0123/validation \

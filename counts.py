@@ -19,10 +19,10 @@ import numpy as np
 def _thresholds():
     """The list of thresholds: even in the middle, finer where networks crowd: around 0, 1/2 and 1.
 
-    1 / 65536 apart, and nowhere wider apart than 1 / 1024 of the distance to the nearest of 0, 1/2 and 1, but for
-    float32's own last step of 2**-24. Up to 1 / 64 from 0 they are the float32 numbers whose last 13 bits are zero,
-    1,024 an octave, from 2**-40 on. On either side of 1/2 and below 1 the distances are the same down to 2**-12, and
-    2**-24 apart within it.
+    Neighbours differ by 1 / 65536, or less: by at most 1 / 1024 of the distance to the nearest of 0, 1/2 and 1, except
+    where that is less than 2**-24, the step of float32 below 1. Below 1 / 64 the thresholds are the float32 numbers
+    whose last 13 bits are zero, 1,024 per octave, from 2**-40 on. The distances to 1/2, on both sides, and to 1 are the
+    same numbers down to 2**-12, and multiples of 2**-24 below.
 
     Returns
     -------
@@ -146,7 +146,7 @@ class Counts:
         _write(path, vars(self))
 
     def save_checkpoint(self, path):
-        """As `save`, but with the slices in a file of their own, which is written only when there are new ones."""
+        """Write like `save`, but the slices to a separate file, and only when there are new ones."""
         slices = _slices_of(path, len(self.shown_names))
         if not slices.exists():
             _write(slices, {name: getattr(self, name) for name in SLICES})
@@ -156,7 +156,7 @@ class Counts:
 
     @staticmethod
     def remove_checkpoint(path):
-        """Delete what `save_checkpoint` wrote, where that is possible."""
+        """Delete what `save_checkpoint` wrote; errors do not matter."""
         with contextlib.suppress(OSError):
             for file in (path, *path.parent.glob(_slices_of(path, "*").name)):
                 file.unlink(missing_ok=True)
@@ -182,7 +182,7 @@ SLICES = ("shown_names", "shown_images", "shown_truth", "shown_bins")
 
 
 def _slices_of(path, number):
-    """Where a checkpoint keeps its slices."""
+    """The file of a checkpoint's slices, when their number is `number`."""
     return path.with_suffix(f".{number}_slices")
 
 
@@ -205,7 +205,7 @@ def _write(path, fields):
 
 
 def _read(path):
-    """What `_write` wrote, as arrays by their names; None where there is nothing or it is damaged."""
+    """Read what `_write` wrote, as arrays by name; None if there is no such file, or if it is damaged."""
     try:
         content = memoryview(Path(path).read_bytes())
     except OSError:

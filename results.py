@@ -277,7 +277,8 @@ def curves_csv(results):
         indices = sorted(limits)
         counts = [count[indices] for count in (result.curve.tp, result.curve.fp, result.curve.fn, result.curve.tn)]
         metrics = [metric(*counts) for metric in models.CLASS_METRICS.values()]
-        columns = (column.tolist() for column in (*counts, *metrics))  # Python's numbers are written twice as fast
+        # csv writes Python's numbers twice as fast as NumPy's
+        columns = (column.tolist() for column in (*counts, *metrics))
         for index, *values in zip(indices, *columns, strict=True):
             row = [float(THRESHOLDS[index]), *values, *limits[index]]
             writer.writerow([result.name, *("" if value is None else f"{value:.12g}" for value in row)])
@@ -292,11 +293,26 @@ def _band_limits(confidence):
     return {j * BLOCK_STEP: (confidence.band_low[j], confidence.band_high[j]) for j in coarse}
 
 
-class PlainDumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
+class PlainDumper(yaml.SafeDumper):
     """Writes equal values in full each time: people find anchors and aliases hard to read."""
 
     def ignore_aliases(self, data):
         return True
+
+
+class FastDumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
+    """The same with libyaml, where PyYAML was built with it."""
+
+    ignore_aliases = PlainDumper.ignore_aliases
+
+
+def to_yaml(content):
+    """YAML of plain Python values: with escapes for characters that UTF-8 does not have or that steer a terminal."""
+    options = {"sort_keys": False, "allow_unicode": True}
+    try:
+        return yaml.dump(content, Dumper=FastDumper, **options)
+    except UnicodeEncodeError:  # libyaml refuses half of a surrogate pair, as from a message that is not UTF-8
+        return yaml.dump(content, Dumper=PlainDumper, **options)
 
 
 def publish(bucket, model_id, description, files, folder):
@@ -332,10 +348,9 @@ def publish(bucket, model_id, description, files, folder):
             time.sleep(0.05)
         timestamp = created.strftime("%Y%m%dT%H%M%SZ")
         description["metadata"]["created_datetime"] = timestamp
-        text = yaml.dump(description, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
         contents = {
             f"model_thresholds_{timestamp}{ending}": content
-            for ending, content in {**files, ".yaml": text.encode()}.items()
+            for ending, content in {**files, ".yaml": to_yaml(description).encode()}.items()
         }
         staged = _stage(contents, timestamp, folder)
         published = False

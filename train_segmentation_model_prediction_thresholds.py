@@ -139,7 +139,7 @@ class Inputs(NamedTuple):
 
     def counts_path(self):
         """The file of the cached counts: its name is a hash of all that they depend on, and of nothing else."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(THRESHOLDS.tobytes())  # counts over another list of thresholds are of no use
         for part in (
             COUNTS_FORMAT,
             self.train_config.get("segmentation_model"),

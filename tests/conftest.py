@@ -1,4 +1,4 @@
-"""The fixtures that several test files use. Templates are made once and shared by all workers of pytest-xdist."""
+"""Fixtures for several test files. Templates are made once and shared by all workers of pytest-xdist."""
 
 import fcntl
 import os
@@ -32,7 +32,7 @@ from helpers import (
 
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory):
-    """Make a folder once for all workers: `make_once(name, fill)` has `fill` fill it, and returns it; read only."""
+    """Make a folder once for all workers: `make_once(name, fill)` calls `fill(folder)` and returns it; read only."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
@@ -98,7 +98,7 @@ def tiny_network(tiny_bucket_template):
 
 @pytest.fixture
 def tiny_bucket(tiny_bucket_template, tmp_path):
-    """A bucket directory of its own: 11 images of 96 x 64, two classes, a whole-model HDF5 with random weights."""
+    """A bucket directory for one test: 11 images of 96 x 64, two classes, a whole-model HDF5 with random weights."""
     return Path(shutil.copytree(tiny_bucket_template, tmp_path / "bucket"))
 
 
@@ -127,7 +127,7 @@ def counted_template(make_once, tiny_bucket_template):
 
 @pytest.fixture
 def counted(counted_template, tmp_path):
-    """A folder of its own with the tiny bucket and its cached counts, as after a first run."""
+    """A folder for one test with the tiny bucket and its cached counts, as after a first run."""
     return Path(shutil.copytree(counted_template, tmp_path / "counted"))
 
 
@@ -176,7 +176,7 @@ def make_bucket(request, tmp_path):
 
 @pytest.fixture
 def copied_script(tmp_path):
-    """The tool as files alone, outside any checkout."""
+    """The tool's files only, outside any checkout."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in ROOT.glob("*.py"):

@@ -1,4 +1,4 @@
-"""What several test files use: the tool as a process, buckets, tiny data sets, and how an error must look."""
+"""Helpers for several test files: the tool as a process, buckets, tiny datasets, and checks of results and errors."""
 
 import io
 import json
@@ -193,7 +193,7 @@ def assert_one_error_line(process, code, *words):
 
 
 def write_split(folder, images, masks):
-    """images: uint8 (n, h, w); masks: uint8 (n, h, w, classes)."""
+    """Write uint8 images, shape (n, height, width), and masks, shape (n, height, width, classes), as a split."""
     for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
         for subfolder, pixels in [
             ("images", image),
@@ -204,7 +204,7 @@ def write_split(folder, images, masks):
 
 
 def blobs_and_masks(n, height, width, classes, seed=0):
-    """Noisy bright discs and their masks: something that a network could learn."""
+    """Images of noisy bright discs, one per class, and their masks, as `write_split` takes them."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     masks = np.zeros((n, height, width, classes), np.uint8)

@@ -1,4 +1,4 @@
-"""What config.yaml says: hostile or broken, it executes nothing, takes bounded memory, and one clean line names it."""
+"""A hostile or broken config.yaml executes nothing, takes limited memory, and one clean error line names it."""
 
 import os
 import resource
@@ -10,49 +10,22 @@ import numpy as np
 import pytest
 import yaml
 from helpers import MODEL, SCRIPT, SPLIT, arguments, assert_one_error_line, results, run_tool, thresholds
+from hostile import attempt, error_line, mutate, mutations, sealed_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import configuration
-import terminal
 from confidence import Blocks
-from errors import ConfigurationError
 from gcp_utils import Blob, open_bucket
-from results import PlainDumper
+from results import to_yaml
 from train_segmentation_model_prediction_thresholds import Inputs
-
-MEGABYTES = 300  # what no case may take more
 
 
 @pytest.fixture(autouse=True)
 def sealed(tmp_path, monkeypatch):
-    """A folder of the test's own, where nothing but bucket and tmp may be afterwards, and bounded memory."""
     monkeypatch.chdir(tmp_path)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is in use now
-    before = memory("VmRSS")
-    yield
-    assert memory("VmHWM") - before < MEGABYTES
-    assert {path.name for path in tmp_path.iterdir()} <= {"bucket", "tmp", "no_tensorflow", "counted"}
-
-
-def memory(kind):
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
-    return int(line.split()[1]) / 1024
-
-
-def error_line(call, capsys, *words):
-    """What the user reads of the error that a call must raise."""
-    with pytest.raises(ConfigurationError) as caught:
-        call()
-    capsys.readouterr()
-    terminal.fail(caught.value)
-    output = capsys.readouterr()
-    assert output.out == ""
-    line = output.err.removesuffix("\n")
-    assert line.startswith("error: ") and line.isprintable() and len(line) < 2500
-    for word in words:
-        assert word in line
-    return line
+    with sealed_folder(tmp_path):
+        yield
 
 
 def name_counts(config):
@@ -154,7 +127,7 @@ def test_odd_yaml_that_is_fine(content, tmp_path):
     bucket = write_config(tmp_path, "config.yaml", content)
     assert target_size(bucket) == [9, 9]
     config = configuration.read_config(bucket, "config.yaml", "dataset_config")
-    text = yaml.dump({"dataset_config": config}, Dumper=PlainDumper, allow_unicode=True).encode()
+    text = to_yaml({"dataset_config": config}).encode()
     assert b"\x1b" not in text
     assert yaml.safe_load(text)["dataset_config"]["target_size"] == [9, 9]
     name_counts(config)
@@ -262,33 +235,6 @@ def test_target_sizes(size):
 # Fuzzing
 
 fuzzed = settings(max_examples=500, deadline=None, derandomize=True, database=None)
-kinds = st.sampled_from(["flip", "cut", "repeat", "insert"])
-mutations = st.lists(st.tuples(st.floats(0, 1), kinds, st.binary(max_size=9)), min_size=1, max_size=4)
-
-
-def mutate(data, steps):
-    for where, how, extra in steps:
-        position = int(where * (len(data) - 1))
-        match how:
-            case "flip":
-                data = data[:position] + bytes(b ^ 0x55 for b in extra) + data[position + len(extra) :]
-            case "cut":
-                data = data[:position] + data[position + 8 * len(extra) :]
-            case "repeat":
-                data = data[:position] + data[position // 2 :]
-            case "insert":
-                data = data[:position] + extra + data[position:]
-        data = data or b"\0"
-    return data
-
-
-def attempt(call):
-    """Call; whatever is raised must be an error of ours."""
-    try:
-        return call()
-    except ConfigurationError as error:
-        assert str(error)
-        return None
 
 
 class OneFile:
@@ -320,5 +266,5 @@ def test_fuzz_yaml(data):
     config = attempt(lambda: configuration.read_config(bucket, "config.yaml", "dataset_config"))
     if config is not None:  # it goes into names and results without an error
         name_counts(config)
-        text = yaml.dump(config, Dumper=PlainDumper, allow_unicode=True).encode()
+        text = to_yaml(config).encode()
         assert len(text) < 10_000_000

@@ -266,6 +266,13 @@ def test_another_subset_is_counted_again(counted, no_tensorflow):
     assert "Using 6 of them, drawn with seed 12345." in process.stdout
 
 
+def test_another_list_of_thresholds_is_counted_again(counted, monkeypatch):
+    monkeypatch.chdir(counted)
+    assert counts_path().exists()
+    monkeypatch.setattr(script, "THRESHOLDS", script.THRESHOLDS[:-1])
+    assert not counts_path().exists()
+
+
 def test_the_subset_is_drawn_with_the_argument_else_the_configured_else_a_fixed_seed():
     names = [f"slice {i}" for i in range(100)]
     drawn = {seed: draw_subset(names, 0.1, seed) for seed in (1, 2, 12345)}
