@@ -17,12 +17,13 @@ them thread-safe; they raise `BucketError`:
     threads                        how many reads in parallel pay off
 
 Google Cloud Storage is asked for objects.get, objects.list and objects.create only, so roles/storage.objectViewer and
-roles/storage.objectCreator on the bucket suffice. google-cloud-storage asks; the content itself is fetched by
-google-auth's urllib3 transport, which takes less than half of the processor time that google-cloud-storage would.
+roles/storage.objectCreator on the bucket suffice. google-cloud-storage asks; gcsfs fetches the content itself, which
+takes it less than half of the processor time that google-cloud-storage would.
 """
 
 import base64
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -33,6 +34,7 @@ import os
 import random
 import re
 import shutil
+import ssl
 import stat
 import time
 import uuid
@@ -40,7 +42,6 @@ import warnings
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlencode
 
 from errors import BlobNotFoundError, BucketError, printable
 
@@ -52,7 +53,6 @@ STRAY_SECONDS = 24 * 3600  # a partial file this old was left behind by a killed
 PAGE_SIZE = 1000  # objects, the most that one answer lists
 ROOM_TO_SPARE = 500_000_000  # bytes that counts and results may need beside what is fetched
 BLOCK = 4096  # bytes; a file takes a whole number of these
-CHUNK = 2**16  # bytes that are taken from the network at once
 
 _PARTIAL = ".partial"
 _LEVELS = 2  # of folders that are listed at once: <split>/images, <split>/masks/<class>
@@ -75,6 +75,14 @@ _jitter = random.Random()  # its own: the sequence of the global generator belon
 
 class _TransientError(Exception):
     """An attempt failed in a way that the next one need not."""
+
+
+class _StatusError(Exception):
+    """What the server answered when it was asked for content, other than 200."""
+
+    def __init__(self, code):
+        super().__init__(f"the status {code}")
+        self.code = code
 
 
 class Blob(NamedTuple):
@@ -154,7 +162,7 @@ class _GoogleBucket:
         self._cache, self.on_bytes = cache, _ignore
         self._payer = None  # the project that is charged, once the bucket has asked for one
         try:
-            self._client, self._http = _connect(self.threads)
+            self._client, self._credentials = _connect()
         except BucketError:
             raise
         except Exception as error:  # google.auth's own, and whatever an odd credentials file makes of it
@@ -238,12 +246,10 @@ class _GoogleBucket:
             self._cache.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
             try:
-                with open(partial, "xb") as file:
-                    self._download(blob, file)
+                self._download(blob, partial)
                 os.replace(partial, path)
-            except BaseException:
+            finally:
                 partial.unlink(missing_ok=True)
-                raise
         return path
 
     def create(self, name, data):
@@ -270,7 +276,7 @@ class _GoogleBucket:
             clash = error  # with an earlier attempt at this very upload, whose answer was lost, or with another object
         held = self.stat(name)
         kind = held.checksum.partition(":")[0]
-        if (held.size, held.checksum) != (len(data), f"{kind}:{_base64(_checksum(kind, data))}"):
+        if (held.size, held.checksum) != (len(data), f"{kind}:{_checksum(kind, [data])}"):
             raise clash or BucketError(f"{self.url(name)}: holds other content than was sent; upload it again")
 
     def _path(self, blob):
@@ -318,54 +324,73 @@ class _GoogleBucket:
             raise self._no_bucket()
         return answer
 
-    def _download(self, blob, file):
-        import urllib3
+    @functools.cached_property
+    def _gcsfs(self):
+        """gcsfs, kept from trying anything again itself: that would take minutes, and not tell what the matter was."""
+        import aiohttp
+        import requests
+        from fsspec.asyn import get_loop, sync
+        from gcsfs import GCSFileSystem
 
-        kind, _, value = blob.checksum.partition(":")
-        received = 0
+        async def once(request, ask):
+            with _one_attempt():
+                answer = await ask(request)
+            if answer.status != 200:
+                answer.release()
+                raise _StatusError(answer.status)
+            answer.content = _Content(answer.content)
+            return answer
+
+        async def connector():
+            place = os.environ.get("REQUESTS_CA_BUNDLE") or requests.certs.where()
+            context = ssl.create_default_context(**{"capath" if os.path.isdir(place) else "cafile": place})
+            return aiohttp.TCPConnector(ssl=context, limit=self.threads)
+
+        session = {
+            "connector": sync(get_loop(), connector),
+            "headers": {"Accept-Encoding": "identity"},
+            "trust_env": True,
+            "middlewares": (once,),
+        }
+        return GCSFileSystem(
+            token=self._credentials, endpoint_url=self._client.api_endpoint, session_kwargs=session,
+            requests_timeout=aiohttp.ClientTimeout(sock_connect=SOCKET_SECONDS, sock_read=SOCKET_SECONDS),
+            consistency="none", skip_instance_cache=True,
+        )  # fmt: skip
+
+    def _download(self, blob, path):
+        from fsspec.callbacks import Callback
+        from gcsfs.retry import HttpError
 
         def ask(bucket, seconds):
-            nonlocal received
-            self.on_bytes(-received)
-            checksum, received = _checksum(kind), 0
-            file.seek(0)
-            file.truncate()
-            query = {"alt": "media", "generation": blob.generation}
-            if bucket.user_project:
-                query["userProject"] = bucket.user_project
-            path = bucket.blob(self._folder + blob.name).path
-            answer = self._http.urlopen(
-                "GET",
-                f"{self._client.api_endpoint}/download/storage/v1{path}?{urlencode(query)}",
-                headers={"Accept-Encoding": "identity"},
-                timeout=urllib3.Timeout(connect=seconds, read=seconds),
-                preload_content=False,
-                redirect=False,
-                retries=False,
-            )
-            with contextlib.closing(answer):
-                while answer.status == 200 and (chunk := answer.read(CHUNK, decode_content=False)):
-                    received += len(chunk)
-                    self.on_bytes(len(chunk))
-                    if received > blob.size:
-                        raise _TransientError("more bytes than the object has")
-                    checksum.update(chunk)
-                    with self._cache_explained():
-                        file.write(chunk)
-            if answer.status == 404:
-                raise self._has_changed(blob)
-            if 400 <= answer.status < 500:
-                self.stat(blob.name)  # for its error: where content is asked for, a refusal comes without its reason
-            if answer.status != 200:
-                raise _TransientError(f"the status {answer.status}")
-            if _base64(checksum) != value:
-                raise _TransientError("content that does not match its checksum")
+            received = 0
 
-        try:
-            self._ask("get", blob.name, ask)
-        except BaseException:
-            self.on_bytes(-received)
-            raise
+            def count(_, value):
+                nonlocal received
+                if value > blob.size:
+                    raise _TransientError("more bytes than the object has")
+                self.on_bytes(value - received)
+                received = value
+
+            try:
+                with self._cache_explained():
+                    self._gcsfs.get_file(
+                        f"{self._bucket}/{self._folder}{blob.name}", str(path), generation=blob.generation,
+                        userProject=bucket.user_project, callback=Callback(hooks={"count": count}), concurrency=1,
+                    )  # fmt: skip
+                if not _is_intact(path, blob):
+                    raise _TransientError("content that does not match its checksum")
+            except BaseException as error:
+                self.on_bytes(-received)
+                if not isinstance(error, (_StatusError, HttpError)):
+                    raise
+                if error.code == 404:
+                    raise self._has_changed(blob) from None
+                if 400 <= error.code < 500:
+                    self.stat(blob.name)  # for its error, which has a reason in it; and a refused token is renewed
+                raise _TransientError(str(error)) from error
+
+        self._ask("get", blob.name, ask)
 
     def _ask(self, permission, name, ask, longest=0):
         """Return what `ask` returns, called with the bucket and its time limit; None if there is no such thing."""
@@ -387,7 +412,6 @@ class _GoogleBucket:
     def _meant(self, error, permission, name):
         """What an exception of the libraries means: returns the one to raise."""
         import requests
-        import urllib3
         from google.api_core.exceptions import GoogleAPICallError
         from google.auth.exceptions import GoogleAuthError, InvalidOperation, TransportError
 
@@ -405,7 +429,7 @@ class _GoogleBucket:
             return BucketError(f"{url}: no access token, {printable(error.args[0] if error.args else error)}; {_LOGIN}")
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
             return BucketError(f"{url}: {said}; check HTTPS_PROXY and STORAGE_EMULATOR_HOST")
-        if isinstance(error, (OSError, urllib3.exceptions.HTTPError)):
+        if isinstance(error, OSError):
             return _TransientError(said)
         return _TransientError(f"an answer that is not in the manner of Google Cloud Storage ({said})")
 
@@ -443,24 +467,18 @@ class _GoogleBucket:
         return BucketError(f"{url}: the bucket refuses the request ({said}); check --gcp-bucket")
 
 
-def _connect(connections):
-    """Connect to Google Cloud Storage.
-
-    Returns
-    -------
-    google.cloud.storage.Client, google.auth.transport.urllib3.AuthorizedHttp
-        Both with the same credentials, proxy and certificates, which the environment names.
-    """
-    os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"  # it would need buckets.get
+def _connect():
+    """Return google-cloud-storage's client, and its credentials; the environment names both."""
+    os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"  # else both ask for the bucket itself, which
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # needs buckets.get
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on quota projects, and on the versions of Python to come
         import google.auth
         from google.auth.credentials import AnonymousCredentials
-        from google.auth.transport.urllib3 import AuthorizedHttp
         from google.cloud import storage
 
-        for library in ("google", "urllib3"):  # what they warn of is tried again, and told if that does not help
-            logging.getLogger(library).setLevel(logging.ERROR)
+        for library in ("google", "urllib3", "gcsfs"):  # what they warn of is tried again, and told if that is no help
+            logging.getLogger(library).setLevel(logging.CRITICAL)
         options, emulator = {}, os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
         if emulator:
             credentials = AnonymousCredentials()
@@ -468,29 +486,32 @@ def _connect(connections):
         else:
             credentials, _ = google.auth.default(scopes=[_SCOPE])
             credentials.with_non_blocking_refresh()
-        client = storage.Client(project=None, credentials=credentials, client_options=options)
-    return client, AuthorizedHttp(credentials, http=_connection_pool(client.api_endpoint, connections))
+        return storage.Client(project=None, credentials=credentials, client_options=options), credentials
 
 
-def _connection_pool(address, connections):
-    """Make a urllib3 pool that heeds the variables of the environment that requests heeds: proxies, certificates."""
-    import requests
-    import urllib3
+@contextlib.contextmanager
+def _one_attempt():
+    """Replace the errors of aiohttp, after which gcsfs asks again, by one after which it does not."""
+    import aiohttp
 
-    settings = requests.Session().merge_environment_settings(address, {}, True, True, None)
-    certificates = requests.certs.where() if settings["verify"] is True else settings["verify"]
-    kind = "ca_cert_dir" if os.path.isdir(certificates) else "ca_certs"
-    options = {"maxsize": connections, "cert_reqs": "CERT_REQUIRED", kind: certificates}
-    proxy = requests.utils.select_proxy(address, settings["proxies"])
-    if not proxy:
-        return urllib3.PoolManager(**options)
-    user, password = requests.utils.get_auth_from_url(proxy)
-    headers = urllib3.make_headers(proxy_basic_auth=f"{user}:{password}") if user else None
     try:
-        address = requests.utils.prepend_scheme_if_needed(proxy, "http")
-        return urllib3.ProxyManager(address, proxy_headers=headers, **options)
-    except (ValueError, urllib3.exceptions.HTTPError) as error:
-        raise BucketError(f"HTTPS_PROXY or HTTP_PROXY: {printable(error)[:300]}; correct it") from error
+        yield
+    except aiohttp.ClientError as error:
+        raise _TransientError(f"{type(error).__name__}: {error}") from error
+
+
+class _Content:
+    """The stream of an answer's content, read in one attempt."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    async def read(self, size):
+        with _one_attempt():
+            return await self._stream.read(size)
 
 
 class _DirectoryBucket:
@@ -652,29 +673,23 @@ def _persistently(url, attempt):
         pause = min(2 * pause, longest)
 
 
-def _checksum(kind, data=b""):
-    """Begin a checksum of a kind that Google Cloud Storage gives: "crc32c" or "md5"."""
-    if kind == "md5":
-        return hashlib.md5(data, usedforsecurity=False)
+def _checksum(kind, chunks):
+    """Return the checksum of bytes, in base64: "md5" or "crc32c"."""
     import google_crc32c
 
-    return google_crc32c.Checksum(data)
-
-
-def _base64(checksum):
+    checksum = hashlib.md5(usedforsecurity=False) if kind == "md5" else google_crc32c.Checksum()
+    for chunk in chunks:
+        checksum.update(chunk)
     return base64.b64encode(checksum.digest()).decode()
 
 
 def _is_intact(path, blob):
     kind, _, value = blob.checksum.partition(":")
-    checksum = _checksum(kind)
     try:
         with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                checksum.update(chunk)
+            return _checksum(kind, iter(lambda: file.read(1 << 20), b"")) == value
     except OSError:
         return False
-    return _base64(checksum) == value
 
 
 def _checked(name, place):

@@ -814,7 +814,7 @@ def test_behind_an_https_proxy_with_an_authority_of_its_own(server, bucket_name,
 def test_a_proxy_that_cannot_be_one_is_told_at_once(bucket_name, monkeypatch, tmp_path):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://storage.example.test")
     monkeypatch.setenv("HTTP_PROXY", "socks5h://127.0.0.1:1")
-    assert "HTTPS_PROXY" in error_of(open_bucket, f"gs://{bucket_name}", tmp_path)
+    assert "HTTPS_PROXY" in error_of(open_bucket(f"gs://{bucket_name}", tmp_path).list, "")
 
 
 def test_an_object_stored_packed_is_refused_by_name(gs, server, bucket_name):
