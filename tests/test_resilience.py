@@ -35,6 +35,7 @@ from helpers import (
     whole_results,
 )
 
+import network
 from counts import Counts
 from errors import BUCKET
 from gcp_utils import open_bucket
@@ -286,6 +287,20 @@ def test_a_change_in_the_bucket_during_the_run_is_an_error(make_bucket, tiny_buc
     assert_one_error_line(finish(process), 4, name, "changed in the bucket during the run; run again")
     assert not bucket.contents()
     assert not list(work.glob("tmp/counts/*"))
+
+
+def test_weights_that_change_while_they_are_read_are_an_error(tiny_bucket, tmp_path, monkeypatch, capsys):
+    def build(*given, build=network.build_network):
+        built = build(*given)
+        weights = tiny_bucket / MODEL / "model.hdf5"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+        return built
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(network, "build_network", build)
+    run_here(monkeypatch, *arguments("bucket"), code=BUCKET)
+    assert "model.hdf5: changed in the bucket" in capsys.readouterr().err
+    assert not list(tmp_path.glob("tmp/counts/*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
