@@ -180,9 +180,8 @@ class _GoogleBucket:
         def list_folder(folder, levels):
             blobs, folders, token = self._list_page(folder, levels, wanted)
             while token:
-                page, subfolders, token = self._list_page(folder, levels, wanted, token)
-                blobs += page
-                folders |= subfolders
+                page, more, token = self._list_page(folder, levels, wanted, token)
+                blobs, folders = blobs + page, folders | more
             return blobs, [(subfolder, levels - 1) for subfolder in folders]
 
         # A page names the next one, so pages come one after the other: the folders are what can be listed at once.
@@ -207,9 +206,7 @@ class _GoogleBucket:
 
         blob = self._ask("get", name, ask)
         if blob is None:
-            self._list_page(
-                self._folder, 0, lambda name: False
-            )  # for its error, should it be the bucket that is missing
+            self._list_page(self._folder, 0, lambda name: False)  # for its error, should the bucket be missing
             raise BlobNotFoundError(f"{self.url(name)}: there is no such object")
         return blob
 
@@ -568,7 +565,10 @@ class _DirectoryBucket:
         with self._explained(blob.name), open(self._root / blob.name, "rb") as file:
             data = file.read()
             now = self._blob(blob.name, os.fstat(file.fileno()))
-        self._check(blob, now, hashlib.blake2b(data).digest())
+        digest = hashlib.blake2b(data).digest()
+        if self._digests.get(blob, digest if now == blob else None) != digest:
+            raise BucketError(f"{self.url(blob.name)}: changed in the bucket during the run; run again")
+        self._digests[blob] = digest
         return data
 
     def is_here(self, blob):
@@ -578,12 +578,8 @@ class _DirectoryBucket:
         pass
 
     def fetch(self, blob):
-        now = self.stat(blob.name)
-        if now != blob or blob not in self._digests:
-            with self._explained(blob.name), open(self._root / blob.name, "rb") as file:
-                digest = hashlib.file_digest(file, hashlib.blake2b).digest()
-                now = self._blob(blob.name, os.fstat(file.fileno()))
-            self._check(blob, now, digest)
+        if self.stat(blob.name) != blob or blob not in self._digests:
+            self.read(blob)
         return self._root / blob.name
 
     def create(self, name, data):
@@ -604,12 +600,6 @@ class _DirectoryBucket:
         if not stat.S_ISREG(found.st_mode):
             raise BlobNotFoundError(f"{self.url(name)}: is not a regular file")
         return Blob(name, found.st_size, mtime=found.st_mtime_ns)
-
-    def _check(self, blob, now, digest):
-        """Raise BucketError unless content with this digest, of the file as it is now, is that of the blob."""
-        if self._digests.get(blob, digest if now == blob else None) != digest:
-            raise BucketError(f"{self.url(blob.name)}: changed in the bucket during the run; run again")
-        self._digests[blob] = digest
 
     def _explained(self, name):
         trouble = "cannot be used; check that it is there, its permissions and the disk"

@@ -41,9 +41,7 @@ IN_THE_BUCKET = {
     "model.hdf5": random.Random(0).randbytes(600_000),
 }
 # The answers of Google's server for buckets that no test can have; each file says which.
-CASES = {
-    path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "tests/cases/gcs").glob("*.json"))
-}  # fmt: skip
+CASES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "tests/cases/gcs").glob("*.json"))}
 
 
 @pytest.fixture(scope="session")
@@ -407,9 +405,8 @@ def test_a_dataset_larger_than_the_disk_is_told_before_the_fetch(gs, directory, 
     for size, missing in ((free + 10**12, 1001), (free - 10**8, 1)):
         message = error_of(gs.check_room, [*blobs, Blob("images/x.png", size, 1)])
         assert "disk_gb" in message and str(tmp_path / "cache") in message
-        assert (
-            abs(int(re.search(r"lacks ([\d,]+) GB", message)[1].replace(",", "")) - missing) <= 1
-        )  # others write, too
+        told = int(re.search(r"lacks ([\d,]+) GB", message)[1].replace(",", ""))
+        assert abs(told - missing) <= 1  # others write, too
     directory.check_room([Blob("images/x.png", 10**15)])
     monkeypatch.setattr(gcp_utils, "ROOM_TO_SPARE", 10**18)
     gs.fetch(gs.stat("model.hdf5"))
@@ -1066,9 +1063,7 @@ for number in itertools.count(int(sys.argv[2])):
         time.sleep(moments.uniform(0, 0.03))
         process.kill()
         process.communicate()
-    whole = [
-        path for path in results.glob("[0-9a-f]*") if path.stat().st_size
-    ]  # a name may be taken, but never by half
+    whole = [path for path in results.glob("[0-9a-f]*") if path.stat().st_size]  # a name may be taken, never by half
     assert len(whole) >= 5 and all(path.stem == hash_of(path) for path in whole)
     hidden = list(results.glob(".*"))
     assert len(hidden) <= 5 if lacking != "nothing" else not hidden
