@@ -184,7 +184,7 @@ def remarks(result):
     if guaranteed and guaranteed.threshold is not None:
         sentences.append(
             f"{result.title}: threshold {threshold_text(guaranteed.threshold)} guarantees recall "
-            f"{guaranteed.level:g} on average over further blocks that hold the class: precision "
+            f"{guaranteed.level:g} on average over new blocks that contain the class: precision "
             f"{guaranteed.precision:.4f} here, from {guaranteed.blocks} blocks"
         )
     return sentences
