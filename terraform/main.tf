@@ -60,9 +60,9 @@ resource "google_compute_firewall" "cluster" {
   source_tags = [local.name]
   target_tags = [local.name]
 
+  # All ports: after ten idle minutes the network forgets a connection, and then an answer needs a rule of its own.
   allow {
     protocol = "tcp"
-    ports    = [tostring(var.cluster_port)]
   }
 }
 

@@ -91,8 +91,8 @@ run "machines_talk_only_to_each_other" {
     error_message = "The rule lets in addresses, not only these VMs"
   }
   assert {
-    condition     = [for allow in one(google_compute_firewall.cluster).allow : "${allow.protocol} ${join(",", allow.ports)}"] == ["tcp 3333"]
-    error_message = "The rule is not for the one port"
+    condition     = [for allow in one(google_compute_firewall.cluster).allow : "${allow.protocol} ${join(",", coalesce(allow.ports, []))}"] == ["tcp "]
+    error_message = "The rule is not for all TCP"
   }
 }
 
