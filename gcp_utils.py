@@ -346,7 +346,8 @@ class _GoogleBucket:
         session = {
             "connector": sync(get_loop(), connector),
             "headers": {"Accept-Encoding": "identity"},
-            "trust_env": True,
+            # Only where it names a proxy, since aiohttp looks at the environment and a file for every request.
+            "trust_env": bool(requests.utils.get_environ_proxies(self._client.api_endpoint)),
             "middlewares": (once,),
         }
         return GCSFileSystem(
