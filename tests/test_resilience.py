@@ -162,7 +162,7 @@ def test_interruptions_at_any_moment_are_one_line(many_images, tmp_path, copied_
 def test_a_bad_network_changes_no_result(tiny_bucket_template, counted_template, server, tmp_path, runs):
     """Every kind of fault, on 30 % of the requests, and no permission but those that the README names."""
     expected = thresholds(results(counted_template / "bucket")[0])
-    with ChaosProxy(server, 0.3, delay=0.1, seed=3, permissions=("get", "list", "create")) as proxy:
+    with ChaosProxy(server, 0.3, delay=0.1, seed=7, permissions=("get", "list", "create")) as proxy:
         bucket = GoogleBucket(proxy, tiny_bucket_template, f"bad-network-{runs}")
         for number in range(1, runs + 1):
             process = run_tool(*arguments(bucket.address, batch_size=4), cwd=tmp_path, **bucket.environment)
