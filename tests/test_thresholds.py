@@ -209,6 +209,8 @@ def test_one_pixel_of_many_decides():
 def test_the_widest_stretch_spans_the_largest_range_not_the_most_thresholds():
     histogram = pixels({0.4: 2, 2**-20: 2}, {0.3: 4})  # IoU 1/2 from 2**-40 to 2**-20 and from 0.3 to 0.4
     assert train(histogram).x == pytest.approx(0.35, abs=1e-5)
+    histogram = pixels({0.9: 2, 0.4: 2}, {0.85: 4})  # IoU 1/2 from 2**-40 to 0.4 and from 0.85 to 0.9
+    assert train(histogram).x == pytest.approx(0.2, abs=1e-5)
 
 
 def test_the_higher_of_two_peaks_is_found():
