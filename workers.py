@@ -266,7 +266,7 @@ class Cluster:
                 return self._changed.wait_for(lambda: self._error or self._arrived == size, WAIT_SECONDS)
 
         while not arrived():
-            self._show(f"Waiting for {self._who_counts()}.")
+            self._show(f"Waiting for {self._who_counts() or 'the sum'}.")
         with self._changed:
             if self._error:
                 raise self._error
@@ -275,7 +275,9 @@ class Cluster:
 
     def _who_counts(self):
         counting = [(i, *progress) for i, progress in enumerate(self._progress) if progress and i != self.index]
-        return ", ".join(f"{self._name(i)}: {images:,} of {total:,} images" for i, images, total in counting)
+        return ", ".join(
+            self._name(i) + f": {images:,} of {total:,} images" * (total > 0) for i, images, total in counting
+        )
 
     def _add(self, content, first, size):
         """Add a part of the numbers to sum, which begins at this byte."""
@@ -376,6 +378,7 @@ class Cluster:
     def _fail(self, error):
         """End with an error, and all others with it."""
         if self._bid_farewell({"error": (error.exit_code, str(error))}):
+            self.leave()  # returns when the others have heard it: this process may end at once
             if self._end:
                 self._end(error)
             with self._changed:

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote
 
 import numpy as np
@@ -29,7 +30,7 @@ from helpers import (
 )
 
 import workers
-from errors import WORKER_LOST, PeerError, UsageError
+from errors import INPUT, WORKER_LOST, PeerError, UsageError
 
 
 class Job:
@@ -198,7 +199,12 @@ class ForgetfulNetwork:
 
     def accept(self):
         while True:
-            one, other = self.listener.accept()[0], socket.create_connection(("127.0.0.1", self.target))
+            one = self.listener.accept()[0]
+            try:
+                other = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:  # the chief does not listen yet
+                one.close()
+                continue
             used = [time.monotonic()]
             for source, sink in ((one, other), (other, one)):
                 threading.Thread(target=self.forward, args=(source, sink, used), daemon=True).start()
@@ -269,6 +275,28 @@ def test_a_network_that_forgets_is_an_error_not_a_wait(monkeypatch):
         DEAD_SECONDS=3,
     )
     assert any(isinstance(error, PeerError) and "cannot be reached" in str(error) for error in both)
+
+
+def test_the_others_hear_who_died_before_the_chief_ends():
+    """Also on a slow network: a chief that only went away would be named instead."""
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(3)]
+    code = (
+        "import os, socket, sys, time, numpy, workers\n"
+        "send, workers.LEAVE_SECONDS = socket.socket.sendall, 20\n"
+        "socket.socket.sendall = lambda *arguments: time.sleep(0.1) or send(*arguments)\n"
+        "chief = workers.Cluster(sys.argv[1:], end=lambda error: os._exit(error.exit_code))\n"
+        "chief.join()\n"
+        "chief.sum(numpy.ones(1, int))"
+    )
+    chief = start("-c", code, *addresses, script="-u", cwd=SCRIPT.parent)
+    dies, survives = (workers.Cluster(addresses, index, show=lambda line: None) for index in (1, 2))
+    with ThreadPoolExecutor(2) as pool:
+        for joined in [pool.submit(cluster.join) for cluster in (dies, survives)]:
+            joined.result(60)
+    dies.leave((INPUT, "worker 1: no mask"))
+    with pytest.raises(PeerError, match="^worker 1: no mask$"):
+        survives.sum(np.ones(1, np.int64))
+    assert finish(chief).returncode == INPUT
 
 
 def test_large_counts_are_summed_whole(monkeypatch):
