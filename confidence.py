@@ -265,9 +265,9 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
 def _too_few(blocks, of):
     here = f"here {'is' if blocks == 1 else 'are'} {blocks}" + (f" of {of}" if blocks < of else "")
     return (
-        f"an interval needs {FEWEST_BLOCKS} blocks that hold pixels of the class and others, {here}: images of "
-        f"{FEWEST_BLOCKS} stacks with the class would do, or {FEWEST_BLOCKS} slices for an interval that speaks of "
-        "their own stacks only"
+        f"an interval needs {FEWEST_BLOCKS} blocks that contain pixels of the class and other pixels, {here}: use "
+        f"images of {FEWEST_BLOCKS} stacks with the class, or of {FEWEST_BLOCKS} slices for an interval that speaks "
+        "only of their stacks"
     )
 
 
@@ -492,9 +492,7 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high):
     allowance = float(lost * (blocks + 1) - 1)  # upper limit of the sum of the blocks' miss rates
     if allowance < 0:
         needed = math.ceil((1 - lost) / lost)
-        return none(
-            f"to guarantee a recall of {level:g}, {needed} blocks that hold the class are needed, here are {blocks}"
-        )
+        return none(f"a guaranteed recall of {level:g} needs {needed} blocks that contain the class, here are {blocks}")
     missed = np.sum(fn[holding] / (tp + fn)[holding], axis=0)
     coarse = np.arange(len(missed)) * _stride(thresholds, block_histograms)
     kept = np.flatnonzero((missed <= allowance) & (coarse >= low) & (coarse <= high))

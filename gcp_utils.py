@@ -56,7 +56,7 @@ ROOM_TO_SPARE = 500_000_000  # bytes for the counts and results, besides the fil
 BLOCK = 4096  # bytes; a file takes a whole number of blocks on the disk
 
 _PARTIAL = ".partial"
-_LEVELS = 2  # of folders that are listed at once: <split>/images, <split>/masks/<class>
+_LEVELS = 2  # of folders, which are listed in parallel: <split>/images, <split>/masks/<class>
 _FIELDS = "kind,nextPageToken,prefixes,items(name,size,generation,crc32c,md5Hash,contentEncoding)"
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _LOGIN = "run on a VM with a service account, or run 'gcloud auth application-default login' first"
@@ -170,7 +170,7 @@ class _GoogleBucket:
             self._client, self._credentials = _connect()
         except BucketError:
             raise
-        except Exception as error:  # google.auth's, and any other for an odd credentials file
+        except Exception as error:  # of google.auth, or of any type for an odd credentials file
             raise BucketError(f"{self.url('')}: no Google credentials ({printable(error)[:300]}); {_LOGIN}") from error
 
     def url(self, name):
@@ -530,7 +530,7 @@ class _DirectoryBucket:
 
     def __init__(self, gcp_bucket):
         self._root = Path(gcp_bucket)
-        self._digests = {}  # by blob, of those that were read
+        self._digests = {}  # of the content of the blobs that were read
         with _explained(gcp_bucket, "cannot be used as a bucket; name a directory or gs://name[/folder]"):
             os.scandir(gcp_bucket).close()
 
@@ -662,7 +662,7 @@ def _persistently(url, attempt):
             wait_seconds = pause * _jitter.uniform(0.5, 1)
             if time.monotonic() + wait_seconds > deadline:
                 raise BucketError(
-                    f"{url}: gave up after {count} attempts, having tried again for {RETRY_SECONDS} s; the last met "
+                    f"{url}: gave up after {count} attempts, having tried again for {RETRY_SECONDS} s; the last error: "
                     f"{printable(error)}; check the network, then run again"
                 ) from error
         time.sleep(wait_seconds)
@@ -690,7 +690,7 @@ def _is_intact(path, blob):
 
 def _checked(name, place):
     if not name.isascii() and re.search(r"[\ud800-\udfff]", name):
-        raise BucketError(f"{place}: '{printable(name)}' is not UTF-8 as a name, which it must be; rename it")
+        raise BucketError(f"{place}: '{printable(name)}' is not UTF-8 as a name; rename it")
     if _UNSAFE_NAME.search(name):
         raise BucketError(
             f"{place}: '{printable(name)}' is refused as a name (control characters, or parts that are empty, '.' or "

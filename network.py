@@ -97,7 +97,7 @@ def _start_tensorflow():
 
 def _is_lack_of_memory(tf, error):
     exhausted = isinstance(error, tf.errors.ResourceExhaustedError | MemoryError)
-    # The last two are said when a weight is copied to a GPU whose memory is full.
+    # The last two appear when a weight is copied to a GPU whose memory is full.
     words = r"out.of.memory|\bOOM\b|ALLOC_FAILED|Dst tensor is not initialized"
     return exhausted or bool(re.search(words, str(error), re.IGNORECASE))
 
@@ -213,7 +213,7 @@ def build_network(train_config, num_classes, target_size, weights_path, warn=war
         try:
             with strategy(tf).scope():
                 network = getattr(segmentation_models, name)(**parameters)
-        except Exception as error:  # for unexpected parameters the libraries raise anything
+        except Exception as error:  # of many types, for unexpected parameters
             if _is_lack_of_memory(tf, error):
                 raise
             raise ModelError(
@@ -323,7 +323,7 @@ def _other_classes(where, classes, num_classes):
 
 
 def _mentions_of(word, config, depth=20):
-    """Up to 3 entries of nested dictionaries, as texts, with the word in key or value, unless the value is none."""
+    """Up to 3 entries of nested dictionaries, as texts, with the word in key or value, unless the value is null."""
     found = []
     for key, value in config.items() if depth else ():
         if isinstance(value, dict):

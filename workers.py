@@ -18,8 +18,8 @@ from errors import USAGE, PeerError, UsageError, first_line
 
 START_SECONDS = 600  # all workers must be there within this time
 LIFE_SECONDS = 5  # between signs of life; Google's network forgets a connection that is idle for ten minutes
-DEAD_SECONDS = 60  # a worker without a sign of life for so long is taken for dead
-HANG_SECONDS = 1800  # a worker without progress for this time is taken to hang
+DEAD_SECONDS = 60  # a worker without a sign of life for this time is taken for dead
+HANG_SECONDS = 1800  # a worker without progress for this time is said to hang
 WAIT_SECONDS = 60  # between lines that say which workers a sum waits for
 LEAVE_SECONDS = 0.4  # at most, to tell the others why this worker ends
 PART = 2**20  # bytes of numbers in one message: signs of life can be sent between two of these
@@ -185,7 +185,7 @@ class Cluster:
         Parameters
         ----------
         key : str
-            A text that must be the same for all workers.
+            Text that must be the same for all workers.
         flag : bool
             Only the chief's is used.
 
