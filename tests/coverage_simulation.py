@@ -187,7 +187,7 @@ def print_table(pictures, metric, worlds):
         row(f"{number} stacks", worlds_of_stacks(pictures, metric, number, worlds), f"{single:.0%}")
     elsewhere, same = worlds_of_one_stack(pictures, metric, worlds)
     row("one stack of 40 slices, judged by all stacks", elsewhere)
-    row("the same, judged by the slices between these", same)
+    row("the same, judged by the slices in between", same)
 
 
 def main():
