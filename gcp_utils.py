@@ -635,7 +635,7 @@ def _create_file(folder, name, data, nameless=True):
             except OSError:
                 if not hidden:
                     return _create_file(folder, name, data, nameless=False)
-        # This file system has no hard links either, as exFAT and gcsfuse. So an empty file takes the name, which only
+        # This file system has no hard links either, like exFAT and gcsfuse. So an empty file takes the name, which only
         # one process can do, and the complete file then replaces it.
         os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666, dir_fd=folder))
         os.rename(hidden, name, src_dir_fd=folder, dst_dir_fd=folder)
