@@ -1,7 +1,7 @@
 """How far a trained threshold can be trusted: intervals, the gain, what to expect on new images, guaranteed recall.
 
-Everything is computed from counts per block; a block is a part of the images that can be taken as independent of the
-others. What is assumed, and how it was checked: docs/confidence.md.
+Everything is computed from counts per block. A block is a part of the images that can be taken as independent of the
+other parts. docs/confidence.md says what is assumed and how it was checked.
 """
 
 import functools
@@ -17,9 +17,9 @@ from counts import confusion
 LEVEL = 0.95  # of the intervals
 REPLICATES = 2000  # of the bootstrap
 SEED = 20200321
-FEWEST_BLOCKS = 5  # with fewer, no interval holds what it promises
+FEWEST_BLOCKS = 5  # with fewer, no interval covers what it promises
 MOST_BLOCKS = 256  # so that the memory for their counts does not grow with the number of images
-RUNS = 20  # of neighbouring slices, where there are too few stacks
+RUNS = 20  # number of runs of neighbouring slices, if there are too few stacks
 
 # ---------------------------------------------------------------------------------------------------------------
 # Blocks
@@ -38,7 +38,7 @@ class Blocks:
     kind : str
         What the blocks are: "stacks", "groups of stacks" or "runs of neighbouring slices".
     speaks_of : str
-        What an interval from these blocks speaks of, to complete "The intervals speak of ...".
+        What intervals from these blocks apply to, as the end of a sentence "Intervals ... speak of ...".
     """
 
     labels: np.ndarray
@@ -48,20 +48,21 @@ class Blocks:
 
 
 def blocks_of(names, stacks):
-    """Divide images into blocks: their stacks, or runs of neighbouring slices where there are too few stacks.
+    """Divide images into blocks: stacks, or, if there are too few stacks, runs of neighbouring slices.
 
     Slices of one stack resemble each other, and crops of one slice even more. So the unit is the stack. With fewer than
-    FEWEST_BLOCKS stacks, each is cut into runs of neighbouring slices, RUNS in all where there are enough slices; all
-    crops of a slice stay together. More than MOST_BLOCKS stacks are put together evenly, neighbours in order.
+    FEWEST_BLOCKS stacks, each is cut into runs of neighbouring slices, RUNS in all if there are enough slices; all
+    crops of a slice stay together. More than MOST_BLOCKS stacks are joined to MOST_BLOCKS groups of stacks that follow
+    each other in natural order.
 
     Parameters
     ----------
     names : sequence of str
-        The names of all images used, in any order; a name begins with its stack's.
+        The names of all images used, in any order. A name begins with the name of its stack.
     stacks : list of str, or anything
-        What `dataset_config.dataset_split` names for this split. A stack that no image belongs to does not count, nor
-        does anything that is not a text. Images of no named stack count as one further stack, as nothing tells them
-        apart.
+        What `dataset_config.dataset_split` names for this split. Stacks without images are ignored, and so is
+        everything that is not a text. Images that belong to none of the stacks count as one more stack, because nothing
+        tells them apart.
 
     Returns
     -------
@@ -106,13 +107,13 @@ def blocks_of(names, stacks):
 
 
 def natural_order(text):
-    """Sorting key that has slice_2 before slice_10."""
+    """A key to sort names by, which puts slice_2 before slice_10."""
     parts = re.split("([0-9]+)", text)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
 def _ends_a_word(stack, name):
-    """Whether a word or number of the name ends where the stack's does: stack_1 is not the stack of stack_10-0003."""
+    """Whether a word or number in the name ends with the stack's name: stack_1 is not the stack of stack_10-0003."""
     following = name[len(stack) : len(stack) + 1]
     same_number = stack[-1].isdigit() and following.isdigit()
     same_word = stack[-1].isalpha() and following.isalpha()
@@ -120,12 +121,12 @@ def _ends_a_word(stack, name):
 
 
 def _slice_of(name):
-    """The name without what tells crops of one slice apart: `_crop3`, or `_pos_class_0_crop3` of a crop on a class."""
+    """The name without the part that differs between crops of a slice, such as `_crop3` or `_pos_class_0_crop3`."""
     return re.sub(r"(_(pos|neg)_class_[^-_.]+)?[-_. ](crop|tile|patch)[-_]?[0-9]+", "", name, flags=re.IGNORECASE)
 
 
 def _runs_per_stack(slices):
-    """How many runs each stack is cut into: in proportion to its slices, at least one each, RUNS in all."""
+    """The number of runs to cut each stack into: in proportion to its slices, at least 1; RUNS in all if possible."""
     runs = [1] * len(slices)
     while sum(runs) < min(RUNS, sum(slices)):
         longest = max(range(len(slices)), key=lambda i: Fraction(slices[i], runs[i]))
@@ -139,30 +140,30 @@ def _runs_per_stack(slices):
 
 @dataclass(frozen=True)
 class Confidence:
-    """What the blocks tell of one class. Intervals are of LEVEL, and each contains the value it belongs to.
+    """What the blocks say about one class. Intervals have the level LEVEL, and each contains its value.
 
     Attributes
     ----------
     blocks : int
-        Number of blocks that hold pixels of the class as well as others: what the intervals rest on.
+        Number of blocks that the intervals rest on: those that contain pixels inside the class and outside it.
     reason : str or None
-        Why there are no intervals and no expected metric; None where there are.
+        Why there are no intervals and no expected metric; None if there are.
     x_interval : (float, float) or None
-        The trained threshold's, both of the list of thresholds.
+        Of the trained threshold; both limits are in the list of thresholds.
     metric_interval : (float, float) or None
-        The class metric's at the trained threshold.
+        Of the class metric at the trained threshold.
     expected_metric : float or None
-        The class metric at the trained threshold, corrected for having been chosen on the same images.
+        The class metric at the trained threshold, corrected because the threshold was chosen on the same images.
     metric_at_half : float
         The class metric at 0.5.
     gain : float or None
-        The class metric at the trained threshold minus the one at 0.5; None where 0.5 does not meet the metric's
+        The class metric at the trained threshold minus the class metric at 0.5; None if 0.5 does not meet the metric's
         constraint.
     gain_interval : (float, float) or None
     no_gain : bool
-        The gain's interval contains 0: on this evidence 0.5 does as well.
+        Whether the lower limit of the gain's interval is 0 or less: then 0.5 may be as good.
     band_low, band_high : float64 arrays, shape (C,), or None
-        The class metric's interval at every coarse threshold.
+        The limits of the class metric at every coarse threshold; None if there are no intervals.
     """
 
     blocks: int
@@ -182,12 +183,12 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
     """Intervals of a trained threshold, its metric and its gain over 0.5, and what to expect on new images.
 
     A bootstrap over blocks (Efron, 1979): each replicate draws as many blocks as there are, with replacement, adds up
-    their counts, and chooses a threshold of its own. The intervals of threshold and gain and the band are percentiles,
-    their tails widened for few blocks (Hesterberg, "What Teachers Should Know About the Bootstrap", The American
-    Statistician 69, 2015). What a replicate's best metric is above the metric of all images at that threshold is the
-    optimism of a metric whose threshold was chosen on the same images (Efron, 1983); it makes the expected metric, and
-    its spread the metric's interval. Replicates in which no pixel, or every pixel, is of the class say nothing about
-    its threshold and are left out.
+    their counts, and chooses a threshold. The intervals of threshold and gain and the band are percentiles, with tails
+    that are widened for few blocks (Hesterberg, "What Teachers Should Know About the Bootstrap", The American
+    Statistician 69, 2015). The best metric of a replicate minus the metric of all images at that threshold is the
+    optimism of a metric whose threshold was chosen on the same images (Efron, 1983). Its mean gives the expected
+    metric, and its spread the metric's interval. Replicates in which no pixel, or every pixel, is of the class say
+    nothing about its threshold and are left out.
 
     Parameters
     ----------
@@ -233,7 +234,7 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
     values, chosen, chosen_values = _replicates(histogram, block_histograms, coarse, points, metric, low, high)
     tail = _tail(blocks)
 
-    # A replicate's best is to all images' metric there what our metric is to that of all images there could be.
+    # A replicate's best compares with all images at that threshold as our metric compares with all possible images.
     optimism = float(np.mean(chosen_values - full[chosen] - (values[:, x_column] - at_x)))
     expected = at_x - max(optimism, 0.0)
     metric_interval = _limits_of_the_best(chosen_values, full[chosen], at_x, expected, blocks, full.min() < 0)
@@ -243,7 +244,7 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
         gain_interval = _limits(values[:, x_column] - values[:, half_column], tail, gain)
         gain_interval = (float(gain_interval[0]) - (at_x - expected), float(gain_interval[1]))
 
-    # The band follows the curve: between the points that were tried its distance from the curve is interpolated.
+    # Between the points, the distance of the band from the curve is interpolated, so that the band follows the curve.
     limits = _limits(np.ascontiguousarray(values.T), tail, full[points])
     band_low, band_high = (full[coarse] + np.interp(coarse, points, limit - full[points]) for limit in limits)
     return Confidence(
@@ -264,28 +265,28 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
 def _too_few(blocks, of):
     here = f"here {'is' if blocks == 1 else 'are'} {blocks}" + (f" of {of}" if blocks < of else "")
     return (
-        f"an interval needs {FEWEST_BLOCKS} blocks that hold pixels of the class and others, {here}: images of "
-        f"{FEWEST_BLOCKS} stacks with the class would do, or {FEWEST_BLOCKS} slices for an interval that speaks of "
-        "their own stacks only"
+        f"an interval needs {FEWEST_BLOCKS} blocks that contain pixels of the class and other pixels, {here}: use "
+        f"images of {FEWEST_BLOCKS} stacks with the class, or of {FEWEST_BLOCKS} slices for an interval that speaks "
+        "only of their stacks"
     )
 
 
 def _stride(thresholds, block_histograms):
-    """How many thresholds lie from one coarse threshold to the next."""
+    """The step in the list of thresholds from one coarse threshold to the next."""
     return -(-len(thresholds) // (block_histograms.shape[2] - 1))
 
 
 def _points_to_try(coarse, index):
-    """Some 300 of the coarse thresholds: all near the trained one, where replicates choose, and some everywhere."""
+    """Some 350 coarse thresholds: all near the trained threshold, where replicates choose, and some everywhere."""
     near = np.searchsorted(coarse, index)
     return np.concatenate([coarse[:: -(-len(coarse) // 256)], coarse[max(near - 48, 0) : near + 49]])
 
 
 @functools.lru_cache(maxsize=1)
 def _weights(blocks):
-    """How often each block is drawn in each replicate; every block equally often in all of them together.
+    """How often each block is drawn in each replicate; over all replicates, every block is drawn equally often.
 
-    The balanced bootstrap (Davison, Hinkley and Schechtman, 1986) leaves less chance in the means over replicates.
+    This balanced bootstrap (Davison, Hinkley and Schechtman, 1986) makes the means over replicates less random.
     RandomState's numbers are the same in every version of numpy and on every machine.
 
     Returns
@@ -299,24 +300,25 @@ def _weights(blocks):
 
 
 def _replicates(histogram, block_histograms, coarse, points, metric, low, high):
-    """Metric of every replicate at some thresholds, and which threshold each would have chosen.
+    """The metric of every replicate at some thresholds, and the threshold that it chooses.
 
     Parameters
     ----------
     coarse : int array, shape (C,)
         Positions of the coarse thresholds in the list of thresholds.
     points : increasing int array, shape (P,)
-        Positions to evaluate. Between two coarse thresholds the pixels of a block are taken to be spread as those of
-        all blocks are, for each truth: so the blocks add up to the very counts of all images.
+        Positions to evaluate. Between two coarse thresholds, the pixels of a block are assumed to be spread as those of
+        all blocks are, for each truth. So the blocks add up to the counts of all images exactly.
 
     Returns
     -------
     values : float64 array, shape (replicates, P)
     chosen : int array, shape (replicates,)
-        Position of the threshold that a replicate chooses as the training does: the middle of the widest stretch of the
-        best among those allowed, or of those that come closest to the constraint where none meets it.
+        Position of the threshold that a replicate chooses. As in the training, it is the middle of the widest stretch
+        of the best allowed thresholds, but widths are counted in positions. If no threshold meets the constraint, it is
+        chosen from those that come closest.
     chosen_values : float64 array, shape (replicates,)
-        The replicate's metric there.
+        The replicate's metric at the lowest threshold of that stretch.
     """
     weights = _weights(len(block_histograms))
     tp, fp, fn, tn = confusion(block_histograms)
@@ -324,7 +326,8 @@ def _replicates(histogram, block_histograms, coarse, points, metric, low, high):
     telling = (positives > 0) & (negatives > 0)
     weights, positives, negatives = weights[telling], positives[telling, None], negatives[telling, None]
 
-    # Each point lies after the coarse threshold `left`, and this part of the pixels up to the next one before it.
+    # `left`: the last coarse threshold up to the point. `part`: of the pixels between that one and the next coarse
+    # threshold, the part below the point.
     left = np.searchsorted(coarse, points, side="right") - 1
     ends = np.append(coarse, histogram.shape[1] - 1)
     below = np.cumsum(histogram, axis=1)
@@ -333,15 +336,15 @@ def _replicates(histogram, block_histograms, coarse, points, metric, low, high):
     between = np.flatnonzero(points > coarse[left])
 
     def at_points(above, part):
-        """(replicates, P) pixels above each point, of one truth, from those of each block above coarse thresholds."""
-        above = np.pad(above, ((0, 0), (0, 1))).astype(np.float64)  # nothing lies above the end of the list
+        """(replicates, P): pixels above each point, for one truth, from the blocks' pixels above coarse thresholds."""
+        above = np.pad(above, ((0, 0), (0, 1))).astype(np.float64)  # nothing is above the end of the list
         drawn = chunk @ above[:, left]
         drawn[:, between] -= part[between] * (drawn[:, between] - chunk @ above[:, left[between] + 1])
         return drawn
 
     inside_bounds = np.flatnonzero((points >= low) & (points <= high))
     values, chosen, chosen_values = np.empty((len(weights), len(points))), [], []
-    for start in range(0, len(weights), 200):  # so that the arrays fit into a processor's cache
+    for start in range(0, len(weights), 200):  # few enough for the arrays to fit into a processor's cache
         rows = slice(start, start + 200)
         chunk = weights[rows]
         tp_drawn, fp_drawn = at_points(tp, part[1]), at_points(fp, part[0])
@@ -361,13 +364,13 @@ def _replicates(histogram, block_histograms, coarse, points, metric, low, high):
 
 
 def _widest_stretches(best, positions):
-    """First and last column of the widest run of true values in each row; the first of equally wide ones.
+    """First and last column of the widest run of true values in each row; the first one if several are equally wide.
 
     Parameters
     ----------
     best : bool array, shape (rows, n), at least one true in each row
     positions : increasing int array, shape (n,)
-        Widths are measured in these.
+        The positions of the columns, which give the widths.
 
     Returns
     -------
@@ -385,9 +388,9 @@ def _widest_stretches(best, positions):
 def _limits_of_the_best(best, of_all, metric, expected, blocks, signed):
     """The interval of a metric whose threshold was chosen on the same images.
 
-    Student's t with the spread of `best` around `of_all`, on the logit scale, where a metric's distribution is more
-    symmetric and no limit leaves [0, 1]; for a metric in [-1, 1] on Fisher's z, which is the logit of that range. The
-    lower limit starts from the expected metric, the upper one from the metric seen.
+    Student's t with the spread of `best` around `of_all`, on the logit scale: there the distribution of a metric is
+    more symmetric, and no limit is outside [0, 1]. A metric in [-1, 1] takes Fisher's z, the logit for that range. The
+    lower limit is computed from the expected metric, the upper limit from the metric itself.
 
     Parameters
     ----------
@@ -417,14 +420,14 @@ def _limits_of_the_best(best, of_all, metric, expected, blocks, signed):
 
 
 def _tail(blocks):
-    """The probability in each tail: percentiles are too narrow by what Student's t and n - 1 make up for."""
-    from scipy.special import ndtr, stdtrit  # here, so that a first run can import it while the network runs
+    """The probability in each tail, widened by Student's t and n / (n - 1), because percentiles are too narrow."""
+    from scipy.special import ndtr, stdtrit  # not at the top: a first run imports scipy while the network runs
 
     return float(ndtr(-math.sqrt(blocks / (blocks - 1)) * stdtrit(blocks - 1, (1 + LEVEL) / 2)))
 
 
 def _limits(replicates, tail, value):
-    """Lower and upper percentile along the last axis, moved where need be to hold the value itself."""
+    """Lower and upper percentile along the last axis, moved if necessary so that they enclose the value itself."""
     last = replicates.shape[-1] - 1
     k = int(tail * last)
     ordered = np.partition(replicates, [k, last - k], axis=-1)
@@ -437,17 +440,17 @@ def _limits(replicates, tail, value):
 
 @dataclass(frozen=True)
 class GuaranteedRecall:
-    """The threshold at which a new block of the same kind keeps, on average, `level` of its pixels of the class.
+    """The threshold at which a new block of the same kind keeps at least `level` of its class pixels, on average.
 
     Attributes
     ----------
     level : float
     threshold : float or None
-        None where nothing can be guaranteed; `reason` says why.
+        None if nothing can be guaranteed; `reason` says why.
     precision : float or None
-        Of all images at that threshold.
+        The precision of all images at that threshold.
     blocks : int
-        Number of blocks that hold the class: the guarantee rests on them, and speaks of further blocks that hold it.
+        Number of blocks that contain the class. The guarantee rests on them and is for new blocks that contain it.
     reason : str or None
     """
 
@@ -476,7 +479,7 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high):
     -------
     GuaranteedRecall
     """
-    # As the decimal fraction that was asked for: in binary, 10 * (1 - 0.9) is less than 1.
+    # Exactly the decimal number that was asked for: with floats, 10 * (1 - 0.9) is less than 1.
     level = float(level)
     lost = 1 - Fraction(repr(level))
     tp, fp, fn, _ = confusion(block_histograms)
@@ -486,12 +489,10 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high):
     def none(reason):
         return GuaranteedRecall(level, None, None, blocks, reason)
 
-    allowance = float(lost * (blocks + 1) - 1)  # what the miss rates of all blocks may add up to
+    allowance = float(lost * (blocks + 1) - 1)  # upper limit of the sum of the blocks' miss rates
     if allowance < 0:
         needed = math.ceil((1 - lost) / lost)
-        return none(
-            f"to guarantee a recall of {level:g}, {needed} blocks that hold the class are needed, here are {blocks}"
-        )
+        return none(f"a guaranteed recall of {level:g} needs {needed} blocks that contain the class, here are {blocks}")
     missed = np.sum(fn[holding] / (tp + fn)[holding], axis=0)
     coarse = np.arange(len(missed)) * _stride(thresholds, block_histograms)
     kept = np.flatnonzero((missed <= allowance) & (coarse >= low) & (coarse <= high))

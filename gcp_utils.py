@@ -3,22 +3,23 @@
 `open_bucket` takes ``gs://name[/folder]`` or a plain directory of the same layout. Both give the same methods, all of
 them thread-safe; they raise `BucketError`:
 
-    list(prefix) -> list[Blob]     all blobs below the folder `prefix`, sorted by name; with `skip`, none where
-                                   skip(name below the folder) is true, whatever may be wrong with it
+    list(prefix) -> list[Blob]     all blobs below the folder `prefix`, sorted by name; with `skip`, without those for
+                                   which skip(name below the folder) is true, which are not checked either
     stat(name) -> Blob             one blob; BlobNotFoundError
     read(blob) -> bytes            its content, checked
     fetch(blob) -> Path            its content, checked, as a local file that is not to be changed
-    is_here(blob) -> bool          whether fetching it needs no network
-    check_room(blobs)              that the disk has room for those that are still to be fetched
-    create(name, data)             a new object, whole or not at all; FileExistsError if other content is there
+    is_here(blob) -> bool          whether `fetch` would not need to download it
+    check_room(blobs)              an error if the disk has no room for those that are not here
+    create(name, data)             make an object, completely or not at all; FileExistsError if there is one with this
+                                   name and other content
     url(name) -> str               its address, for messages
-    on_bytes                       called, in any thread, with the number of bytes that came over the network; those
-                                   that must come again are taken back with a negative one. Assign a callable.
-    threads                        how many reads in parallel pay off
+    on_bytes                       assign a callable: it is called, in any thread, with the number of bytes downloaded,
+                                   and with a negative number for bytes that must be downloaded again
+    threads                        the number of reads in parallel that is worth while
 
 Google Cloud Storage is asked for objects.get, objects.list and objects.create only, so roles/storage.objectViewer and
-roles/storage.objectCreator on the bucket suffice. google-cloud-storage asks; gcsfs fetches the content itself, which
-takes it less than half of the processor time that google-cloud-storage would.
+roles/storage.objectCreator on the bucket suffice. google-cloud-storage makes all requests but those for content. gcsfs
+fetches the content, because it needs less than half of the processor time.
 """
 
 import base64
@@ -45,40 +46,40 @@ from typing import NamedTuple
 
 from errors import BlobNotFoundError, BucketError, printable
 
-RETRY_SECONDS = 120  # after the first failed attempt at a request, none is begun later than this
-SOCKET_SECONDS = 30  # an attempt fails when a connection, or the next bytes of an answer, take longer than this
-UPLOAD_SPEED = 70_000  # bytes/s; an upload that is slower than this for all of its time fails
-BACKOFF_SECONDS = 0.25, 16  # the pause after the first failed attempt, which then doubles, and the longest pause
+RETRY_SECONDS = 120  # no attempt at a request begins later than this after the first failed one
+SOCKET_SECONDS = 30  # longest wait for a connection, or for the next bytes of an answer
+UPLOAD_SPEED = 70_000  # bytes/s; an upload that is slower on average fails
+BACKOFF_SECONDS = 0.25, 16  # the first pause between attempts, which doubles each time, and the longest
 STRAY_SECONDS = 24 * 3600  # a partial file this old was left behind by a killed run
-PAGE_SIZE = 1000  # objects, the most that one answer lists
-ROOM_TO_SPARE = 500_000_000  # bytes that counts and results may need beside what is fetched
-BLOCK = 4096  # bytes; a file takes a whole number of these
+PAGE_SIZE = 1000  # the largest number of objects that one answer lists
+ROOM_TO_SPARE = 500_000_000  # bytes for the counts and results, besides the files to fetch
+BLOCK = 4096  # bytes; a file takes a whole number of blocks on the disk
 
 _PARTIAL = ".partial"
-_LEVELS = 2  # of folders that are listed at once: <split>/images, <split>/masks/<class>
+_LEVELS = 2  # of folders, which are listed in parallel: <split>/images, <split>/masks/<class>
 _FIELDS = "kind,nextPageToken,prefixes,items(name,size,generation,crc32c,md5Hash,contentEncoding)"
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _LOGIN = "run on a VM with a service account, or run 'gcloud auth application-default login' first"
 _ROLES = {"get": "objectViewer", "list": "objectViewer", "create": "objectCreator"}
-# What a refusal is about, by its reason or message, where it is not about the account's roles on the bucket.
+# Advice for refusals that have another cause than missing roles on the bucket, by their reason or message.
 _REFUSALS = (
-    (r"billing|accountDisabled", "that is a matter of billing: ask whoever pays for the project"),
-    (r"vpcServiceControls|policy|constraint", "that is an organisation's policy: ask its administrator"),
+    (r"billing|accountDisabled", "this is a matter of billing: ask the person who pays for the project"),
+    (r"vpcServiceControls|policy|constraint", "this is a policy of the organisation: ask its administrator"),
     (r"\bscope", "the VM's access scopes are too narrow: give it the scope cloud-platform"),
     (r"serviceusage", "the account needs roles/serviceusage.serviceUsageConsumer on the project that pays"),
-    (r"KMS", "that is about the key that encrypts the bucket: ask whoever manages it"),
+    (r"KMS", "this is about the key that encrypts the bucket: ask the person who manages it"),
 )
 # Control characters, and parts that are empty, "." or "..".
 _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f]|(?:^|/)\.{0,2}(?:/|\Z)")
-_jitter = random.Random()  # its own: the sequence of the global generator belongs to whoever seeded that
+_jitter = random.Random()  # not the global generator, which the user may have seeded
 
 
 class _TransientError(Exception):
-    """An attempt failed in a way that the next one need not."""
+    """An attempt failed, and the next one may succeed."""
 
 
 class _StatusError(Exception):
-    """What the server answered when it was asked for content, other than 200."""
+    """The server answered a request for content with another status than 200."""
 
     def __init__(self, code):
         super().__init__(f"the status {code}")
@@ -95,10 +96,10 @@ class Blob(NamedTuple):
     size : int
         Bytes.
     generation : int
-        What Google Cloud Storage numbers an object's contents with; 0 in a directory.
+        The number that Google Cloud Storage gives to this content of the object; 0 in a directory.
     checksum : str
-        "crc32c:" or "md5:" and the checksum in base64; empty in a directory, and in listings that have none, as those
-        of buckets with an encryption key of their own.
+        "crc32c:" or "md5:" and the checksum in base64. Empty in a directory, and in listings without checksums, such as
+        those of buckets with a customer-managed encryption key.
     mtime : int
         When the file was changed, in nanoseconds since 1970; 0 in Google Cloud Storage.
     """
@@ -111,20 +112,24 @@ class Blob(NamedTuple):
 
     @property
     def version(self):
-        """Text that changes whenever the content does, and, in a directory, for no other reason than `mtime`."""
+        """A text that changes when the content changes; in a directory also when only `mtime` changes."""
         return f"{self.size}:{self.generation}:{self.mtime}"
 
 
 def open_bucket(gcp_bucket: str, cache_directory: Path):
-    """Open a bucket, without asking anything of the server yet.
+    """Open a bucket; this makes no request to the server.
 
     Parameters
     ----------
     gcp_bucket : str
         ``gs://name``, ``gs://name/folder`` or the path of a directory.
     cache_directory : Path
-        Where the blobs of a ``gs://`` bucket are kept; any number of runs may share it. The files of a directory are
-        used in place.
+        Where the fetched blobs of a ``gs://`` bucket are kept; any number of runs may share it. The files of a
+        directory are used in place.
+
+    Returns
+    -------
+    object with the methods that are described at the top of this file
 
     Raises
     ------
@@ -139,7 +144,7 @@ def open_bucket(gcp_bucket: str, cache_directory: Path):
 def sweep(folder):
     """Delete what killed runs left behind: ``*.partial`` in a folder and its subfolders, if older than STRAY_SECONDS.
 
-    A run that is alive writes to its partial files all the time, so these are younger.
+    A run that is alive keeps writing to its partial files, so they are younger.
     """
     for path in itertools.chain(Path(folder).glob(f"*{_PARTIAL}"), Path(folder).glob(f"*/*{_PARTIAL}")):
         with contextlib.suppress(OSError):
@@ -160,12 +165,12 @@ class _GoogleBucket:
             raise BucketError(f"{printable(gcp_bucket)}: no bucket can have this name; write gs://name[/folder]")
         self._folder = _folder(folder, printable(gcp_bucket))
         self._cache, self.on_bytes = cache, _ignore
-        self._payer = None  # the project that is charged, once the bucket has asked for one
+        self._payer = None  # the project to charge, once the bucket has asked for one
         try:
             self._client, self._credentials = _connect()
         except BucketError:
             raise
-        except Exception as error:  # google.auth's own, and whatever an odd credentials file makes of it
+        except Exception as error:  # of google.auth, or of any type for an odd credentials file
             raise BucketError(f"{self.url('')}: no Google credentials ({printable(error)[:300]}); {_LOGIN}") from error
 
     def url(self, name):
@@ -184,7 +189,7 @@ class _GoogleBucket:
                 blobs, folders = blobs + page, folders | more
             return blobs, [(subfolder, levels - 1) for subfolder in folders]
 
-        # A page names the next one, so pages come one after the other: the folders are what can be listed at once.
+        # Each page names the next, so the pages of a folder come one after the other; folders are listed in parallel.
         pool, blobs = ThreadPoolExecutor(self.threads), []
         try:
             pending = {pool.submit(list_folder, root, _LEVELS)}
@@ -206,7 +211,7 @@ class _GoogleBucket:
 
         blob = self._ask("get", name, ask)
         if blob is None:
-            self._list_page(self._folder, 0, lambda name: False)  # for its error, should the bucket be missing
+            self._list_page(self._folder, 0, lambda name: False)  # raises an error if the bucket is missing
             raise BlobNotFoundError(f"{self.url(name)}: there is no such object")
         return blob
 
@@ -236,7 +241,7 @@ class _GoogleBucket:
             if blob.generation != listed.generation:
                 raise self._has_changed(blob)
             if not blob.checksum:
-                raise BucketError(f"{self.url(blob.name)}: has no checksum; upload it again, without a key of your own")
+                raise BucketError(f"{self.url(blob.name)}: has no checksum; upload it again without your own key")
         if _is_intact(path, blob):
             return path
         with self._cache_explained():
@@ -258,7 +263,7 @@ class _GoogleBucket:
                 data,
                 content_type,
                 if_generation_match=0,
-                checksum="crc32c",  # which the server compares before it stores anything
+                checksum="crc32c",  # the server compares it before it stores the object
                 timeout=seconds,
                 retry=None,
             )
@@ -266,18 +271,18 @@ class _GoogleBucket:
 
         clash = None
         try:
-            # To send all of it counts as one step.
+            # Sending all of the data counts as one wait, so the limit grows with its size.
             if not self._ask("create", name, upload, SOCKET_SECONDS + len(data) / UPLOAD_SPEED):
                 raise self._no_bucket()
         except FileExistsError as error:
-            clash = error  # with an earlier attempt at this very upload, whose answer was lost, or with another object
+            clash = error  # with an earlier attempt at this upload, if its answer was lost, or with another object
         held = self.stat(name)
         kind = held.checksum.partition(":")[0]
         if (held.size, held.checksum) != (len(data), f"{kind}:{_checksum(kind, [data])}"):
             raise clash or BucketError(f"{self.url(name)}: holds other content than was sent; upload it again")
 
     def _path(self, blob):
-        # A hash, so that the object's name has no say in where its content is kept.
+        # A hash, so that no object name can lead to a place outside the cache.
         key = json.dumps([self._bucket, self._folder + blob.name, blob.version])
         return self._cache / hashlib.sha256(key.encode()).hexdigest()
 
@@ -292,17 +297,17 @@ class _GoogleBucket:
         return _explained(self._cache, trouble)
 
     def _blob(self, found):
-        """What google-cloud-storage found, as a `Blob`."""
+        """Make a `Blob` of google-cloud-storage's."""
         if not found.name.startswith(self._folder):
             raise ValueError("an object of another folder")
         name = _checked(found.name[len(self._folder) :], self.url(""))
-        if found.content_encoding == "gzip":  # size and checksum are those of the packed bytes
+        if found.content_encoding == "gzip":  # its size and checksum are those of the compressed bytes
             raise BucketError(f"{self.url(name)}: is stored gzip-encoded; upload it without 'gsutil cp -z' or '-j'")
         checksum = f"crc32c:{found.crc32c}" if found.crc32c else f"md5:{found.md5_hash}" if found.md5_hash else ""
         return Blob(name, int(found.size), int(found.generation), checksum)
 
     def _list_page(self, folder, levels, wanted, token=None):
-        """List a page of a folder; returns its blobs, its subfolders if levels > 0, and the next page's token."""
+        """List one page of a folder. Returns its blobs, its subfolders if levels > 0, and the next page's token."""
 
         def ask(bucket, seconds):
             pages = self._client.list_blobs(
@@ -312,7 +317,7 @@ class _GoogleBucket:
             page = next(pages.pages)
             if page.raw_page["kind"] != "storage#objects":
                 raise ValueError("no listing")
-            # A name that ends with "/" is a placeholder, as the console makes one for a folder.
+            # The console makes an object with "/" at the end of its name for each folder.
             blobs = [self._blob(found) for found in page if not found.name.endswith("/") and wanted(found.name)]
             return blobs, {name for name in pages.prefixes if wanted(name)}, pages.next_page_token
 
@@ -323,7 +328,7 @@ class _GoogleBucket:
 
     @functools.cached_property
     def _gcsfs(self):
-        """gcsfs, kept from trying anything again itself: that would take minutes, and not tell what the matter was."""
+        """gcsfs without its own retries, which would take minutes and hide the cause of the error."""
         import aiohttp
         import requests
         from fsspec.asyn import get_loop, sync
@@ -346,7 +351,7 @@ class _GoogleBucket:
         session = {
             "connector": sync(get_loop(), connector),
             "headers": {"Accept-Encoding": "identity"},
-            # Only where it names a proxy, since aiohttp looks at the environment and a file for every request.
+            # Only if the environment names a proxy: aiohttp then reads the environment and a file for every request.
             "trust_env": bool(requests.utils.get_environ_proxies(self._client.api_endpoint)),
             "middlewares": (once,),
         }
@@ -385,13 +390,13 @@ class _GoogleBucket:
                 if error.code == 404:
                     raise self._has_changed(blob) from None
                 if 400 <= error.code < 500:
-                    self.stat(blob.name)  # for its error, which has a reason in it; and a refused token is renewed
+                    self.stat(blob.name)  # its error has a reason; and it renews a refused token
                 raise _TransientError(str(error)) from error
 
         self._ask("get", blob.name, ask)
 
     def _ask(self, permission, name, ask, longest=0):
-        """Return what `ask` returns, called with the bucket and its time limit; None if there is no such thing."""
+        """Return what `ask` returns for the bucket and the seconds that it may take; None if there is no object."""
         from google.api_core.exceptions import NotFound
 
         def attempt(left):
@@ -408,7 +413,7 @@ class _GoogleBucket:
         return _persistently(self.url(name), attempt)
 
     def _meant(self, error, permission, name):
-        """What an exception of the libraries means: returns the one to raise."""
+        """Return the exception to raise for one that the libraries raised."""
         import requests
         from google.api_core.exceptions import GoogleAPICallError
         from google.auth.exceptions import GoogleAuthError, InvalidOperation, TransportError
@@ -419,7 +424,7 @@ class _GoogleBucket:
         said = f"{type(cause).__name__}: {printable(cause)[:300]}"
         if isinstance(error, GoogleAPICallError):
             return self._refused(error, permission, url)
-        if isinstance(error, InvalidOperation):  # an emulator's anonymous credentials have nothing to renew
+        if isinstance(error, InvalidOperation):  # anonymous credentials, for an emulator, cannot be renewed
             return BucketError(f"{url}: the credentials are refused; {_LOGIN}")
         if isinstance(error, TransportError) or getattr(error, "retryable", False):
             return _TransientError(f"no access token, {said}")
@@ -432,7 +437,7 @@ class _GoogleBucket:
         return _TransientError(f"an answer that is not in the manner of Google Cloud Storage ({said})")
 
     def _refused(self, error, permission, url):
-        """What an HTTP status means, with the JSON that came with it: returns the exception to raise."""
+        """Return the exception to raise for an HTTP status and the JSON that came with it."""
         status = error.code
         try:
             answer = error.response.json()["error"]
@@ -449,7 +454,7 @@ class _GoogleBucket:
             project = os.environ.get("GOOGLE_CLOUD_PROJECT")
             if not project:
                 return BucketError(f"{url}: {said}; name the project that pays in GOOGLE_CLOUD_PROJECT")
-            self._payer = project  # from now on; not before, since it takes a permission on the project
+            self._payer = project  # only from now on, because it needs a permission on the project
             return _TransientError(said)
         if status == 401:
             return BucketError(f"{url}: the credentials are refused ({said}); {_LOGIN}")
@@ -466,16 +471,16 @@ class _GoogleBucket:
 
 
 def _connect():
-    """Return google-cloud-storage's client, and its credentials; the environment names both."""
-    os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"  # else both ask for the bucket itself, which
-    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # needs buckets.get
+    """Return google-cloud-storage's client and its credentials; the environment determines both."""
+    os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"  # or else both ask for the bucket itself,
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # which needs buckets.get
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on quota projects, and on the versions of Python to come
+        warnings.simplefilter("ignore")  # about quota projects, and about future versions of Python
         import google.auth
         from google.auth.credentials import AnonymousCredentials
         from google.cloud import storage
 
-        for library in ("google", "urllib3", "gcsfs"):  # what they warn of is tried again, and told if that is no help
+        for library in ("google", "urllib3", "gcsfs"):  # failures are tried again, and reported if that fails too
             logging.getLogger(library).setLevel(logging.CRITICAL)
         options, emulator = {}, os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
         if emulator:
@@ -489,7 +494,7 @@ def _connect():
 
 @contextlib.contextmanager
 def _one_attempt():
-    """Replace the errors of aiohttp, after which gcsfs asks again, by one after which it does not."""
+    """Replace the errors of aiohttp, after which gcsfs would try again, by one after which it does not."""
     import aiohttp
 
     try:
@@ -499,7 +504,7 @@ def _one_attempt():
 
 
 class _Content:
-    """The stream of an answer's content, read in one attempt."""
+    """The stream of an answer's content; an error while it is read ends the attempt."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -513,11 +518,11 @@ class _Content:
 
 
 class _DirectoryBucket:
-    """A directory. Mounts of buckets, exFAT and virtual machines' shared folders are such, too.
+    """A directory, which may also be a mounted bucket, exFAT, or a shared folder of a virtual machine.
 
-    There, inodes come and go, so a file is the same when its size and mtime are. Where the mtime has changed since the
-    listing, the content decides if this run has read the file before; of a file that it has not read, nobody can say
-    what was in it, so it has changed.
+    On these, inode numbers change without a reason, so a file counts as unchanged if its size and mtime are unchanged.
+    If only the mtime has changed since the listing and this run has read the file before, the content decides. A file
+    that the run has not read counts as changed, because its earlier content is not known.
     """
 
     threads = len(os.sched_getaffinity(0))
@@ -525,7 +530,7 @@ class _DirectoryBucket:
 
     def __init__(self, gcp_bucket):
         self._root = Path(gcp_bucket)
-        self._digests = {}  # of the blobs that were read
+        self._digests = {}  # of the content of the blobs that were read
         with _explained(gcp_bucket, "cannot be used as a bucket; name a directory or gs://name[/folder]"):
             os.scandir(gcp_bucket).close()
 
@@ -541,7 +546,7 @@ class _DirectoryBucket:
                 try:
                     entries = os.listdir(os.path.join(self._root, folder))
                 except (FileNotFoundError, NotADirectoryError):
-                    continue  # as in the cloud, where a folder is nothing but a part of names
+                    continue  # no error, as in the cloud, where folders are only parts of names
             for entry in entries:
                 if skip and skip((folder + entry).removeprefix(root)):
                     continue
@@ -550,7 +555,7 @@ class _DirectoryBucket:
                     found = os.stat(os.path.join(self._root, name))
                 if not stat.S_ISDIR(found.st_mode):
                     blobs.append(self._blob(name, found))
-                elif (found.st_dev, found.st_ino) not in above:  # else a link to a folder that contains it
+                elif (found.st_dev, found.st_ino) not in above:  # or else it is a link to a folder that contains it
                     pending.append((name + "/", (*above, (found.st_dev, found.st_ino))))
         return sorted(blobs)
 
@@ -590,7 +595,7 @@ class _DirectoryBucket:
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 done = _create_file(folder, path.name, data) or path.read_bytes() == data
-                with contextlib.suppress(OSError):  # not every file system can do this to a folder
+                with contextlib.suppress(OSError):  # some file systems cannot do this with a folder
                     os.fsync(folder)
             finally:
                 os.close(folder)
@@ -608,13 +613,13 @@ class _DirectoryBucket:
 
 
 def _create_file(folder, name, data, nameless=True):
-    """Create a file in an open directory, at once and whole. Returns False if something of this name is there."""
+    """Create a complete file in an open directory in one step. Returns False if the name is taken."""
     hidden = None
     try:
         if not nameless:
             raise OSError
-        descriptor = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=folder)  # has no name: dies with us
-    except OSError:  # not every file system knows this
+        descriptor = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=folder)  # nameless: it vanishes when we die
+    except OSError:  # some file systems do not have this
         hidden = f".{name}.{uuid.uuid4().hex}{_PARTIAL}"
         descriptor = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666, dir_fd=folder)
     try:
@@ -630,8 +635,8 @@ def _create_file(folder, name, data, nameless=True):
             except OSError:
                 if not hidden:
                     return _create_file(folder, name, data, nameless=False)
-        # No hard links here either, as on exFAT and gcsfuse. The name is taken first, which only one can do, and then
-        # at once replaced by the whole file.
+        # This file system has no hard links either, like exFAT and gcsfuse. So an empty file takes the name, which only
+        # one process can do, and the complete file then replaces it.
         os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666, dir_fd=folder))
         os.rename(hidden, name, src_dir_fd=folder, dst_dir_fd=folder)
         hidden = None
@@ -644,9 +649,9 @@ def _create_file(folder, name, data, nameless=True):
 
 
 def _persistently(url, attempt):
-    """Call `attempt` until it raises no `_TransientError`, but no longer than RETRY_SECONDS after the first.
+    """Call `attempt` until it raises no `_TransientError`; give up RETRY_SECONDS after the first of these.
 
-    It gets the number of seconds that are left.
+    `attempt` is called with the number of seconds that are left, and its result is returned.
     """
     deadline, (pause, longest) = math.inf, BACKOFF_SECONDS
     for count in itertools.count(1):
@@ -657,7 +662,7 @@ def _persistently(url, attempt):
             wait_seconds = pause * _jitter.uniform(0.5, 1)
             if time.monotonic() + wait_seconds > deadline:
                 raise BucketError(
-                    f"{url}: gave up after {count} attempts, having tried again for {RETRY_SECONDS} s; the last met "
+                    f"{url}: gave up after {count} attempts, having tried again for {RETRY_SECONDS} s; the last error: "
                     f"{printable(error)}; check the network, then run again"
                 ) from error
         time.sleep(wait_seconds)
@@ -665,7 +670,7 @@ def _persistently(url, attempt):
 
 
 def _checksum(kind, chunks):
-    """Return the checksum of bytes, in base64: "md5" or "crc32c"."""
+    """Return the checksum of some bytes in base64; `kind` is "md5" or "crc32c"."""
     import google_crc32c
 
     checksum = hashlib.md5(usedforsecurity=False) if kind == "md5" else google_crc32c.Checksum()
@@ -685,7 +690,7 @@ def _is_intact(path, blob):
 
 def _checked(name, place):
     if not name.isascii() and re.search(r"[\ud800-\udfff]", name):
-        raise BucketError(f"{place}: '{printable(name)}' is not UTF-8 as a name, which it must be; rename it")
+        raise BucketError(f"{place}: '{printable(name)}' is not UTF-8 as a name; rename it")
     if _UNSAFE_NAME.search(name):
         raise BucketError(
             f"{place}: '{printable(name)}' is refused as a name (control characters, or parts that are empty, '.' or "

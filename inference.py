@@ -1,6 +1,6 @@
 """The one inference pass: the network runs over the images, and only counts leave the device.
 
-TensorFlow is imported only by the functions that run the network: a rerun from cached counts does without it.
+TensorFlow is imported only by the functions that run the network, because a rerun from cached counts works without it.
 """
 
 import itertools
@@ -11,17 +11,17 @@ import numpy as np
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
 from errors import ModelError, first_line
 
-# What TensorFlow, oneDNN, cuDNN and cuBLAS say when there is no memory left, under various types of error.
+# Words in the errors, of various types, that TensorFlow, oneDNN, cuDNN and cuBLAS raise when no memory is left.
 MEMORY_WORDS = re.compile("memory|alloc|exhausted|could not create a primitive|no algorithm worked|launch failed", re.I)
 
 
 def _bins_of(probabilities):
-    """The bin of each probability, as `np.searchsorted(THRESHOLDS, p)`; len(THRESHOLDS) + 1 where it is none.
+    """The bin of each probability, as `np.searchsorted(THRESHOLDS, p)`; len(THRESHOLDS) + 1 if p is not in [0, 1].
 
-    The float32 numbers with the same first 20 bits are a cell. Each cell either has no threshold in it, or begins with
-    one, and has 1, 2, 4, ... or 4,096 at equal distances: so its first bin and their number give every bin exactly.
-    TensorFlow keeps int32 arithmetic in the host's memory, even on a GPU, so whole numbers are held as float32 (all are
-    below 2**24).
+    The float32 numbers with the same first 20 bits form a cell. A cell contains no threshold, or it begins with one and
+    contains 1, 2, 4, ... or 4,096 at equal distances. So the bin of the cell's first number and the number of
+    thresholds in the cell give every bin exactly. Whole numbers are stored as float32, which is exact below 2**24,
+    because TensorFlow keeps int32 numbers in the host's memory even if there is a GPU.
     """
     import tensorflow as tf
 
@@ -33,14 +33,14 @@ def _bins_of(probabilities):
 
 
 def _cells():
-    """Bin of the first float32 number of every cell, and number of thresholds in it: two float32 arrays (2**20,)."""
+    """The bin of each cell's first number, and the number of thresholds in each cell: float32 arrays (2**20,)."""
     first_bin = np.full(2**20, len(THRESHOLDS) + 1, np.float32)  # above 1, below 0, or NaN
     thresholds = np.zeros(2**20, np.float32)
     one, minus_zero = np.float32([1, -0.0]).view(np.uint32) >> 12
     starts = (np.arange(one + 1, dtype=np.int32) << 12).view(np.float32)
     first_bin[: one + 1] = np.searchsorted(THRESHOLDS, starts)
     thresholds[:one] = np.diff(first_bin[: one + 1])
-    thresholds[one] = 1  # all but 1 itself are beyond the last bin
+    thresholds[one] = 1  # so all numbers in this cell but 1 itself are beyond the last bin
     first_bin[minus_zero] = 0
     return first_bin, thresholds
 
@@ -48,18 +48,24 @@ def _cells():
 def _counting_step(network, height, width, num_classes):
     """Compile forward pass and histograms into one function, so that only counts leave the device.
 
-    It takes images, masks and the number of images to count, the first ones, and returns the histogram, shape
-    (classes, 2 * (bins + 1)), that of each image in blocks' bins, shape (classes, images, 2 * (coarse bins + 1)), and
-    the probabilities. In both the last bin of a truth value counts what is no probability.
+    The function takes images, masks and a number: only so many images, the first ones, are counted. It returns the
+    histogram, shape (classes, 2 * (bins + 1)), the coarse histogram of each image, shape (classes, images,
+    2 * (coarse bins + 1)), and the probabilities of all images. In both histograms, the last bin of each truth value
+    counts the values that are NaN or not in [0, 1].
+
+    Raises
+    ------
+    ModelError
+        The network cannot map images of this size to `num_classes` classes.
     """
     import tensorflow as tf
 
-    # value * (1 / 255) in float64, rounded to float32: what the networks saw in training
+    # value * (1 / 255) in float64, rounded to float32, as in the training of the networks
     network_input = tf.constant((np.arange(256) * (1 / 255)).astype(np.float32))
     bins, block_bins = len(THRESHOLDS) + 2, len(BLOCK_THRESHOLDS) + 2
 
     def histograms(index, size):
-        """A histogram of each row. That of a vector would need scratch memory for every thread, or block of them."""
+        """A histogram of each row. A histogram of one vector needs scratch memory per thread or block of threads."""
         return tf.raw_ops.DenseBincount(
             input=tf.cast(index, tf.int32), size=size, weights=tf.constant([], tf.int32), binary_output=False
         )
@@ -75,12 +81,12 @@ def _counting_step(network, height, width, num_classes):
             each = each.write(i, histograms(truth * block_bins + tf.math.ceil(bin_ / BLOCK_STEP), 2 * block_bins))
             return i + 1, whole, each
 
-        # A few classes at a time: all at once would take memory for their number.
+        # Only 4 classes at a time, so that the memory does not grow with the number of classes.
         whole, each = (tf.TensorArray(tf.int32, num_classes) for _ in range(2))
         _, whole, each = tf.while_loop(
             lambda i, *_: i < num_classes, count_class, (0, whole, each), parallel_iterations=4
         )
-        # An int32 result of a function waits in the host's memory, one of int64 is left on the device.
+        # int64, because a function must copy an int32 result to the host and so wait for it; int64 stays on the device.
         return tf.cast(whole.stack(), tf.int64), tf.cast(each.stack(), tf.int64), probabilities
 
     signature = [
@@ -99,17 +105,18 @@ def _counting_step(network, height, width, num_classes):
 
 
 def _padded(part, size):
-    """Images and masks of a part of a batch, its last sample repeated up to `size`.
+    """The images and masks of a part of a batch, filled up to `size` samples with copies of the last one.
 
-    Steps of one shape give a pixel the same probability, to the last bit, however the images are divided into
-    batches, devices and processes: a convolution may sum in another order for another number of images.
+    All steps have the same shape, because a convolution may add in another order for another number of images. So the
+    probability of a pixel is the same to the last bit, however the images are divided into batches, devices and
+    processes.
     """
     _, images, masks = zip(*(sample for sample, _ in part + [part[-1]] * (size - len(part))), strict=True)
     return np.stack(images), np.stack(masks)
 
 
 def count_probabilities(network, samples, blocks, counts, class_names, batch_size, shown_names, on_smaller_batch):
-    """Run the network once over the samples and add what it gives to `counts`: a generator, batch by batch.
+    """Run the network once over the samples, batch by batch, and add the counts to `counts`; a generator.
 
     Parameters
     ----------
@@ -123,21 +130,22 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
     class_names : list of str
         For messages.
     batch_size : int
-        Images per replica and step. When a batch does not fit into memory the size is halved for the rest of the pass.
+        Images per replica and step. If a batch does not fit into memory, it is halved for the rest of the pass.
     shown_names : set of str
-        The images to keep for display.
-    on_smaller_batch : callable taking the batch size that did not fit and the new one
+        The names of the images that `counts` keeps for the figure.
+    on_smaller_batch : callable
+        Is called with the batch size that did not fit and the new one.
 
     Yields
     ------
     int
-        Number of images that `counts` just gained.
+        Number of images that were just added to `counts`.
 
     Raises
     ------
     ModelError
-        Probabilities that are NaN or outside [0, 1], a network that cannot take such images, or one image alone not
-        fitting into memory.
+        Probabilities are NaN or outside [0, 1], the network cannot take such images, or even a batch of one image does
+        not fit into memory.
     """
     import tensorflow as tf
 
@@ -149,9 +157,9 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
     distributed_step = tf.function(lambda *parts: strategy.run(step.python_function, parts), reduce_retracing=True)
 
     def start(batch):
-        """Hand a batch to the devices, a part to each; on a GPU this does not wait for the results."""
+        """Give each device its part of a batch. On a GPU this does not wait for the results."""
         parts = [batch[i : i + batch_size] for i in range(0, batch_size * replicas, batch_size)]
-        # A replica without images gets one, whose counts are dropped.
+        # A replica without images gets one image, and its counts are ignored.
         arguments = [_padded(part or batch[:1], batch_size) + (np.int32(len(part) or 1),) for part in parts]
         if replicas == 1:
             return [(batch, step(*arguments[0]))]
@@ -165,7 +173,7 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
         return list(zip(parts, zip(*results, strict=True), strict=True))
 
     def read(results):
-        """Wait for what the devices give: part, both histograms, and what is to be shown."""
+        """Wait for the results: for each device its part, both histograms, and the images to show."""
         return [
             (
                 part,
@@ -200,12 +208,12 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
         batch = list(itertools.islice(samples, batch_size * replicas))
         try:
             following = start(batch) if batch else []
-            # one batch behind, so that the device has its next batch while the host counts this one
+            # the previous batch, so that the devices work on this one while the host adds the previous counts
             finished = read(started)
-        except out_of_memory as error:  # a GPU may report it only where its results are read
+        except out_of_memory as error:  # a GPU may report it only when the results are read
             did_not_fit.append(batch_size)
             if batch_size == 1:
-                # TensorFlow puts the lines of a traceback before the one that counts.
+                # TensorFlow puts lines of a traceback before the line with the reason.
                 lines = [line.strip() for line in str(error).splitlines()]
                 reasons = [line for line in lines if MEMORY_WORDS.search(line) and not line.startswith("File ")]
                 if not reasons and not isinstance(error, MemoryError):
@@ -214,8 +222,8 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
                     f"no batch of {', '.join(map(str, did_not_fit))} images of {width} x {height} pixels fits into "
                     f"memory: {first_line(reasons[0] if reasons else error)}"
                 ) from error
-            samples = itertools.chain(*(part for part, _ in started), batch, samples)  # neither was added yet
-            started = following = []  # gives their memory back
+            samples = itertools.chain(*(part for part, _ in started), batch, samples)  # neither has been added
+            started = following = []  # frees their memory
             batch_size //= 2
             on_smaller_batch(did_not_fit[-1], batch_size)
             continue

@@ -1,6 +1,6 @@
-"""A model's file: HDF5 as Keras 2 writes it, read as names and numbers. Nothing in it is executed.
+"""Reading a model's file, HDF5 as Keras 2 writes it. Only names and numbers are read; nothing in it is executed.
 
-Each thing is looked at before it is read: what it is, and that it takes no more memory than a network can need.
+Before something is read, its type is checked, and that it needs no more memory than a network can need.
 """
 
 import contextlib
@@ -15,21 +15,21 @@ import h5py
 
 from errors import ModelError, first_line
 
-# What a model's file may hold beside its weights. The largest network of segmentation-models has 7,000 layers.
+# Limits for what is read. The largest network of segmentation-models has 7,000 layers.
 MAX_NAMES = 2**15
 MAX_DESCRIPTION_BYTES = 2**23  # of model_config
 MAX_FILE_BYTES = 2**26
-MAX_FILE_BYTES_PER_WEIGHT = 32  # an optimiser keeps up to three more numbers for each
+MAX_FILE_BYTES_PER_WEIGHT = 32  # an optimiser saves up to three more numbers for each
 
 # ---------------------------------------------------------------------------------------------------------------
 # The file
 
-# How files begin that are named model.hdf5 and are none.
+# The first bytes of other kinds of files that are uploaded as model.hdf5 by mistake.
 OTHER_FILES = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: upload what `git lfs pull` fetches",
     b"PK\x03\x04": "is a ZIP file, such as Keras 3 saves as .keras: save the model as HDF5 with Keras 2",
     b"\x1f\x8b": "is compressed with gzip: upload it uncompressed",
-    b"<": "is a web page, as comes of a download that needs a login: upload the HDF5 file itself",
+    b"<": "is a web page, perhaps the login page of the site that has the file: upload the HDF5 file itself",
 }
 
 
@@ -41,7 +41,7 @@ def opened(path, num_weights):
     ----------
     path : pathlib.Path
     num_weights : int
-        Of the network that it should hold: a file that is much larger is not read.
+        Number of weights of the network that the file should contain. A much larger file is refused.
 
     Yields
     ------
@@ -50,7 +50,7 @@ def opened(path, num_weights):
     Raises
     ------
     ModelError
-        It is something else, or damaged; this may show only while it is read.
+        The file is of another kind, or damaged. Also raised for damage that h5py finds in the `with` block.
     """
     if path.is_dir():
         raise ModelError("it is a folder, such as TensorFlow's SavedModel: save the model as HDF5")
@@ -68,19 +68,19 @@ def opened(path, num_weights):
         if start.startswith(beginning):
             raise ModelError(f"it {what}")
     try:
-        with h5py.File(path, "r", locking=False) as file:  # whoever has it open for writing does not matter
+        with h5py.File(path, "r", locking=False) as file:  # another program may have it open
             yield file
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError, OverflowError) as error:  # of h5py
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, OverflowError) as error:  # from h5py
         reason = first_line(error)
         if "truncated file" in reason:
             raise ModelError(f"it is cut short ({size:,} bytes are here): upload it again") from error
         if "already open for write" in reason:
-            raise ModelError(f"a program still writes it, or died while it did: save it again ({reason})") from error
+            raise ModelError(f"a program is writing it, or died while writing: save it again ({reason})") from error
         raise ModelError(f"it is no Keras HDF5 file, or damaged: {reason}") from error
 
 
 def _follow(group, path):
-    """What is at `path` below an HDF5 group, by hard links only: others may lead in circles or to other files."""
+    """What is at `path` below an HDF5 group. Only hard links are followed: others may lead to other files."""
     for name in path.split("/"):
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise ModelError(f"{reprlib.repr(name)} in it is missing, or a link to elsewhere")
@@ -89,11 +89,11 @@ def _follow(group, path):
 
 
 def _names(item, attribute):
-    """A list of names, which Keras splits over `<attribute>0`, `<attribute>1`, ... where it is long."""
+    """Read a list of names. Keras splits a long one into `<attribute>0`, `<attribute>1`, ..."""
     parts = [attribute] if attribute in item.attrs else (f"{attribute}{i}" for i in itertools.count())
     names = []
     for part in itertools.takewhile(item.attrs.__contains__, parts):
-        stored = item.attrs.get_id(part)  # its size, before it is read
+        stored = item.attrs.get_id(part)  # to know its size before it is read
         if math.prod(stored.shape) == 0:
             continue
         is_text = h5py.check_string_dtype(stored.dtype) or stored.dtype.kind == "S"
@@ -108,11 +108,11 @@ def _names(item, attribute):
 
 
 class DescribedLayer(NamedTuple):
-    """What model_config says of a layer, as far as it is compared."""
+    """The part of a layer's description in model_config that is compared."""
 
     name: str
     kind: str  # its class
-    shape: list  # of an input: batch, height, width, channels; None where any will do
+    shape: list  # of an input: batch, height, width, channels; None where any size fits
     filters: int
     activation: str
 
@@ -120,10 +120,19 @@ class DescribedLayer(NamedTuple):
 def described_layers(file):
     """The layers of a whole model, as its model_config lists them, which is JSON.
 
+    Parameters
+    ----------
+    file : h5py.File
+
     Returns
     -------
     list of DescribedLayer, or None
-        None for a file of weights only. Where one of the layers is a network itself, that network's layers.
+        None for a file with only weights. If one of the layers is itself a network, the layers of that network.
+
+    Raises
+    ------
+    ModelError
+        model_config does not describe a network, or the network is one of several parts of another one.
     """
     if "model_config" not in file.attrs:
         return None
@@ -153,7 +162,7 @@ def _layers_of(description):
 
 
 def _part_of_another(others):
-    """For a network that is a layer of another one, beside other layers, given by their names."""
+    """The message for a network that is a layer of another one, beside other layers with these names."""
     names = ", ".join(others)[:200]
     return f"the network in model.hdf5 is part of another one, which train_config does not describe: {names}"
 
@@ -163,7 +172,7 @@ def _described(layer):
     activation = config.get("activation")
     return DescribedLayer(
         name=str(config["name"]),
-        kind=re.sub(r"^.*>|V[12]$", "", layer["class_name"]),  # without package, and TensorFlow 1's versions
+        kind=re.sub(r"^.*>|V[12]$", "", layer["class_name"]),  # without the package, and the V1 or V2 of TensorFlow 1
         shape=[
             int(edge) if edge else None for edge in config.get("batch_input_shape") or config.get("batch_shape") or []
         ],
@@ -173,7 +182,7 @@ def _described(layer):
 
 
 def _passes_images_on(layer):
-    """Whether a layer beside the network changes no number: inputs, and what multi_gpu_model adds."""
+    """Whether a layer beside the network changes no numbers: an input, or one that multi_gpu_model adds."""
     kind, config = layer["class_name"], layer["config"]
     return (
         kind == "InputLayer"
@@ -187,10 +196,10 @@ def _passes_images_on(layer):
 
 
 class StoredLayer(NamedTuple):
-    """The weights of a layer as they lie in the file."""
+    """The weights of a layer in the file."""
 
     name: str
-    arrays: dict  # h5py.Dataset by what it is: kernel, bias, gamma, ...
+    arrays: dict  # h5py.Dataset by kind: kernel, bias, gamma, ...
 
 
 def stored_layers(file):
@@ -203,8 +212,13 @@ def stored_layers(file):
     Returns
     -------
     list of StoredLayer
-        Where one layer is a network itself, that network's layers, which the names of its weights tell. Nothing of the
-        arrays has been read, but each has as many numbers as it says.
+        If one layer is itself a network, the layers of that network, according to the names of its weights. The arrays
+        have not been read, but all their numbers are in the file.
+
+    Raises
+    ------
+    ModelError
+        The file has no such weights, or they are not plain numbers in the file.
     """
     if "layer_names" not in file.attrs and "layer_names0" not in file.attrs:
         if "model_weights" in file:
@@ -236,7 +250,7 @@ def stored_layers(file):
 
 
 def _layer_of(weight):
-    """The name of its layer, in the name of a weight: <layer>/<kernel>:0."""
+    """The name of the layer in the name of a weight, which ends in <layer>/<kernel>:0."""
     return weight.rpartition("/")[0].rpartition("/")[2]
 
 
@@ -248,7 +262,7 @@ def _by_kind(layer_name, weights):
 
 
 def _plain_array(array, name):
-    """The dataset, if its numbers lie in the file itself as they are: all that it claims to hold is there."""
+    """Return the dataset; raise ModelError unless all its numbers are in the file itself, uncompressed."""
     if not (
         isinstance(array, h5py.Dataset)
         and array.dtype.kind == "f"

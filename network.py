@@ -1,8 +1,8 @@
-"""The network that was trained: TensorFlow started quietly, the network rebuilt from `train_config`, its weights read.
+"""The trained network: TensorFlow is started, the network is rebuilt from `train_config`, and its weights are read.
 
-Nothing in a model's file is executed: the network comes from segmentation-models, as the configuration says, and from
-the file come numbers and names only, each checked before it is read. TensorFlow is imported only by the functions that
-need it: a rerun from cached counts does without it.
+Nothing in a model's file is executed. The network comes from segmentation-models, as the configuration says; only names
+and numbers are read from the file, and each is checked before. TensorFlow is imported only by the functions that need
+it, because a rerun from cached counts works without it.
 """
 
 import contextlib
@@ -20,11 +20,12 @@ from errors import ModelError, UsageError, first_line
 
 ARCHITECTURES = ("Unet", "FPN", "Linknet", "PSPNet")
 
-# What model_parameters may ask for: there is no memory for more.
+# Limits for model_parameters: no memory is large enough for more.
 MAX_FILTERS = 2048
 MAX_EDGE = 2**14  # of input_shape
 
-# What TensorFlow writes before it listens to TF_CPP_MIN_LOG_LEVEL: information, warnings, and errors that it survives.
+# Lines that TensorFlow logs before it reads TF_CPP_MIN_LOG_LEVEL: information, warnings, and errors after which it
+# continues.
 LOG_LINES = r"^([IWE][0-9]{4} |WARNING: All log messages before absl::InitializeLog)"
 
 
@@ -34,13 +35,13 @@ LOG_LINES = r"^([IWE][0-9]{4} |WARNING: All log messages before absl::Initialize
 
 @contextlib.contextmanager
 def _without_log_lines():
-    """Keep TensorFlow's log lines off the screen. All else gets there, also if the process is aborted right after."""
+    """Hide TensorFlow's log lines. All other lines are shown, even if the process is aborted immediately afterwards."""
     sys.stderr.flush()
     screen = os.dup(2)
     try:
         command = ["grep", "--line-buffered", "--text", "--invert-match", "--extended-regexp", LOG_LINES]
         filtered = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=screen, stderr=subprocess.DEVNULL)
-    except OSError:  # no grep, or no process to be had
+    except OSError:  # there is no grep, or no process can be started
         yield
     else:
         os.dup2(filtered.stdin.fileno(), 2)
@@ -56,20 +57,25 @@ def _without_log_lines():
 
 
 def import_tensorflow():
-    """TensorFlow with Keras 2 behind `tf.keras`, quiet; segmentation-models finds both as it needs them.
+    """Import TensorFlow without its log lines, with Keras 2 as `tf.keras`, which segmentation-models needs.
 
-    Who sets TF_CPP_MIN_LOG_LEVEL to 0, 1 or 2 sees TensorFlow's own messages.
+    To see TensorFlow's log lines, set TF_CPP_MIN_LOG_LEVEL to 0, 1 or 2.
+
+    Returns
+    -------
+    module
+        tensorflow
 
     Raises
     ------
     UsageError
-        It is not installed, or not whole.
+        TensorFlow is not installed, or not completely.
     ModelError
-        A GPU has no memory to start with.
+        A GPU has too little free memory for TensorFlow to start.
     """
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
     os.environ["SM_FRAMEWORK"] = "tf.keras"
-    sys.modules.setdefault("pandas", None)  # where it is installed Keras would import it, for nothing that is used here
+    sys.modules.setdefault("pandas", None)  # Keras would import it if it is installed; nothing here uses it
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with _without_log_lines() if level == "3" else contextlib.nullcontext():
         return _start_tensorflow()
@@ -81,8 +87,8 @@ def _start_tensorflow():
     except ImportError as error:
         raise UsageError(f"TensorFlow cannot be imported: {first_line(error)}; install requirements.txt") from error
     for gpu in tf.config.list_physical_devices("GPU"):
-        # Two runs share a GPU only if neither takes all of its memory at once.
-        with contextlib.suppress(RuntimeError):  # already in use: this process set it before
+        # Otherwise TensorFlow takes all memory of the GPU at once, and a second run cannot share it.
+        with contextlib.suppress(RuntimeError):  # the GPU is in use, so this process has set it before
             tf.config.experimental.set_memory_growth(gpu, True)
     with _explaining_lack_of_memory(tf):
         tf.config.list_logical_devices()
@@ -91,7 +97,7 @@ def _start_tensorflow():
 
 def _is_lack_of_memory(tf, error):
     exhausted = isinstance(error, tf.errors.ResourceExhaustedError | MemoryError)
-    # The last two are what a weight meets on its way to a full GPU.
+    # The last two appear when a weight is copied to a GPU whose memory is full.
     words = r"out.of.memory|\bOOM\b|ALLOC_FAILED|Dst tensor is not initialized"
     return exhausted or bool(re.search(words, str(error), re.IGNORECASE))
 
@@ -111,14 +117,14 @@ def _explaining_lack_of_memory(tf):
 
 
 def set_seed(seed):
-    """The seed of TensorFlow's random numbers."""
+    """Set the seed of TensorFlow's random numbers."""
     import tensorflow as tf
 
     tf.random.set_seed(seed)
 
 
 def strategy(tf):
-    """One replica of the network on every GPU; without a GPU, on every logical CPU, of which there is one."""
+    """The distribution strategy: one replica of the network per GPU; without a GPU, one per logical CPU."""
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     if len(devices) == 1:
         return tf.distribute.get_strategy()
@@ -126,7 +132,7 @@ def strategy(tf):
 
 
 def device_facts():
-    """What the last bits of the probabilities depend on, for the result.
+    """What the result says about the device, on which the last bits of the probabilities depend.
 
     Returns
     -------
@@ -168,16 +174,17 @@ def build_network(train_config, num_classes, target_size, weights_path, warn=war
     Parameters
     ----------
     train_config : dict
-        `segmentation_model: {model_name, model_parameters}` is what counts; loss and optimiser do not matter here.
-        Where it is silent the architecture's own defaults hold: FPN and PSPNet end in softmax, Unet and Linknet in
-        sigmoid. Only input_shape is (None, None, 1), and for PSPNet, which needs one, that of the images.
+        The network is built from `segmentation_model: {model_name, model_parameters}`. Parameters that are not given
+        have the architecture's defaults: FPN and PSPNet end in softmax, Unet and Linknet in sigmoid. The exception is
+        input_shape: its default is (None, None, 1), and PSPNet, which needs a fixed size, gets that of the images.
     num_classes : int
         Number of mask folders, which the network's output must have as channels.
     target_size : (int, int)
         Width and height of the images in pixels.
     weights_path : path
-        Keras HDF5 file, a whole model or weights only; the network may lie in one wrapper layer (multi_gpu_model).
-    warn : callable taking a sentence
+        Keras HDF5 file, a whole model or weights only. The network may be wrapped in another one by multi_gpu_model.
+    warn : callable
+        Is called with a sentence if train_config mentions a preprocessing.
 
     Returns
     -------
@@ -192,21 +199,21 @@ def build_network(train_config, num_classes, target_size, weights_path, warn=war
     """
     import tensorflow as tf
 
-    with contextlib.redirect_stdout(None):  # it announces its framework
+    with contextlib.redirect_stdout(None):  # it prints the name of its framework
         import segmentation_models
     import model_file
 
     name, parameters = _settings(segmentation_models, train_config, num_classes, target_size)
     if preprocessing := _mentions_of("preprocess", train_config):
         warn(
-            f"train_config has {', '.join(preprocessing)}: here an image enters the network as its grey values divided "
-            "by 255, and a network that was trained with another preprocessing does not fit that"
+            f"train_config has {', '.join(preprocessing)}: here the grey values of an image are divided by 255, and "
+            "nothing else is done; the results are wrong for a network that was trained with another preprocessing"
         )
     with _explaining_lack_of_memory(tf):
         try:
             with strategy(tf).scope():
                 network = getattr(segmentation_models, name)(**parameters)
-        except Exception as error:  # what segmentation-models and Keras make of parameters that nobody foresaw
+        except Exception as error:  # of many types, for unexpected parameters
             if _is_lack_of_memory(tf, error):
                 raise
             raise ModelError(
@@ -249,7 +256,7 @@ def _settings(segmentation_models, train_config, num_classes, target_size):
         parameter.name: parameter.default for parameter in signature if parameter.default is not parameter.empty
     }
     parameters = defaults | {"input_shape": (None, None, 1)} | given
-    # model.hdf5 holds all weights: nothing is to be fetched from elsewhere, nor read from a path in the YAML.
+    # model.hdf5 has all weights: none are downloaded, and none are read from a path in the YAML.
     parameters |= {"classes": num_classes, "encoder_weights": None, "weights": None}
     backbones = segmentation_models.get_available_backbone_names()
     if parameters["backbone_name"] not in backbones:
@@ -259,22 +266,22 @@ def _settings(segmentation_models, train_config, num_classes, target_size):
     if parameters["activation"] == "softmax" and num_classes == 1:
         default = "" if "activation" in given else f", the default of {name},"
         raise ModelError(
-            f"activation softmax{default} over one class makes every probability 1: write into model_parameters the "
-            "activation that the network was trained with"
+            f"activation softmax{default} over one class makes every probability 1: write the activation "
+            "that the network was trained with into model_parameters"
         )
     parameters["input_shape"] = _input_shape(name, parameters, target_size)
     return name, parameters
 
 
 def _null_for_none(value):
-    """YAML's null is often written None, as in Python, which YAML reads as a text. Lists become tuples."""
+    """Replace the text "None", which is often written instead of YAML's null, by None; make tuples of lists."""
     if isinstance(value, list):
         return tuple(map(_null_for_none, value))
     return None if value == "None" else value
 
 
 def _is_plain(value, largest):
-    # Keras takes a dictionary for an object to make, of any class of any module.
+    # No dictionaries: Keras would make an object from one, of any class of any module.
     return value is None or isinstance(value, str | bool) or (isinstance(value, int | float) and abs(value) <= largest)
 
 
@@ -284,7 +291,7 @@ def _input_shape(name, parameters, target_size):
     shape, factor = parameters["input_shape"], parameters.get("downsample_factor")
     if isinstance(shape, tuple) and len(shape) == 3:
         edges = shape[:2]
-        if name == "PSPNet":  # its pooling is made for one size
+        if name == "PSPNet":  # its pooling needs a fixed size
             edges = tuple(edge or size for edge, size in zip(edges, (height, width), strict=True))
         _check_size("input_shape in train_config", edges, target_size)
         shape = (*edges, shape[2])
@@ -299,7 +306,7 @@ def _input_shape(name, parameters, target_size):
 
 
 def _check_size(where, edges, target_size):
-    """`edges`: height and width, None where any will do."""
+    """Raise ModelError unless `edges` are those of target_size: height and width, None where any size fits."""
     width, height = target_size
     if any(edge not in (None, size) for edge, size in zip(edges, (height, width), strict=True)):
         raise ModelError(
@@ -311,14 +318,12 @@ def _check_size(where, edges, target_size):
 def _other_classes(where, classes, num_classes):
     text = f"{where} {reprlib.repr(classes)} classes, the dataset has {num_classes} mask folders"
     if classes == num_classes + 1:
-        text += (
-            ": if one of the channels is the background, it needs a mask folder of its own, at its place in the order"
-        )
+        text += ": if one of the channels is the background, it needs a mask folder too, at the same place in the order"
     return text
 
 
 def _mentions_of(word, config, depth=20):
-    """Entries of nested dictionaries, as texts, with the word in key or value, unless they are switched off."""
+    """Up to 3 entries of nested dictionaries, as texts, with the word in key or value, unless the value is null."""
     found = []
     for key, value in config.items() if depth else ():
         if isinstance(value, dict):
@@ -330,14 +335,14 @@ def _mentions_of(word, config, depth=20):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Is the network in the file the one that was rebuilt?
+# Comparing the network in the file with the rebuilt one
 
 
 def _compare(described, network, num_classes, target_size):
     """Raise ModelError unless the layers that a file describes are those of the network.
 
-    What the parameters of segmentation-models decide is compared: number of classes, the names, kinds and order of the
-    layers, activation, and size. The spelling of the rest changed from version to version of Keras.
+    Only what the parameters of segmentation-models determine is compared: number of classes, the names, kinds and order
+    of the layers, activation, and size. Versions of Keras describe the rest in different ways.
     """
     classes = next((layer.filters for layer in reversed(described) if layer.filters is not None), None)
     if classes != num_classes:
@@ -348,7 +353,7 @@ def _compare(described, network, num_classes, target_size):
         f"{name} ({type(layer).__name__})"
         for name, layer in zip(_identities(network.layers, automatic), network.layers, strict=True)
     ]
-    _check_same_layers(saved[:-1], rebuilt[:-1])  # the last one has the name of the activation
+    _check_same_layers(saved[:-1], rebuilt[:-1])  # the last layer's name is that of its activation
     for number, (there, here) in enumerate(zip(saved[:-1], rebuilt[:-1], strict=True)):
         if there != here:
             raise ModelError(
@@ -382,16 +387,16 @@ def _check_same_layers(saved, rebuilt):
 
 
 def _automatic_names(network):
-    """What Keras calls layers that get no name, without the number: conv2d, batch_normalization, ..."""
+    """The names that Keras gives to layers without a name, without the number: conv2d, batch_normalization, ..."""
     bases = {(layer.name.rstrip("0123456789").rstrip("_"), type(layer).__name__) for layer in network.layers}
     return {base for base, kind in bases if base.replace("_", "") == kind.lower()} | {"input"}
 
 
 def _identities(layers, automatic):
-    """Names by which layers are the same in two sessions; of objects with a `name`.
+    """Names of the layers that are the same in every session; `layers` are objects with a `name`.
 
-    An automatic name ends in a number that continues through a session, in which other networks may have been built
-    before. So it counts only which is first, second, ... by that number: the order in which the layers were made.
+    An automatic name ends in a number, and Keras continues to count when a session builds another network. So the
+    number is replaced by its rank, which is the order in which the layers were made.
     """
     numbers = {}
     for layer in layers:
@@ -413,7 +418,7 @@ def _identities(layers, automatic):
 
 
 def _load_weights(file, network, num_classes):
-    """Give each layer of the network the weights that the file has for it, after a check of all of them."""
+    """Check that all weights in the file fit the network, then load them into it."""
     import model_file
 
     layers = [layer for layer in network.layers if layer.weights]
@@ -438,7 +443,7 @@ def _load_weights(file, network, num_classes):
 
 
 def _arrays_for(layer, stored):
-    """The arrays in the file for layer.weights, in their order."""
+    """The file's arrays for layer.weights, in the same order."""
     kinds = [weight.name.rpartition("/")[2].partition(":")[0] for weight in layer.weights]
     if set(kinds) != set(stored.arrays):
         raise ModelError(

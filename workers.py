@@ -1,8 +1,8 @@
-"""Several processes of the tool, one a machine: each counts a share of the images, and the chief sums the counts.
+"""Several processes of the tool, one per machine: each counts a share of the images, and the chief sums the counts.
 
-Every worker keeps one connection to the chief. What goes through it is a line of JSON, which raw bytes may follow:
-signs of life with progress, numbers to sum, and why a worker ends, which the chief passes on to the others.
-A connection belongs to one run: a worker that has joined never connects again, so runs cannot mix.
+Every worker keeps one connection to the chief. A message is a line of JSON, and raw bytes may follow it. Messages are
+signs of life with the progress, numbers to sum, and why a worker ends, which the chief passes on to the others.
+A connection belongs to one run: a worker that has joined never connects again, so two runs cannot mix.
 """
 
 import contextlib
@@ -16,36 +16,37 @@ import numpy as np
 
 from errors import USAGE, PeerError, UsageError, first_line
 
-START_SECONDS = 600  # within which all workers come
+START_SECONDS = 600  # all workers must be there within this time
 LIFE_SECONDS = 5  # between signs of life; Google's network forgets a connection that is idle for ten minutes
-DEAD_SECONDS = 60  # without a sign of life, after which a worker is taken for dead
-HANG_SECONDS = 1800  # without progress, after which a worker is taken to hang
-WAIT_SECONDS = 60  # between lines that say for whom a sum waits
-LEAVE_SECONDS = 0.4  # for the others to hear why this worker ends
-PART = 2**20  # bytes of numbers in one message: other messages go between
+DEAD_SECONDS = 60  # a worker without a sign of life for this time is taken for dead
+HANG_SECONDS = 1800  # a worker without progress for this time is said to hang
+WAIT_SECONDS = 60  # between lines that say which workers a sum waits for
+LEAVE_SECONDS = 0.4  # at most, to tell the others why this worker ends
+PART = 2**20  # bytes of numbers in one message: signs of life can be sent between two of these
 CONTINUE = "what was counted is kept in tmp: start all workers again to continue"
 FORM = 'must be like {"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
 
 
 def read_tf_config(text):
-    """The cluster of which TF_CONFIG tells.
+    """Read the cluster from TF_CONFIG.
 
     Parameters
     ----------
-    text : str
-        JSON of TensorFlow's form. Where the cluster names no "chief", worker 0 is it. Empty, or without a cluster:
-        this process is alone.
+    text : str or None
+        JSON as TensorFlow defines it. If the cluster names no "chief", worker 0 is the chief. If the text is empty or
+        None, or has no cluster, this process is the only one.
 
     Returns
     -------
     addresses : list of str
-        Of all workers, the chief first.
+        host:port of all workers, the chief first; ["localhost"] if this process is the only one.
     index : int
-        Of this process among them.
+        The position of this process among them.
 
     Raises
     ------
     UsageError
+        The text does not have this form.
     """
     try:
         config = json.loads(text or "{}")
@@ -60,44 +61,44 @@ def read_tf_config(text):
     if set(cluster) - {"chief", "worker"} or len(cluster.get("chief", [])) > 1:
         raise UsageError(f"TF_CONFIG {FORM}; beside worker, its cluster may have one chief and nothing else")
     if len(set(places)) < len(places) or not all(host and 0 < port < 2**16 for host, port in places):
-        raise UsageError(f"TF_CONFIG {FORM}; each worker needs a host:port of its own")
+        raise UsageError(f"TF_CONFIG {FORM}; each worker needs a valid host:port that no other has")
     if own not in tasks:
         raise UsageError(f"TF_CONFIG {FORM}; {own[0]} {own[1]} is not in its cluster")
     return addresses, tasks.index(own)
 
 
 class Cluster:
-    """The place of this process among the workers. Where it is the only one, it connects to nothing.
+    """The connections of this process to the other workers; none if it is the only one.
 
     Parameters
     ----------
     addresses : list of str
-        host:port of all workers, the chief first. Only the chief's is used; the others are their names.
+        host:port of all workers, the chief first. Connections are made to the chief's only; the others serve as names.
     index : int
-        Of this process; 0 is the chief.
+        The position of this process among them; 0 is the chief.
     show : callable
         Takes a line to print.
-    end : callable
-        Takes the PeerError that ends the run, in a thread of the cluster's own, whatever the others are busy with;
-        meant to end the process. If it returns, or there is none, what is called next raises the error.
+    end : callable or None
+        Is called with the PeerError that ends the run, in one of the cluster's threads. It should end the process. If
+        it returns, or is None, the method that is running or is called next raises the error.
 
     Attributes
     ----------
     number : int
-        Of workers.
+        Number of workers.
     """
 
     def __init__(self, addresses=("localhost",), index=0, show=print, end=None):
         self.addresses, self.index, self.number = addresses, index, len(addresses)
         self._show, self._end = show, end
-        self._changed = threading.Condition()  # guards all that follows
-        self._peers = {}  # by index: to the chief, the workers that are there; to a worker, the chief
+        self._changed = threading.Condition()  # guards all attributes below
+        self._peers = {}  # by index: on the chief the workers that are there, on a worker the chief
         self._started = False
         self._error = None
         self._farewells = None  # threads that tell the peers that this worker ends
-        self._total, self._arrived = None, 0  # of the sum that is being made, and how many bytes of it are there
-        self._progress = [[0, 0]] * self.number  # images counted and to count; None: it waits for the others
-        self._since = [time.monotonic()] * self.number  # the last progress
+        self._total, self._arrived = None, 0  # the sum so far, and the number of bytes that were added to it
+        self._progress = [[0, 0]] * self.number  # images counted and to count; None while it waits for the others
+        self._since = [time.monotonic()] * self.number  # the time of the last progress
 
     def __str__(self):
         return self._name(self.index)
@@ -111,6 +112,7 @@ class Cluster:
         Raises
         ------
         PeerError
+            A worker did not come in time, or has another TF_CONFIG.
         UsageError
             This is the chief, and its port cannot be used.
         """
@@ -124,7 +126,12 @@ class Cluster:
             self._reach_chief()
 
     def progress(self, images, total):
-        """Tell the others how many images of this worker's share are counted.
+        """Note how many images of this worker's share are counted; the others learn it with the next sign of life.
+
+        Parameters
+        ----------
+        images, total : int
+            The number of images counted, and the number in the share.
 
         Raises
         ------
@@ -137,7 +144,7 @@ class Cluster:
                 raise self._error
 
     def sum(self, numbers):
-        """Sum over all workers, of which each must call this.
+        """Sum numbers over all workers. Each worker must call this.
 
         Parameters
         ----------
@@ -150,6 +157,7 @@ class Cluster:
         Raises
         ------
         PeerError
+            Another worker ended with an error or died.
         """
         if self.number == 1:
             return numbers
@@ -162,7 +170,7 @@ class Cluster:
             total = self._wait_for_total(len(content) * self.number)
             content = memoryview(total).cast("B")
         for peer in list(self._peers.values()):
-            with contextlib.suppress(OSError):  # the thread that reads from it says what is wrong
+            with contextlib.suppress(OSError):  # the thread that reads from this peer reports the error
                 for first in range(0, len(content), PART):
                     peer.send({"first": first, "of": len(content)}, content[first : first + PART])
         if self.index > 0:
@@ -172,23 +180,26 @@ class Cluster:
         return total
 
     def agree(self, key, flag):
-        """Compare what each worker is about to do.
+        """Check that all workers are about to do the same. Each worker must call this.
 
         Parameters
         ----------
         key : str
-            Which all must have alike.
+            Text that must be the same for all workers.
         flag : bool
+            Only the chief's is used.
 
         Returns
         -------
         bool
-            The flag of the chief.
+            The chief's flag.
 
         Raises
         ------
         UsageError
-            Which worker has another key than the chief.
+            A worker has another key than the chief; the message names it.
+        PeerError
+            Another worker ended with an error or died.
         """
         numbers = np.zeros(self.number + 1, np.int64)
         numbers[self.index] = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
@@ -202,12 +213,12 @@ class Cluster:
         return bool(flag)
 
     def leave(self, error=None):
-        """Tell the others that this worker ends, in LEAVE_SECONDS at most; any thread may call this at any time.
+        """Tell the others that this worker ends. Takes at most LEAVE_SECONDS; any thread may call it at any time.
 
         Parameters
         ----------
         error : (int, str)
-            The exit code with which all are to end, and why; None: its work is done.
+            The exit code with which all workers are to end, and the message. None if the work of this one is done.
         """
         self._bid_farewell({"error": error} if error else {"done": True})
         deadline = time.monotonic() + LEAVE_SECONDS
@@ -215,13 +226,13 @@ class Cluster:
             thread.join(max(0, deadline - time.monotonic()))
 
     def _gather(self):
-        """The chief: wait until all workers are there."""
+        """On the chief: wait until all workers are there."""
         try:
             server = _server(self.addresses[0])
         except OSError as error:
             raise UsageError(
-                f"{self} cannot listen at its port ({error.strerror or error}): end what uses it, an earlier run of "
-                "this tool perhaps, or name another port in every TF_CONFIG"
+                f"{self} cannot listen at its port ({error.strerror or error}): end the process that uses it, perhaps "
+                "an earlier run of this tool, or name another port in every TF_CONFIG"
             ) from error
         _start(self._accept, server)
         with self._changed:
@@ -237,7 +248,7 @@ class Cluster:
                 peer.send({"start": True})
 
     def _reach_chief(self):
-        """A worker: wait until the chief is there, and says that all are."""
+        """On a worker: wait until the chief says that all workers are there."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             trouble = f"does not let this worker in: its TF_CONFIG differs, or it has a worker {self.index} already"
@@ -259,7 +270,7 @@ class Cluster:
         raise PeerError(f"not all workers came within {START_SECONDS} s: {self._name(0)} {trouble}")
 
     def _wait_for_total(self, size):
-        """The sum, once as many bytes of it have arrived."""
+        """Wait until this number of bytes was added to the sum, and return it."""
 
         def arrived():
             with self._changed:
@@ -280,7 +291,7 @@ class Cluster:
         )
 
     def _add(self, content, first, size):
-        """Add a part of the numbers to sum, which begins at this byte."""
+        """Add a part of one worker's numbers, which begins at byte `first` of `size`, to the sum."""
         if self._total is None:
             self._total = np.zeros(size // 8, "<i8")
         if self._total.nbytes != size:
@@ -292,7 +303,7 @@ class Cluster:
         if progress is None or progress != self._progress[index]:
             self._progress[index], self._since[index] = progress, time.monotonic()
 
-    # All that follows runs in threads of its own.
+    # The methods below run in the cluster's threads.
 
     def _accept(self, server):
         while True:
@@ -300,7 +311,10 @@ class Cluster:
                 _start(self._welcome, _Peer(server.accept()[0]))
 
     def _welcome(self, peer):
-        """The chief: let a worker in, if its place is free. If not, it tries again, until what had died is missed."""
+        """On the chief: accept a worker if its place is free.
+
+        If it is not, the worker tries again: a dead process may have the place until its death is noticed.
+        """
         try:
             hello, _ = peer.receive()
             index, number = hello["worker"], hello["of"]
@@ -311,13 +325,13 @@ class Cluster:
                 free = free and self._peers.setdefault(index, peer) is peer
                 self._changed.notify_all()
         except (OSError, ValueError, KeyError, TypeError):
-            free = False  # it is none of ours
+            free = False  # not a worker of this tool
         if free:
             self._listen_to(peer, index)
         peer.close()
 
     def _listen_to(self, peer, index):
-        """Take what a peer sends, until it ends."""
+        """Handle the messages of a peer until its connection ends."""
         try:
             while True:
                 message, content = peer.receive()
@@ -332,10 +346,10 @@ class Cluster:
                     self._changed.notify_all()
         except PeerError as ending:
             error = ending
-        except Exception as reason:  # whatever it is, this thread must not end silently
+        except Exception as reason:  # any: this thread must not end without a report
             error = PeerError(f"{self._name(index)} died or cannot be reached ({first_line(reason)}); {CONTINUE}")
             with self._changed:
-                if not self._started:  # it may come again
+                if not self._started:  # it may connect again
                     del self._peers[index]
                     self._changed.notify_all()
                     return
@@ -355,7 +369,7 @@ class Cluster:
             self._progress[self.index] = own
 
     def _live(self):
-        """Give signs of life, and, as the chief, look who gives none of progress."""
+        """Send signs of life; on the chief, also look for workers that make no progress."""
         while self._farewells is None:
             with self._changed:
                 peers = dict(self._peers)
@@ -376,7 +390,7 @@ class Cluster:
             time.sleep(LIFE_SECONDS)
 
     def _fail(self, error):
-        """End with an error, and all others with it."""
+        """End this worker with an error, after telling the others."""
         if self._bid_farewell({"error": (error.exit_code, str(error))}):
             self.leave()  # returns when the others have heard it: this process may end at once
             if self._end:
@@ -386,7 +400,7 @@ class Cluster:
                 self._changed.notify_all()
 
     def _bid_farewell(self, message):
-        """Send the last message to every peer; False if there was a last one before."""
+        """Start to send every peer a last message; returns False if one was sent before."""
         with self._changed:
             if self._farewells is not None:
                 return False
@@ -405,13 +419,13 @@ class _Peer:
         self._closed = threading.Event()
 
     def send(self, message, content=b"", wait=True):
-        """Send a message; without `wait`, not while another thread sends one: that is a sign of life as well."""
+        """Send a message; without `wait`, only if no other thread is sending: that is a sign of life too."""
         if self._sending.acquire(blocking=wait):
             try:
                 self._socket.sendall(json.dumps({**message, "bytes": len(content)}).encode() + b"\n")
                 self._socket.sendall(content)
             except OSError:
-                self.close()  # nothing may follow a part of a message
+                self.close()  # the peer could not read what follows half a message
                 raise
             finally:
                 self._sending.release()
@@ -420,10 +434,10 @@ class _Peer:
         with contextlib.suppress(OSError):
             self.send(message)
             self._socket.shutdown(socket.SHUT_WR)
-            self._closed.wait(LEAVE_SECONDS)  # if this process ended with something unread, the message might be lost
+            self._closed.wait(LEAVE_SECONDS)  # the message could be lost if this process ended with unread data
 
     def receive(self):
-        """The next message and the bytes that follow it."""
+        """Wait for the next message; returns it and the bytes that follow it."""
         line = self._file.readline(2**16)
         if not line.endswith(b"\n"):
             raise ConnectionError("its connection ended")
@@ -451,7 +465,7 @@ def _place(address):
 
 
 def _server(address):
-    """A socket that listens at this machine's port; at all its addresses, as its own name may mean loopback to it."""
+    """A socket that listens at the port, at all addresses: a machine may resolve its host name to loopback."""
     host, port = _place(address)
     if host in ("localhost", "127.0.0.1"):
         return socket.create_server((host, port))

@@ -103,10 +103,9 @@ def fail(what):
 
 @contextlib.contextmanager
 def quiet():
-    """Hide the messages of TensorFlow's native code, unless TF_CPP_MIN_LOG_LEVEL is set."""
+    """Hide the messages of TensorFlow's native code, unless TF_CPP_MIN_LOG_LEVEL asks for them."""
     screen = os.dup(2)
-    if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3":
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Measure what the documentation claims: each figure a ratio, both sides measured side by side in this run.
+"""Measure what the documentation claims. Each row is a ratio of two things that are measured in turns.
 
 .venv/bin/python tests/benchmark.py [--repeats 3] [--rows whole_job rerun ...]
 """
@@ -58,7 +58,7 @@ def seconds(*command, cwd):
 
 
 def process_seconds(*command, cwd):
-    """Seconds of processor time, in the process and in the kernel, that a process and its children take."""
+    """Processor time of a process and its children in seconds, with the time in the kernel."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds(*command, cwd=cwd)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -74,7 +74,7 @@ def peak_megabytes(*command, cwd, **environment):
 
 
 def make_bucket(bucket, images, size=SIZE):
-    """A bucket with a network of random weights and so many images."""
+    """Make a bucket with a network of random weights and `images` images."""
     dataset, model = bucket / "datasets/dataset-benchmark", bucket / "models" / MODEL_ID
     write_split(bucket / SPLIT, *blobs_and_masks(images, size, size, CLASSES))
     (dataset / "config.yaml").write_text(yaml.safe_dump({"dataset_config": {"target_size": [size, size]}}))
@@ -94,7 +94,7 @@ network.save({str(model / "model.hdf5")!r})
 
 
 def bucket_of(folder, images, size=SIZE):
-    """The name of a bucket in `folder` with so many images, made where it is not there yet."""
+    """The name of a bucket in `folder` with `images` images; it is made if it is not there yet."""
     name = f"{images} of {size}"
     if not (folder / name).exists():
         if images <= 400:
@@ -105,7 +105,7 @@ def bucket_of(folder, images, size=SIZE):
 
 
 def first_run(folder, images, size=SIZE, measure=seconds):
-    """What a run takes that has nothing in its cache."""
+    """Measure a run with an empty cache."""
     bucket = bucket_of(folder, images, size)
     shutil.rmtree(folder / "tmp", ignore_errors=True)
     return measure(*tool(bucket), cwd=folder)
@@ -116,7 +116,7 @@ def tool(bucket, **others):
 
 
 def multiply(bucket, source, times, split=SPLIT):
-    """A bucket with each image of `source` so many times, as links to the same files."""
+    """Make a bucket that has each image of `source` `times` times, as links to the same files."""
     shutil.copytree(source, bucket, copy_function=os.link)
     for path in list((bucket / split).rglob("*.png")):
         for i in range(1, times):
@@ -125,14 +125,14 @@ def multiply(bucket, source, times, split=SPLIT):
 
 
 def ratio_of_medians(first, second, repeats):
-    """Median of first() over median of second(), the two taking turns."""
+    """The medians of first() and second(), which are called in turns, and the ratio of the medians."""
     pairs = [(first(), second()) for _ in range(repeats)]
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     return ours, theirs, ours / theirs
 
 
 def two_workers(folder, bucket):
-    """Seconds that two workers take, each held to its half of the cores."""
+    """Seconds that two workers take, each on half of the cores."""
     cores = sorted(os.sched_getaffinity(0))
     addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     start = time.perf_counter()
@@ -156,13 +156,13 @@ def two_workers(folder, bucket):
 
 def unet(backbone, size=None):
     """A network of random weights."""
-    with contextlib.redirect_stdout(None):  # it announces its framework
+    with contextlib.redirect_stdout(None):  # it prints the name of its framework
         import segmentation_models
     return segmentation_models.Unet(backbone, encoder_weights=None, input_shape=(size, size, 1), classes=CLASSES)
 
 
 def pass_ratio(backbone, images, repeats):
-    """Images per second of `count_probabilities` and of the network alone on the same batches; the ratio of times."""
+    """Images per second of `count_probabilities` and of only the network on the same batches; the ratio of times."""
     tf = network.import_tensorflow()
     net = unet(backbone)
     pictures, masks = blobs_and_masks(16, 512, 512, CLASSES)
@@ -175,7 +175,7 @@ def pass_ratio(backbone, images, repeats):
         blocks = np.arange(images) * 20 // images
         names = ["class"] * CLASSES
         batches = inference.count_probabilities(net, samples, blocks, counts, names, 16, set(), print)
-        next(batches), next(batches)  # compiled and warm; three batches are on their way
+        next(batches), next(batches)  # now all is compiled and warm, and three batches have been started
         return timed(lambda: list(batches)) / (images - 48)
 
     def alone():
@@ -187,7 +187,7 @@ def pass_ratio(backbone, images, repeats):
 
 
 def network_ratio(repeats):
-    """Seconds an image of Unet/vgg16 and of the original U-Net, whose speed on GPUs is published; their ratio."""
+    """Seconds per image of Unet/vgg16 and of the original U-Net, whose speed on GPUs is published; their ratio."""
     tf = network.import_tensorflow()
     images, seconds_an_image = 2, []
     for name, net, size in (
@@ -224,18 +224,18 @@ def original_unet(keras):
 
 
 def multiply_adds(keras, net):
-    """Of the convolutions, an image: next to them, nothing else counts."""
+    """Multiply-adds per image in the convolutions; those of other layers are negligible."""
     total = 0
     for layer in net.layers:
         if isinstance(layer, keras.layers.Conv2D):
-            # each weight is used once a pixel of the output, or of the input where that is the smaller
+            # each weight is used once per pixel of the output; in a transposed convolution, of the input
             grid = layer.input if isinstance(layer, keras.layers.Conv2DTranspose) else layer.output
             total += layer.kernel.shape.num_elements() * grid.shape[1] * grid.shape[2]
     return total
 
 
 def listing_ratio(repeats):
-    """Seconds to list a split of four folders, and to list it page after page; their ratio."""
+    """Seconds to list a split of four folders as the tool does, and in one chain of pages; their ratio."""
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import storage
 
@@ -253,7 +253,7 @@ def listing_ratio(repeats):
 
 
 def rates(folder, repeats):
-    """What docs/large_jobs.md computes with: the work of the host for a large dataset."""
+    """Print the rates that docs/large_jobs.md computes with: the work of the host for a large dataset."""
     bucket = folder / "rates"
     write_split(bucket / SPLIT, *blobs_and_masks(500, 512, 512, CLASSES))
     files = [(path.relative_to(bucket).as_posix(), path.read_bytes()) for path in sorted(bucket.rglob("*.png"))]
@@ -300,7 +300,7 @@ def binned_curve(truth, p):
 
 
 def curve_ratio(other, repeats):
-    import scipy.optimize  # noqa: F401  not to be measured
+    import scipy.optimize  # noqa: F401  its import is not measured
 
     truth, p = pixels()
     bins, metric = np.searchsorted(THRESHOLDS, p), models.class_metric("f1_score")
@@ -349,7 +349,7 @@ def running_the_network_for_every_threshold(folder, repeats):
     bucket = folder / bucket_of(folder, 100)
     result = max((bucket / "models" / MODEL_ID).glob("model_thresholds_*.yaml"))
     history = yaml.safe_load(result.read_text())["metadata"]["thresholds_training_history"]
-    # nine a class, as many as a tolerance of 0.01 takes
+    # nine per class, as many as minimize_scalar needs with a tolerance of 0.01
     candidates = [[point[0] for point in list(of_class.values())[:9]] for of_class in history.values()]
     other = ["-c", RE_EVALUATION, bucket / SPLIT, bucket / "models" / MODEL_ID / "model.hdf5", candidates]
     row(
@@ -385,7 +385,7 @@ def memory(folder, repeats):
 
 
 def workers(folder, repeats):
-    for images, times in ((100, repeats), (10_000, 1)):  # the second takes minutes
+    for images, times in ((100, repeats), (10_000, 1)):  # 10,000 images take minutes
         bucket = bucket_of(folder, images)
         row(
             f"{images:,} images in two processes of half the cores each / in one of all cores",
@@ -428,7 +428,7 @@ def listing(folder, repeats):
 
 
 def coverage(folder, repeats):
-    """Not a time: whether the intervals hold."""
+    """Print how often the intervals cover the truth; this row is not a time."""
     pictures = coverage_simulation.population(ROOT / "sandbox")
     coverage_simulation.print_table(pictures, models.class_metric("iou_score"), worlds=1000)
 
@@ -454,7 +454,7 @@ ROWS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, help="of each measurement; medians are shown (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="number of repeats; medians are shown (default: 3)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="which rows (default: all)")
     options = parser.parse_args()
     print("| what | ours | the other | ratio |\n| --- | --- | --- | --- |", flush=True)

@@ -1,11 +1,11 @@
-"""Do the intervals hold what they promise? Worlds drawn from real images, whose truth is known.
+"""Simulate how often the confidence intervals cover the truth.
 
 .venv/bin/python tests/coverage_simulation.py [--worlds 1000]
 
-The sandbox's network is run on every slice of its brain at five exposures. A stack is five neighbouring slices that the
-network was not trained on, at one exposure: near copies of each other. All these stacks are the population; a world is
-some of them, drawn at random. Its threshold is trained, and what confidence.py says of it is compared with the whole
-population, pooled.
+The sandbox's network is run on every slice of its brain at five exposures. A stack consists of five neighbouring slices
+that the network was not trained on, at one exposure: near copies of each other. All these stacks are the population, so
+the truth is known. A world is a random sample of the stacks. A threshold is trained on it, and what confidence.py says
+about this threshold is compared with the pooled population.
 """
 
 import argparse
@@ -30,18 +30,18 @@ import confidence  # noqa: E402
 from counts import confusion  # noqa: E402
 
 EXPOSURES = (0.92, 0.96, 1.0, 1.04, 1.08)
-SLICES = 5  # of a stack
-# A shorter list of thresholds than the tool's, so that a world takes milliseconds: even in the logit, with 0.5.
+SLICES = 5  # per stack
+# A shorter list of thresholds than the tool's, so that a world takes milliseconds: evenly spaced logits, with 0.5.
 THRESHOLDS = (1 / (1 + np.exp(-np.linspace(-14, 14, 401)))).astype(np.float32)
-STEP = 4  # every fourth is a coarse one
+STEP = 4  # every fourth threshold is coarse
 
 
 class Population(NamedTuple):
-    """Histograms of the pictures; the last axes are (classes, 2, len(THRESHOLDS) + 1).
+    """Histograms of all slices. The last axes are (classes, 2, len(THRESHOLDS) + 1).
 
     stacks : int64 array, shape (stacks, SLICES, ...)
     slices : int64 array, shape (exposures, slices, ...)
-        All slices of the brain in order, those of the training too.
+        All slices of the brain in order, also those that the network was trained on.
     """
 
     stacks: np.ndarray
@@ -49,7 +49,7 @@ class Population(NamedTuple):
 
 
 def population(sandbox, exposures=EXPOSURES):
-    """Run the sandbox's network on its images at several exposures."""
+    """Run the sandbox's network on its images at several exposures; returns a Population."""
     from network import build_network, import_tensorflow
 
     import_tensorflow()
@@ -81,25 +81,27 @@ def coarse(histograms):
 
 
 def trained(metric, histogram):
-    """Position of the best threshold."""
+    """The index of the best threshold."""
     counts = confusion(histogram)
     value = np.where(metric.allowed(*counts), metric(*counts), -1)
     return int(value.argmax())
 
 
 def judge(metric, blocks, truth):
-    """What is said of one class in one world, beside the truth.
+    """Compare what confidence.py says about one class in one world with the truth.
 
     Parameters
     ----------
     metric : models.ClassMetric
     blocks : int64 array, shape (blocks, 2, len(THRESHOLDS) + 1)
     truth : int64 array, shape (2, len(THRESHOLDS) + 1)
-        Of the population.
+        Histogram of the population.
 
     Returns
     -------
     dict of float
+        metric, threshold, gain: 1 if the interval contains the truth, 0 if not, NaN without an interval. width: of the
+        metric's interval. bias, expected bias: of the metric seen and of the expected metric.
     """
     histogram = blocks.sum(axis=0)
     index = trained(metric, histogram)
@@ -107,7 +109,7 @@ def judge(metric, blocks, truth):
     said = confidence.assess(THRESHOLDS, histogram, coarse(blocks), metric, index, 0, len(THRESHOLDS) - 1)
     true, sample = metric(*confusion(truth)), metric(*confusion(histogram))
     best = trained(metric, truth)
-    # Most of a world's deviation is chance, and no effect of choosing: it is the same at the population's threshold.
+    # Most of a world's deviation is chance and not an effect of choosing: it is also found at the population's best.
     chance = float(sample[best] - true[best])
 
     def holds(interval, value):
@@ -128,7 +130,10 @@ def averages(judged):
 
 
 def worlds_of_stacks(pictures, metric, number, worlds, single_images=False):
-    """Averages over worlds of so many stacks and all classes; with each image taken for a block, on demand."""
+    """Averages over `worlds` worlds of `number` stacks, and over all classes.
+
+    A block is a stack, or a single image if `single_images`.
+    """
     rng = np.random.default_rng(number)
     stacks = pictures.stacks if single_images else pictures.stacks.sum(axis=1)
     truth = pictures.stacks.sum(axis=(0, 1))
@@ -141,9 +146,10 @@ def worlds_of_stacks(pictures, metric, number, worlds, single_images=False):
 
 
 def worlds_of_one_stack(pictures, metric, worlds, slices=40):
-    """The same for one stack of neighbouring slices in runs: judged by all brain slices, and by the stack's others.
+    """The same for worlds of one stack, where a block is a run of neighbouring slices.
 
-    The stack is every second of 80 neighbouring slices at one exposure; what lies between is the stack's rest.
+    The stack is every second of 80 neighbouring slices at one exposure. Returns two averages: the first compares with
+    all slices of the brain at all exposures, the second with the slices between those of the stack.
     """
     rng = np.random.default_rng(slices)
     exposures, length = pictures.slices.shape[:2]
@@ -163,7 +169,7 @@ def worlds_of_one_stack(pictures, metric, worlds, slices=40):
 
 
 def print_table(pictures, metric, worlds):
-    print(f"\n{metric.name}, {worlds:,} worlds a row, three classes each\n")
+    print(f"\n{metric.name}, {worlds:,} worlds per row, three classes each\n")
     print(
         "| world | metric covered | mean width | covered with single images as blocks | threshold covered "
         "| gain covered | bias of the metric seen | of the expected one |\n" + "| --- " * 8 + "|"
@@ -181,14 +187,14 @@ def print_table(pictures, metric, worlds):
         row(f"{number} stacks", worlds_of_stacks(pictures, metric, number, worlds), f"{single:.0%}")
     elsewhere, same = worlds_of_one_stack(pictures, metric, worlds)
     row("one stack of 40 slices, judged by all stacks", elsewhere)
-    row("the same, judged by the slices between its own", same)
+    row("the same, judged by the slices in between", same)
 
 
 def main():
     import models
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worlds", type=int, default=1000, help="a row (default: 1000)")
+    parser.add_argument("--worlds", type=int, default=1000, help="number of worlds per row (default: 1000)")
     parser.add_argument("--metric", default="iou_score", help="a class metric (default: iou_score)")
     options = parser.parse_args()
     print_table(population(ROOT / "sandbox"), models.class_metric(options.metric), options.worlds)

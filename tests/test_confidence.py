@@ -382,9 +382,10 @@ def pictures(sandbox):
 @pytest.mark.parametrize("number", [5, 10, 20])
 def test_intervals_cover_what_they_promise(pictures, number):
     said = worlds_of_stacks(pictures, IOU, number, worlds=30)
-    assert 0.88 <= said["metric"] <= 1
-    assert 0.85 <= said["threshold"] <= 1
-    assert 0.87 <= said["gain"] <= 1
+    # Three standard errors of 30 worlds below what the whole simulation gives; quartiles would cover 50 %.
+    assert 0.84 <= said["metric"] <= 1
+    assert 0.78 <= said["threshold"] <= 1
+    assert 0.82 <= said["gain"] <= 1
     assert abs(said["expected bias"]) < said["bias"] / 2
 
 

@@ -1,7 +1,7 @@
-"""Every number that a user reads, compared once with an independent truth: of one small real run.
+"""Every number that a user reads, from small real runs, is compared once with an independent truth.
 
-The images are read by Pillow, the probabilities come from tf.keras' own `predict`, the counts from `p > t`, the metrics
-are written out here, thresholds are found by trying all, and intervals come from a plain bootstrap.
+For the truth, Pillow reads the images, `predict` of tf.keras gives the probabilities, `p > t` the counts, and a plain
+bootstrap the intervals. The metrics are written out here, and the best thresholds are found by trying all.
 """
 
 import csv
@@ -50,7 +50,7 @@ def confusion(p, truth, threshold):
 
 @pytest.fixture(scope="module")
 def bucket_template(make_once, tiny_bucket_template, tiny_network):
-    """Images in stacks whose masks the network finds more or less; masks of 255, and of one bit."""
+    """Stacks whose masks the network predicts partly right; masks of 0 and 255 in class_0, of one bit in class_1."""
 
     def fill(folder):
         shutil.copytree(tiny_bucket_template, folder / "bucket")
@@ -89,7 +89,7 @@ def bucket_template(make_once, tiny_bucket_template, tiny_network):
 
 
 def predict(network, images, batch_size):
-    """Probabilities by steps of one size, as the run takes them: the last bit may depend on it."""
+    """Probabilities from batches of one size, as in the run, because their last bit may depend on the size."""
     x = (images / 255).astype(np.float32)[..., None]
     padded = np.concatenate([x, np.repeat(x[-1:], -len(x) % batch_size, axis=0)])
     return network.predict(padded, batch_size=batch_size, verbose=0)[: len(x)]
@@ -97,7 +97,7 @@ def predict(network, images, batch_size):
 
 @pytest.fixture(scope="module", params=["iou_score", "precision_at_recall_0.7"])
 def run(request, bucket_template, tiny_network, tmp_path_factory):
-    """A run, and the truth about it."""
+    """What a run gives to the user, and what is needed to compute the truth."""
     folder = tmp_path_factory.mktemp("run")
     bucket = Path(shutil.copytree(bucket_template, folder / "bucket"))
     given = arguments("bucket", batch_size=5, optimizing_class_metric=request.param)
@@ -150,7 +150,7 @@ def keep(drawn, name, function):
 
 
 class Curves:
-    """Counts of one class at every threshold of the list, of all images and of each stack, by sorting."""
+    """Counts of one class at every threshold of the list, for each stack and for all images; computed by sorting."""
 
     def __init__(self, p, truth, metric):
         self.metric = metric
@@ -164,7 +164,7 @@ class Curves:
         self.values = self.value(*self.counts)
 
     def drawn(self, weights):
-        """tp, fp, fn, tn of stacks that were drawn so often."""
+        """tp, fp, fn, tn of a replicate; `weights` says how often each stack was drawn."""
         tp, fp = np.tensordot(weights, self.of_stacks, 1)
         return tp, fp, weights @ self.positives - tp, weights @ self.negatives - fp
 
@@ -174,7 +174,7 @@ class Curves:
         return np.divide(tp, tp + fp, out=np.zeros(len(tp)), where=tp + fp > 0)  # precision
 
     def choose(self, tp, fp, fn, tn):
-        """The index of the best threshold: of the middle of the widest stretch of best ones."""
+        """The index of the best threshold: the middle of the widest stretch of best ones."""
         values = self.value(tp, fp, fn, tn)
         if self.metric != "iou_score":
             values = np.where(tp / (tp + fn) >= 0.7, values, -1)
@@ -186,7 +186,7 @@ class Curves:
 
 
 def above(p):
-    """How many are above each threshold."""
+    """The number of values above each threshold."""
     return len(p) - np.searchsorted(np.sort(p), THRESHOLDS, side="right")
 
 
@@ -238,7 +238,7 @@ def test_the_threshold_is_the_best_of_all(run, c):
 
 @pytest.fixture(scope="module")
 def bootstraps(run):
-    """Of each class: what 10,000 replicates choose, their values at the trained threshold, at 0.5 and at their own."""
+    """For each class, 10,000 replicates: the threshold that each chooses, and metrics there and at other thresholds."""
     found = []
     for c, curves in enumerate(run.curves):
         rng = np.random.default_rng(c)
@@ -263,13 +263,13 @@ def bootstraps(run):
 
 
 def interval(replicates):
-    """95 % of eight blocks, widened as Hesterberg (2015) says: t of 7 degrees of freedom and sqrt(8 / 7)."""
+    """95 % interval for eight blocks, widened as in Hesterberg (2015): t with 7 degrees of freedom, and sqrt(8 / 7)."""
     tail = stats.norm.cdf(-np.sqrt(8 / 7) * stats.t.ppf(0.975, 7))
     return np.quantile(replicates, [tail, 1 - tail])
 
 
 def assert_alike(limits, truth):
-    """Two bootstraps of other seeds: limits differ by a part of the interval's width."""
+    """Limits from two bootstraps with different seeds may differ by 8 % of the interval's width."""
     width = truth[1] - truth[0]
     assert width > 0
     assert limits == pytest.approx(truth, abs=0.08 * width)
@@ -286,7 +286,7 @@ def test_intervals_and_what_to_expect(run, bootstraps, c):
     optimism = max(np.mean(at_own - full_at_own - (at_x - output["metric"])), 0)
     expected = output["metric"] - optimism
     assert output["expected_metric"] == pytest.approx(expected, abs=0.25 * optimism + 1e-3)
-    # Student's t on the logit scale, from the spread of a replicate's best around the metric of all images there.
+    # Student's t on the logit scale. The spread is that of a replicate's best metric around that of all images there.
     reach = stats.t.ppf(0.975, 7) * np.std(logit(at_own) - logit(full_at_own)) * np.sqrt(8 / 7)
     limits = expit(logit(expected) - reach), expit(logit(output["metric"]) + reach)
     assert_alike(output["metric_confidence_interval"], limits)
@@ -397,7 +397,7 @@ def test_the_figure_of_the_curves(run, c):
     for label, truth in truths.items():
         x, y = drawn[label].get_data()
         at = [np.searchsorted(x, t) for t in (0.1, 0.3, 0.5, 0.7, 0.9)]
-        for i in at:  # between two drawn points the curve lies between them
+        for i in at:  # the curve lies between neighbouring drawn points
             expected = truth[np.searchsorted(THRESHOLDS, x[i])]
             assert min(y[i - 2 : i + 3]) - 0.002 <= expected <= max(y[i - 2 : i + 3]) + 0.002
     assert drawn["trained threshold"].get_xdata()[0] == output["x"]

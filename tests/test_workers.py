@@ -1,4 +1,4 @@
-"""One job on several machines: real processes on loopback, in folders of their own, that share nothing but a bucket."""
+"""One job on several machines: real processes on loopback, each in another folder, which share only a bucket."""
 
 import re
 import shutil
@@ -34,7 +34,7 @@ from errors import INPUT, WORKER_LOST, PeerError, UsageError
 
 
 class Job:
-    """Workers that were started with the same command, but for what `others` adds to it, and all but the `absent`."""
+    """Start all workers but the `absent` with the same command; `others` has further arguments by worker."""
 
     def __init__(self, folder, given, number, script=SCRIPT, absent=(), others=None, **environment):
         self.addresses = [f"127.0.0.1:{free_port()}" for _ in range(number)]
@@ -51,14 +51,14 @@ class Job:
             )
 
     def wait_for(self, index, words):
-        """Read what a worker prints until it prints this."""
+        """Read what a worker prints until these words come."""
         for line in self.processes[index].stdout:
             if words in line:
                 return
         raise AssertionError(self.processes[index].stderr.read())
 
     def wait_for_counts(self, index):
-        """Wait until a worker has kept some counts."""
+        """Wait until a worker has saved a checkpoint."""
         while not list(self.folders[index].glob("tmp/counts/*.partial.npz")):
             assert self.processes[index].poll() is None, self.processes[index].stderr.read()
             time.sleep(0.05)
@@ -68,7 +68,7 @@ class Job:
 
 
 def training(result):
-    """All of a result that must not depend on how it was computed."""
+    """The parts of a result that must not depend on the number of workers."""
     metadata = result["metadata"]
     about = ("thresholds_training_output", "thresholds_training_history", "num_images", "num_pixels", "class_folders")
     return result["final_trained_prediction_thresholds"], *(metadata[name] for name in about)
@@ -76,7 +76,7 @@ def training(result):
 
 @pytest.mark.parametrize(("number", "factor", "shares"), [(2, 1.0, [6, 5]), (3, 0.1, [1, 1, 0])])
 def test_the_result_is_that_of_one_process(tiny_bucket, tmp_path, number, factor, shares):
-    """Also where the images cannot be divided, and where there are fewer of them than workers."""
+    """Also if the number of images cannot be divided evenly, or is less than the number of workers."""
     given = arguments(tiny_bucket, batch_size=4, dataset_downsample_factor=factor)
     alone = run_tool(*given, cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
@@ -99,7 +99,7 @@ def test_the_result_is_that_of_one_process(tiny_bucket, tmp_path, number, factor
     assert len(results(tiny_bucket)) == 3
 
 
-def test_each_worker_fetches_its_share_alone(tiny_bucket, tmp_path):
+def test_each_worker_fetches_only_its_share(tiny_bucket, tmp_path):
     with fake_gcs_server() as server, ChaosProxy(server) as proxy:
         upload(server, tiny_bucket, "bkt")
         before = set(list_objects(server, "bkt"))
@@ -113,7 +113,7 @@ def test_each_worker_fetches_its_share_alone(tiny_bucket, tmp_path):
 
 @pytest.fixture
 def long_job(tiny_bucket, copied_script):
-    """A bucket whose images take a while to count, and a script whose workers lose patience soon."""
+    """A bucket whose images take some time to count, and a script whose workers wait only for a short time."""
     shutil.rmtree(tiny_bucket / SPLIT)
     write_split(tiny_bucket / SPLIT, *blobs_and_masks(600, 64, 96, 2))
     shortened(copied_script, CHECKPOINT_SECONDS=0.5)
@@ -185,11 +185,11 @@ def test_workers_with_other_arguments_are_refused(tiny_bucket, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What happens on long jobs, with the times scaled down
+# What happens in long jobs, with all times made shorter
 
 
 class ForgetfulNetwork:
-    """A proxy before the chief that holds whatever comes on a connection once that was idle for `limit` seconds."""
+    """A proxy before the chief that passes nothing on any more once a connection was idle for `limit` seconds."""
 
     def __init__(self, target, limit):
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -212,13 +212,13 @@ class ForgetfulNetwork:
     def forward(self, source, sink, used):
         while content := source.recv(2**16):
             if time.monotonic() - used[0] > self.limit:
-                return  # and whoever waits for it waits
+                return  # the connection stays open, so the receiver continues to wait
             used[0] = time.monotonic()
             sink.sendall(content)
 
 
 def in_two_workers(monkeypatch, chief_does, worker_does, limit=60, **seconds):
-    """What two workers return, or the error of each; the second reaches the first through a forgetful network."""
+    """Return the result or the error of two workers; the second reaches the chief through a ForgetfulNetwork."""
     for name, value in seconds.items():
         monkeypatch.setattr(workers, name, value)
     port = free_port()
