@@ -386,7 +386,8 @@ def test_intervals_cover_what_they_promise(pictures, number):
     assert 0.84 <= said["metric"] <= 1
     assert 0.78 <= said["threshold"] <= 1
     assert 0.82 <= said["gain"] <= 1
-    assert abs(said["expected bias"]) < said["bias"] / 2
+    # The whole simulation leaves less than half of the bias; so few worlds can tell that it becomes smaller.
+    assert abs(said["expected bias"]) < 0.75 * said["bias"]
 
 
 def test_single_images_would_promise_too_much(pictures):
