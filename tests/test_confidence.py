@@ -379,6 +379,7 @@ def pictures(sandbox):
     return coverage_simulation.population(sandbox)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [5, 10, 20])
 def test_intervals_cover_what_they_promise(pictures, number):
     said = worlds_of_stacks(pictures, IOU, number, worlds=30)
@@ -390,10 +391,12 @@ def test_intervals_cover_what_they_promise(pictures, number):
     assert abs(said["expected bias"]) < 0.75 * said["bias"]
 
 
+@pytest.mark.slow
 def test_single_images_would_promise_too_much(pictures):
     assert worlds_of_stacks(pictures, IOU, 10, worlds=10, single_images=True)["metric"] < 0.85
 
 
+@pytest.mark.slow
 def test_one_stack_says_nothing_of_others(pictures):
     elsewhere, same = worlds_of_one_stack(pictures, IOU, worlds=12)
     assert elsewhere["metric"] < 0.5 < 0.9 < same["metric"]
