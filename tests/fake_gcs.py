@@ -131,8 +131,10 @@ def served(answer):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as listener:
         listener.daemon_threads = True
         threading.Thread(target=listener.serve_forever, args=(0.02,), daemon=True).start()
-        yield f"http://127.0.0.1:{listener.server_port}"
-        listener.shutdown()
+        try:
+            yield f"http://127.0.0.1:{listener.server_port}"
+        finally:  # a test that expects an error leaves by it; the thread would spin on the closed socket
+            listener.shutdown()
 
 
 def answering(status, answer):
