@@ -15,7 +15,7 @@ from errors import ModelError, first_line
 MEMORY_WORDS = re.compile("memory|alloc|exhausted|could not create a primitive|no algorithm worked|launch failed", re.I)
 
 
-def _bins_of(probabilities):
+def _bins_of(probabilities, first_bin, density):
     """The bin of each probability, as `np.searchsorted(THRESHOLDS, p)`; len(THRESHOLDS) + 1 if p is not in [0, 1].
 
     The float32 numbers with the same first 20 bits form a cell. A cell contains no threshold, or it begins with one and
@@ -28,12 +28,13 @@ def _bins_of(probabilities):
     bits = tf.bitcast(probabilities, tf.int32)
     cell = tf.bitwise.bitwise_and(tf.bitwise.right_shift(bits, 12), 2**20 - 1)
     place = tf.cast(tf.bitwise.bitwise_and(bits, 2**12 - 1), tf.float32)
-    first_bin, thresholds = _cells()
-    return tf.gather(first_bin, cell) + tf.math.ceil(place * tf.gather(thresholds / 2**12, cell))
+    return tf.gather(first_bin, cell) + tf.math.ceil(place * tf.gather(density, cell))
 
 
 def _cells():
-    """The bin of each cell's first number, and the number of thresholds in each cell: float32 arrays (2**20,)."""
+    """For each cell, the bin of its first number and its thresholds per number: two float32 tensors, (2**20,)."""
+    import tensorflow as tf
+
     first_bin = np.full(2**20, len(THRESHOLDS) + 1, np.float32)  # above 1, below 0, or NaN
     thresholds = np.zeros(2**20, np.float32)
     one, minus_zero = np.float32([1, -0.0]).view(np.uint32) >> 12
@@ -42,10 +43,10 @@ def _cells():
     thresholds[:one] = np.diff(first_bin[: one + 1])
     thresholds[one] = 1  # so all numbers in this cell but 1 itself are beyond the last bin
     first_bin[minus_zero] = 0
-    return first_bin, thresholds
+    return tf.constant(first_bin), tf.constant(thresholds / 2**12)
 
 
-def _counting_step(network, height, width, num_classes):
+def _counting_step(network, cells, height, width, num_classes):
     """Compile forward pass and histograms into one function, so that only counts leave the device.
 
     The function takes images, masks and a number: only so many images, the first ones, are counted. It returns the
@@ -75,7 +76,7 @@ def _counting_step(network, height, width, num_classes):
         probabilities = tf.ensure_shape(tf.cast(probabilities, tf.float32), (None, height, width, num_classes))
 
         def count_class(i, whole, each):
-            bin_ = tf.reshape(_bins_of(probabilities[:used, ..., i]), (used, height * width))
+            bin_ = tf.reshape(_bins_of(probabilities[:used, ..., i], *cells), (used, height * width))
             truth = tf.reshape(tf.cast(masks[:used, ..., i], tf.float32), (used, height * width))
             whole = whole.write(i, histograms(tf.reshape(truth * bins + bin_, (1, -1)), 2 * bins))
             each = each.write(i, histograms(truth * block_bins + tf.math.ceil(bin_ / BLOCK_STEP), 2 * block_bins))
@@ -95,7 +96,7 @@ def _counting_step(network, height, width, num_classes):
         tf.TensorSpec((), tf.int32),
     ]
     try:
-        step = tf.function(step, input_signature=signature)
+        step = tf.function(step, input_signature=signature, autograph=False)
         step.get_concrete_function()
     except ValueError as error:
         raise ModelError(
@@ -150,11 +151,13 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
     import tensorflow as tf
 
     height, width = counts.shown_images.shape[1:]
-    step = _counting_step(network, height, width, len(class_names))
-    bins_of = tf.function(_bins_of, input_signature=[tf.TensorSpec((height, width, len(class_names)))])
+    cells = _cells()
+    step = _counting_step(network, cells, height, width, len(class_names))
     strategy = network.distribute_strategy
     replicas = strategy.num_replicas_in_sync
-    distributed_step = tf.function(lambda *parts: strategy.run(step.python_function, parts), reduce_retracing=True)
+    distributed_step = tf.function(
+        lambda *parts: strategy.run(step.python_function, parts), reduce_retracing=True, autograph=False
+    )
 
     def start(batch):
         """Give each device its part of a batch. On a GPU this does not wait for the results."""
@@ -180,7 +183,7 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
                 whole.numpy().reshape(len(class_names), 2, -1),
                 each.numpy().reshape(len(class_names), len(part), 2, -1).swapaxes(0, 1),
                 [
-                    (*sample, bins_of(probabilities[j]).numpy().astype(np.int32))
+                    (*sample, _bins_of(probabilities[j], *cells).numpy().astype(np.int32))
                     for j, (sample, _) in enumerate(part)
                     if sample[0] in shown_names
                 ],
