@@ -95,8 +95,9 @@ def run(args, cluster):
     random.seed(args.random_module_global_seed)
     np.random.seed(args.numpy_random_global_seed)
 
-    subset = args.dataset_downsample_factor, args.numpy_random_global_seed
-    inputs = find_inputs(args.gcp_bucket, args.dataset_directory, args.model_id, *subset)
+    job = args.dataset_directory, args.model_id, args.dataset_downsample_factor, args.numpy_random_global_seed
+    cluster.agree(f"{job} {args.batch_size}")
+    inputs = find_inputs(args.gcp_bucket, *job, cluster)
     counts = count_images(inputs, args.batch_size, args.tf_random_global_seed, cluster)
     if cluster.index > 0:
         show(f"{cluster} is done: its share is counted and summed with the others; the chief continues.")
@@ -153,8 +154,8 @@ class Inputs(NamedTuple):
         return TMP / "counts" / f"{digest.hexdigest()[:32]}.npz"
 
 
-def find_inputs(gcp_bucket, dataset_directory, model_id, downsample_factor, seed):
-    """List and check what a run needs, and draw its subset of the images."""
+def find_inputs(gcp_bucket, dataset_directory, model_id, downsample_factor, seed, cluster):
+    """List and check what a run needs, and draw its subset of the images. Only the chief lists the images."""
     dataset_id, split = dataset_directory.split("/")
     dataset_yaml, split_directory = f"datasets/{dataset_id}/config.yaml", f"datasets/{dataset_directory}"
     sweep(TMP)
@@ -163,8 +164,9 @@ def find_inputs(gcp_bucket, dataset_directory, model_id, downsample_factor, seed
         lambda: configuration.read_config(bucket, dataset_yaml, "dataset_config"),
         lambda: configuration.read_config(bucket, f"models/{model_id}/config.yaml", "train_config"),
         lambda: bucket.stat(f"models/{model_id}/model.hdf5"),
-        lambda: bucket.list(split_directory, skip=image_utils.is_leftover),
+        lambda: cluster.from_chief(lambda: bucket.list(split_directory, skip=image_utils.is_leftover)),
     )
+    blobs = [Blob(*blob) for blob in blobs]
     target_size = configuration.target_size(dataset_config, bucket.url(dataset_yaml))
     problems_path = TMP / f"problems_{dataset_id}_{split}.txt"
     class_folders, all_samples = image_utils.pair_images_and_masks(blobs, split_directory, bucket.url, problems_path)
@@ -193,7 +195,7 @@ def count_images(inputs, batch_size, tf_seed, cluster):
     """Return the counts of all samples: from the cache, or each worker counts its share and the shares are summed."""
     path = inputs.counts_path()
     cached = Counts.load(path) if cluster.index == 0 else None
-    if cluster.agree(f"{path.name} {batch_size}", cached is not None):
+    if cluster.agree(path.name, cached is not None):
         where = path if cluster.index == 0 else "the chief's cache"
         show(f"Counts of these images by this model are in {where}: no inference needed.")
         return cached

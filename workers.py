@@ -161,25 +161,45 @@ class Cluster:
         """
         if self.number == 1:
             return numbers
-        with self._changed:
-            self._note_progress(self.index, None)
         content = memoryview(np.ascontiguousarray(numbers, "<i8")).cast("B")
         if self.index == 0:
             with self._changed:
                 self._add(content, 0, len(content))
-            total = self._wait_for_total(len(content) * self.number)
-            content = memoryview(total).cast("B")
-        for peer in list(self._peers.values()):
-            with contextlib.suppress(OSError):  # the thread that reads from this peer reports the error
-                for first in range(0, len(content), PART):
-                    peer.send({"first": first, "of": len(content)}, content[first : first + PART])
-        if self.index > 0:
-            total = self._wait_for_total(len(content))
-        with self._changed:
-            self._note_progress(self.index, [0, 0])
+            total = self._wait_for_total(self.number)
+            self._send(memoryview(total).cast("B"))
+        else:
+            self._send(content)
+            total = self._wait_for_total(1)
         return total
 
-    def agree(self, key, flag):
+    def from_chief(self, make):
+        """Do something on the chief only, and give the result to all. Each worker must call this.
+
+        Parameters
+        ----------
+        make : callable
+            Is called on the chief only. It returns something that JSON can hold.
+
+        Returns
+        -------
+        what `make` returned; if there are several workers, as JSON gives it back: with lists for tuples
+
+        Raises
+        ------
+        PeerError
+            Another worker ended with an error or died.
+        """
+        if self.number == 1:
+            return make()
+        if self.index == 0:
+            text = json.dumps(make()).encode()
+            text += b" " * (-len(text) % 8)  # it is sent like the numbers of a sum, which have 8 bytes
+            self._send(memoryview(text))
+        else:
+            text = self._wait_for_total(1).tobytes()
+        return json.loads(text)
+
+    def agree(self, key, flag=False):
         """Check that all workers are about to do the same. Each worker must call this.
 
         Parameters
@@ -269,20 +289,30 @@ class Cluster:
             time.sleep(0.2)
         raise PeerError(f"not all workers came within {START_SECONDS} s: {self._name(0)} {trouble}")
 
-    def _wait_for_total(self, size):
-        """Wait until this number of bytes was added to the sum, and return it."""
+    def _send(self, content):
+        """Send numbers to all peers."""
+        for peer in list(self._peers.values()):
+            with contextlib.suppress(OSError):  # the thread that reads from this peer reports the error
+                for first in range(0, len(content), PART):
+                    peer.send({"first": first, "of": len(content)}, content[first : first + PART])
+
+    def _wait_for_total(self, times):
+        """Wait until the numbers of so many workers were added to the sum, and return it."""
 
         def arrived():
-            with self._changed:
-                return self._changed.wait_for(lambda: self._error or self._arrived == size, WAIT_SECONDS)
+            return self._total is not None and self._arrived == times * self._total.nbytes
 
-        while not arrived():
-            self._show(f"Waiting for {self._who_counts() or 'the sum'}.")
         with self._changed:
-            if self._error:
-                raise self._error
-            total, self._total, self._arrived = self._total, None, 0
-        return total
+            self._note_progress(self.index, None)
+        while True:
+            with self._changed:
+                if self._changed.wait_for(lambda: self._error or arrived(), WAIT_SECONDS):
+                    if self._error:
+                        raise self._error
+                    total, self._total, self._arrived = self._total, None, 0
+                    self._note_progress(self.index, [0, 0])
+                    return total
+            self._show(f"Waiting for {self._who_counts() or 'the sum'}.")
 
     def _who_counts(self):
         counting = [(i, *progress) for i, progress in enumerate(self._progress) if progress and i != self.index]

@@ -109,6 +109,8 @@ def test_each_worker_fetches_only_its_share(tiny_bucket, tmp_path):
         of_the_split = sorted(unquote(name[1]) for name in names if name and unquote(name[1]).startswith(SPLIT))
         assert of_the_split == sorted(name for name in before if name.startswith(SPLIT))
         assert len(set(list_objects(server, "bkt")) - before) == proxy.count("create") == 4
+        listings = [request.path for request in proxy.requests if request.operation == "list"]
+        assert len(listings) == len(set(listings)) > 3  # only the chief lists
 
 
 @pytest.fixture
