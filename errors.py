@@ -1,5 +1,7 @@
 """Errors that a user can cause or repair. Each is one line, says what to do, and carries its exit code."""
 
+import contextlib
+
 DONE, BUG, USAGE, INPUT, BUCKET, NOT_CONVERGED, WORKER_LOST = range(7)
 
 EXIT_CODES = {
@@ -64,6 +66,20 @@ class PeerError(ExpectedError):
     def __init__(self, message, exit_code=WORKER_LOST):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def memory_explained():
+    """Raise an ExpectedError instead of what Python raises when no memory is left."""
+    try:
+        yield
+    except (MemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):  # of a library's file
+            raise
+        raise ExpectedError(
+            f"no memory is left: {first_line(error)}; use a smaller --batch-size, raise the limit (ulimit -v), or use "
+            "a machine with more memory"
+        ) from error
 
 
 def first_line(error):

@@ -4,6 +4,7 @@ TensorFlow is imported only by the functions that run the network, because a rer
 """
 
 import itertools
+import math
 import re
 
 import numpy as np
@@ -13,6 +14,8 @@ from errors import ModelError, first_line
 
 # Words in the errors, of various types, that TensorFlow, oneDNN, cuDNN and cuBLAS raise when no memory is left.
 MEMORY_WORDS = re.compile("memory|alloc|exhausted|could not create a primitive|no algorithm worked|launch failed", re.I)
+
+PEAK = 2  # a step takes up to twice the memory of the tensors that are in use at the same time (measured)
 
 
 def _bins_of(probabilities, first_bin, density):
@@ -105,6 +108,22 @@ def _counting_step(network, cells, height, width, num_classes):
     return step
 
 
+def _bytes_per_image(step):
+    """Estimate the memory of a step, in bytes per image, from the tensors that are in use at the same time."""
+    operations = step.get_concrete_function().graph.get_operations()
+    last_use = {tensor.name: i for i, operation in enumerate(operations) for tensor in operation.inputs}
+    no_longer_used, in_use, most = [0] * len(operations), 0, 0
+    for i, operation in enumerate(operations):
+        for tensor in operation.outputs:
+            if tensor.shape.rank and tensor.shape[0] is None and tensor.shape[1:].is_fully_defined():
+                size = tensor.shape[1:].num_elements() * tensor.dtype.size
+                in_use += size
+                no_longer_used[last_use.get(tensor.name, i)] += size
+        most = max(most, in_use)
+        in_use -= no_longer_used[i]
+    return most
+
+
 def _padded(part, size):
     """The images and masks of a part of a batch, filled up to `size` samples with copies of the last one.
 
@@ -116,7 +135,9 @@ def _padded(part, size):
     return np.stack(images), np.stack(masks)
 
 
-def count_probabilities(network, samples, blocks, counts, class_names, batch_size, shown_names, on_smaller_batch):
+def count_probabilities(
+    network, samples, blocks, counts, class_names, batch_size, shown_names, on_smaller_batch, free_memory=math.inf
+):
     """Run the network once over the samples, batch by batch, and add the counts to `counts`; a generator.
 
     Parameters
@@ -136,6 +157,9 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
         The names of the images that `counts` keeps for the figure.
     on_smaller_batch : callable
         Is called with the batch size that did not fit and the new one.
+    free_memory : float
+        Bytes that a step may take. A larger batch is not tried: on a CPU, the process might be killed. Infinite for a
+        GPU, which reports a lack of memory.
 
     Yields
     ------
@@ -159,13 +183,17 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
         lambda *parts: strategy.run(step.python_function, parts), reduce_retracing=True, autograph=False
     )
 
+    def does_not_fit(reason):
+        sizes = ", ".join(map(str, did_not_fit))
+        return ModelError(f"no batch of {sizes} images of {width} x {height} pixels fits into memory: {reason}")
+
     def start(batch):
         """Give each device its part of a batch. On a GPU this does not wait for the results."""
         parts = [batch[i : i + batch_size] for i in range(0, batch_size * replicas, batch_size)]
         # A replica without images gets one image, and its counts are ignored.
         arguments = [_padded(part or batch[:1], batch_size) + (np.int32(len(part) or 1),) for part in parts]
         if replicas == 1:
-            return [(batch, step(*arguments[0]))]
+            return [(batch, step(*map(tf.constant, arguments[0])))]
         distributed = [
             strategy.experimental_distribute_values_from_function(
                 lambda context, values=values: tf.constant(values[context.replica_id_in_sync_group])
@@ -207,6 +235,20 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
         MemoryError,
     )
     samples, started, did_not_fit = zip(samples, blocks, strict=True), [], []
+    needed = _bytes_per_image(step) * replicas
+    fitting = batch_size
+    while fitting > 1 and PEAK * needed * fitting > free_memory:
+        fitting //= 2
+    if needed * fitting > free_memory:
+        did_not_fit.append(batch_size)
+        raise does_not_fit(
+            f"one image needs some {needed / 1e6:,.0f} MB, {free_memory / 1e6:,.0f} MB are free; end other programs, "
+            "raise the limit (ulimit -v, or the container's), or use a machine with more memory"
+        )
+    if fitting < batch_size:
+        did_not_fit.append(batch_size)
+        on_smaller_batch(batch_size, fitting)
+        batch_size = fitting
     while True:
         batch = list(itertools.islice(samples, batch_size * replicas))
         try:
@@ -221,10 +263,7 @@ def count_probabilities(network, samples, blocks, counts, class_names, batch_siz
                 reasons = [line for line in lines if MEMORY_WORDS.search(line) and not line.startswith("File ")]
                 if not reasons and not isinstance(error, MemoryError):
                     raise
-                raise ModelError(
-                    f"no batch of {', '.join(map(str, did_not_fit))} images of {width} x {height} pixels fits into "
-                    f"memory: {first_line(reasons[0] if reasons else error)}"
-                ) from error
+                raise does_not_fit(first_line(reasons[0] if reasons else error)) from error
             samples = itertools.chain(*(part for part, _ in started), batch, samples)  # neither has been added
             started = following = []  # frees their memory
             batch_size //= 2

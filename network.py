@@ -8,9 +8,12 @@ it, because a rerun from cached counts works without it.
 import contextlib
 import importlib.metadata
 import inspect
+import itertools
+import math
 import os
 import re
 import reprlib
+import resource
 import subprocess
 import sys
 import warnings
@@ -23,6 +26,10 @@ ARCHITECTURES = ("Unet", "FPN", "Linknet", "PSPNet")
 # Limits for model_parameters: no memory is large enough for more.
 MAX_FILTERS = 2048
 MAX_EDGE = 2**14  # of input_shape
+
+# Bytes. TensorFlow crashes when it comes to the limit of `ulimit -v`, so the end of a run must fit below it too.
+ADDRESS_SPACE_OF_TENSORFLOW = 2_500_000_000
+ADDRESS_SPACE_OF_THE_END = 500_000_000
 
 # Lines that TensorFlow logs before it reads TF_CPP_MIN_LOG_LEVEL: information, warnings, and errors after which it
 # continues.
@@ -69,10 +76,15 @@ def import_tensorflow():
     Raises
     ------
     UsageError
-        TensorFlow is not installed, or not completely.
+        TensorFlow is not installed, or not completely, or `ulimit -v` is too low for it.
     ModelError
         A GPU has too little free memory for TensorFlow to start.
     """
+    if (limit := _address_space()) and limit < ADDRESS_SPACE_OF_TENSORFLOW:
+        raise UsageError(
+            f"this process may use {limit / 1e9:.1f} GB of address space (ulimit -v), and TensorFlow crashes with less "
+            f"than {ADDRESS_SPACE_OF_TENSORFLOW / 1e9:.1f} GB: raise the limit"
+        )
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
     os.environ["SM_FRAMEWORK"] = "tf.keras"
     sys.modules.setdefault("pandas", None)  # Keras would import it if it is installed; nothing here uses it
@@ -129,6 +141,65 @@ def strategy(tf):
     if len(devices) == 1:
         return tf.distribute.get_strategy()
     return tf.distribute.MirroredStrategy([device.name for device in devices])
+
+
+def _address_space():
+    """The limit of this process's address space in bytes, which `ulimit -v` sets; None without a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def free_memory(root="/"):
+    """Bytes of the host's memory that a step may take; infinite if there is a GPU, which reports a lack of memory.
+
+    On a CPU, Linux kills a process that takes more than the machine or its control group (of a container or a batch
+    system) has, and TensorFlow crashes when it comes to the limit of `ulimit -v`.
+
+    Parameters
+    ----------
+    root : path
+        Where Linux's proc and sys/fs/cgroup are mounted.
+
+    Returns
+    -------
+    float
+    """
+    import tensorflow as tf
+
+    if tf.config.list_physical_devices("GPU"):
+        return math.inf
+    root = Path(root)
+
+    def number(path, form="([0-9]+)"):  # NaN where there is no such file, or no number in it
+        try:
+            return int(re.search(form, (root / path).read_text())[1])
+        except (OSError, TypeError, ValueError):
+            return math.nan
+
+    free = [1024 * number("proc/meminfo", "MemAvailable: *([0-9]+)")]
+    for group in _control_groups(root):
+        for limit, usage, cache in (  # of versions 2 and 1 of control groups
+            ("memory.max", "memory.current", "inactive_file ([0-9]+)"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ([0-9]+)"),
+        ):
+            free.append(number(group / limit) - number(group / usage) + number(group / "memory.stat", cache))
+    if limit := _address_space():  # half of it, because TensorFlow takes memory in ever larger pieces
+        used = 1024 * number("proc/self/status", "VmSize:[ \t]*([0-9]+)")
+        free.append((limit - used - ADDRESS_SPACE_OF_THE_END) / 2)
+    return max(0, min((size for size in free if not math.isnan(size)), default=math.inf))
+
+
+def _control_groups(root):
+    """The folders of the control groups with a limit for the memory that this process is in, and of their parents."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        mounted = {"": "sys/fs/cgroup", "memory": "sys/fs/cgroup/memory"}.get(controllers)
+        if mounted:
+            group = Path(mounted, path.lstrip("/"))
+            yield from itertools.takewhile(lambda folder: folder != Path("sys/fs"), (group, *group.parents))
 
 
 def device_facts():

@@ -40,7 +40,7 @@ import results
 import workers
 from confidence import Blocks, assess, blocks_of, guarantee_recall
 from counts import THRESHOLDS, Counts
-from errors import BUG, DONE, EXIT_CODES, WORKER_LOST, ExpectedError, ModelError, printable
+from errors import BUG, DONE, EXIT_CODES, WORKER_LOST, ExpectedError, ModelError, memory_explained, printable
 from gcp_utils import Blob, open_bucket, sweep
 from terminal import progress, show, warn
 
@@ -81,6 +81,7 @@ def parse_arguments():
     return parser.parse_args()
 
 
+@memory_explained()
 def run(args, cluster):
     """Do one run, in four steps.
 
@@ -293,6 +294,7 @@ def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
             f"a batch of {size} images does not fit into memory: continuing with {half}; next time use "
             f"--batch-size {half}"
         ),
+        free_memory=network.free_memory(),
     )
     saved = time.monotonic()
     with progress("inference", len(share.samples), initial=counts.images, unit=" images") as bar:
@@ -308,10 +310,10 @@ def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
 
 def import_what_follows():
     """Import what the end of a run needs, while the interpreter waits for the network; then collect garbage again."""
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure  # noqa: F401
-    import scipy.optimize  # noqa: F401
-
+    with contextlib.suppress(ImportError, MemoryError):  # the end of the run imports again, and shows the error
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
+        import scipy.optimize  # noqa: F401
     gc.freeze()
     gc.enable()
 

@@ -27,14 +27,14 @@ def data():
     return [(f"slice {i}", image, mask) for i, (image, mask) in enumerate(zip(images, masks, strict=True))]
 
 
-def count(network, data, batch_size=4, shown=(), blocks=None, names=NAMES):
+def count(network, data, batch_size=4, shown=(), blocks=None, names=NAMES, **more):
     """Counts of the data, in 3 blocks unless said otherwise, and what was said of batches that did not fit."""
     blocks = np.arange(len(data)) % 3 if blocks is None else blocks
     counts = Counts.empty(len(names), *data[0][1].shape, max(blocks) + 1)
     smaller = []
     sizes = list(
         inference.count_probabilities(
-            network, data, blocks, counts, names, batch_size, set(shown), lambda *sizes: smaller.append(sizes)
+            network, data, blocks, counts, names, batch_size, set(shown), lambda *sizes: smaller.append(sizes), **more
         )
     )
     assert sum(sizes) == counts.images == len(data)
@@ -272,6 +272,16 @@ def test_a_lack_of_memory_that_shows_where_results_are_read(tf, tiny_network, da
 def test_one_image_that_does_not_fit_is_an_error(tf, data):
     with pytest.raises(ModelError, match="4, 2, 1 images of 96 x 64 .*memory.*OOM"):
         count(memory_hog(tf, limit=0), data, batch_size=4)
+
+
+def test_a_batch_that_would_not_fit_is_not_tried(tf, tiny_network, data):
+    counts, smaller = count(tiny_network, data, batch_size=8, free_memory=5_000_000)
+    assert smaller == [(8, 2)]
+    reference, none = count(tiny_network, data, batch_size=2, free_memory=10**9)
+    assert none == []
+    np.testing.assert_array_equal(counts.histogram, reference.histogram)
+    with pytest.raises(ModelError, match="no batch of 8 images of 96 x 64 .*one image needs some 1 MB, 0 MB are free"):
+        count(tiny_network, data, batch_size=8, free_memory=1000)
 
 
 def failing_network(tf, error, limit, after=0):

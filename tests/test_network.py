@@ -1,6 +1,7 @@
 """The network is the one that was trained: rebuilt from its configuration, with the weights of every kind of file."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -423,6 +424,46 @@ def test_lack_of_memory_is_called_that(tf, files, monkeypatch, raised):
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU 0"])
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["GPU 0"])
     error(PSPNET, files / "weights.hdf5", "the GPU has no memory", "another process fills it")
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 16000000 kB\nMemAvailable:    8000000 kB\n"}
+VERSION_2 = {
+    "proc/self/cgroup": "0::/job/step\n",
+    "sys/fs/cgroup/job/step/memory.max": "max\n",
+    "sys/fs/cgroup/job/memory.max": "3000000000\n",
+    "sys/fs/cgroup/job/memory.current": "1000000000\n",
+    "sys/fs/cgroup/job/memory.stat": "anon 900000000\ninactive_file 50000000\n",
+}
+VERSION_1 = {  # in a container, which has its own group as the root
+    "proc/self/cgroup": "9:cpu:/docker/1\n4:memory:/docker/1\n0::/\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "3000000000\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000000000\n",
+    "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 50000000\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, math.inf),
+        (MEMINFO, 8_192_000_000),
+        (MEMINFO | VERSION_2, 2_050_000_000),
+        (MEMINFO | VERSION_1, 2_050_000_000),
+        (MEMINFO | VERSION_2 | {"sys/fs/cgroup/job/memory.max": "900000000"}, 0),
+        (MEMINFO | {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max"}, 8_192_000_000),
+    ],
+)
+def test_free_memory_is_the_least_of_what_machine_and_control_groups_leave(tf, tmp_path, files, free):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert room.free_memory(tmp_path) == free
+
+
+def test_this_machine_has_free_memory(tf, monkeypatch):
+    assert 10**8 < room.free_memory() < math.inf
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU 0"])
+    assert room.free_memory() == math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from helpers import (
     GoogleBucket,
     arguments,
     assert_one_error_line,
+    blobs_and_masks,
     finish,
     results,
     run_here,
@@ -33,14 +35,45 @@ from helpers import (
     thresholds,
     wait_until,
     whole_results,
+    write_split,
 )
 
 import network
 from counts import Counts
-from errors import BUCKET
+from errors import BUCKET, DONE, INPUT, USAGE
 from gcp_utils import open_bucket
 
 IMAGES = 120  # of the fixture many_images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gigabytes", "code", "words"),
+    [
+        (2, USAGE, "TensorFlow crashes with less"),
+        (2.7, INPUT, "no batch of 64 images of 512 x 512 pixels fits into memory"),
+        (3.6, DONE, "a batch of 64 images does not fit into memory: continuing with"),
+        (5, DONE, "a batch of 64 images does not fit into memory: continuing with"),
+    ],
+)
+def test_a_limit_of_the_address_space_crashes_no_run(sandbox, tmp_path, gigabytes, code, words):
+    """As `ulimit -v` sets it. TensorFlow itself dies by a signal when it comes to the limit."""
+    bucket = tmp_path / "bucket"
+    shutil.copytree(sandbox / "models", bucket / "models", ignore=shutil.ignore_patterns("model_thresholds_*"))
+    write_split(bucket / "datasets/dataset-large/validation", *blobs_and_masks(66, 512, 512, 3))
+    (bucket / "datasets/dataset-large/config.yaml").write_text("dataset_config: {target_size: [512, 512]}")
+    (model,) = (bucket / "models").iterdir()
+    process = start(
+        *arguments(bucket, "dataset-large/validation", model.name, batch_size=64),
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 1e9),) * 2),
+    )
+    process = finish(process)
+    assert process.returncode == code, process.stderr
+    assert words in process.stderr
+    if code != DONE:
+        assert_one_error_line(process, code, words)
+    assert len(results(bucket, model.name)) == (code == DONE)
 
 
 # ---------------------------------------------------------------------------------------------------------------
