@@ -154,8 +154,6 @@ class Confidence:
         Of the class metric at the trained threshold.
     expected_metric : float or None
         The class metric at the trained threshold, corrected because the threshold was chosen on the same images.
-    metric_at_half : float
-        The class metric at 0.5.
     gain : float or None
         The class metric at the trained threshold minus the class metric at 0.5; None if 0.5 does not meet the metric's
         constraint.
@@ -171,7 +169,6 @@ class Confidence:
     x_interval: tuple | None
     metric_interval: tuple | None
     expected_metric: float | None
-    metric_at_half: float
     gain: float | None
     gain_interval: tuple | None
     no_gain: bool
@@ -221,7 +218,6 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
             x_interval=None,
             metric_interval=None,
             expected_metric=None,
-            metric_at_half=at_half,
             gain=gain,
             gain_interval=None,
             no_gain=False,
@@ -253,7 +249,6 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
         x_interval=(float(thresholds[x_low]), float(thresholds[x_high])),
         metric_interval=metric_interval,
         expected_metric=expected,
-        metric_at_half=at_half,
         gain=gain,
         gain_interval=gain_interval,
         no_gain=gain_interval is not None and gain_interval[0] <= 0,

@@ -52,6 +52,7 @@ UPLOAD_SPEED = 70_000  # bytes/s; an upload that is slower on average fails
 BACKOFF_SECONDS = 0.25, 16  # the first pause between attempts, which doubles each time, and the longest
 STRAY_SECONDS = 24 * 3600  # a partial file this old was left behind by a killed run
 PAGE_SIZE = 1000  # the largest number of objects that one answer lists
+MOST_FOLDERS = 500  # that are listed one by one; a dataset has a folder per class, unless by mistake
 ROOM_TO_SPARE = 500_000_000  # bytes for the counts and results, besides the files to fetch
 BLOCK = 4096  # bytes; a file takes a whole number of blocks on the disk
 
@@ -184,9 +185,11 @@ class _GoogleBucket:
 
         def list_folder(folder, levels):
             blobs, folders, token = self._list_page(folder, levels, wanted)
-            while token:
+            while token and len(folders) <= MOST_FOLDERS:
                 page, more, token = self._list_page(folder, levels, wanted, token)
                 blobs, folders = blobs + page, folders | more
+            if len(folders) > MOST_FOLDERS:
+                return list_folder(folder, 0)  # all of them in one chain of pages
             return blobs, [(subfolder, levels - 1) for subfolder in folders]
 
         # Each page names the next, so the pages of a folder come one after the other; folders are listed in parallel.

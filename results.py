@@ -134,13 +134,10 @@ def git_hash():
     """
     here = Path(__file__).resolve().parent
 
-    def git(*command):
-        return subprocess.run(["git", "-C", here, *command], text=True, capture_output=True, check=True).stdout.strip()
-
     try:
         if (here / ".git").exists():
-            edited = git("status", "--porcelain", "--untracked-files=no")
-            return git("rev-parse", "HEAD") + "-dirty" * bool(edited)
+            describe = ["git", "-C", here, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+            return subprocess.run(describe, text=True, capture_output=True, check=True).stdout.strip()
         return (here / ".git_hash").read_text().strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -93,10 +93,11 @@ def fail(line):
 
 
 def _write(line, stream):
-    from tqdm import tqdm
-
     with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
-        tqdm.write(printable(line), file=stream)  # above the progress bars
+        if "tqdm" in sys.modules:  # there may be progress bars: the line is printed above them
+            sys.modules["tqdm"].tqdm.write(printable(line), file=stream)
+        else:
+            print(printable(line), file=stream)
         stream.flush()
 
 

@@ -335,6 +335,15 @@ def test_the_folders_of_a_split_are_listed_at_once(monkeypatch, tmp_path):
     assert page_sizes.index(500) >= 2 + 6  # when the first folder ends, all others have begun
 
 
+def test_a_folder_per_image_costs_no_request_per_folder(monkeypatch, tmp_path):
+    names = sorted(f"dataset/train/masks/{i:06d}/crack.png" for i in range(2500))
+    with listing_stub(names) as (url, page_sizes):
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+        blobs = open_bucket("gs://sandbox", tmp_path / "cache").list("dataset/train")
+    assert [blob.name for blob in blobs] == names
+    assert len(page_sizes) < 10
+
+
 # The cache
 
 

@@ -49,6 +49,7 @@ from errors import EXIT_CODES, ExpectedError, UsageError
 from gcp_utils import open_bucket
 from image_utils import draw_subset
 from results import publish
+from workers import Cluster
 
 MASKS = ("masks/class_0", "masks/class_1")
 
@@ -248,7 +249,7 @@ CHANGES = {
 
 
 def counts_path(factor=1.0):
-    return script.find_inputs("bucket", "dataset-tiny/validation", MODEL_ID, factor, None).counts_path()
+    return script.find_inputs("bucket", "dataset-tiny/validation", MODEL_ID, factor, None, Cluster()).counts_path()
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -499,7 +500,7 @@ def test_bad_input_is_found_before_anything_is_fetched(tiny_bucket, monkeypatch,
     monkeypatch.chdir(tmp_path)
     given = {"dataset": "dataset-tiny/validation", "model": MODEL_ID} | others
     with pytest.raises(ExpectedError, match=re.escape(words)) as caught:
-        script.find_inputs("bucket", given["dataset"], given["model"], 1.0, None)
+        script.find_inputs("bucket", given["dataset"], given["model"], 1.0, None, Cluster())
     assert caught.value.exit_code == 3
 
 
