@@ -15,7 +15,7 @@ from errors import ModelError, first_line
 # Words in the errors, of various types, that TensorFlow, oneDNN, cuDNN and cuBLAS raise when no memory is left.
 MEMORY_WORDS = re.compile("memory|alloc|exhausted|could not create a primitive|no algorithm worked|launch failed", re.I)
 
-PEAK = 2  # a step takes up to twice the memory of the tensors that are in use at the same time (measured)
+PEAK_FACTOR = 2  # a step takes up to twice the memory of the tensors that are in use at the same time (measured)
 
 
 def _bins_of(probabilities, first_bin, density):
@@ -237,7 +237,7 @@ def count_probabilities(
     samples, started, did_not_fit = zip(samples, blocks, strict=True), [], []
     needed = _bytes_per_image(step) * replicas
     fitting = batch_size
-    while fitting > 1 and PEAK * needed * fitting > free_memory:
+    while fitting > 1 and PEAK_FACTOR * needed * fitting > free_memory:
         fitting //= 2
     if needed * fitting > free_memory:
         did_not_fit.append(batch_size)
