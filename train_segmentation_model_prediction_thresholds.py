@@ -167,7 +167,8 @@ def find_inputs(gcp_bucket, dataset_directory, model_id, downsample_factor, seed
         lambda: bucket.stat(f"models/{model_id}/model.hdf5"),
         lambda: cluster.from_chief(lambda: bucket.list(split_directory, skip=image_utils.is_leftover)),
     )
-    blobs = [Blob(*blob) for blob in blobs]
+    if cluster.index > 0:
+        blobs = [Blob(*blob) for blob in blobs]
     target_size = configuration.target_size(dataset_config, bucket.url(dataset_yaml))
     problems_path = TMP / f"problems_{dataset_id}_{split}.txt"
     class_folders, all_samples = image_utils.pair_images_and_masks(blobs, split_directory, bucket.url, problems_path)

@@ -182,22 +182,21 @@ class Cluster:
 
         Returns
         -------
-        what `make` returned; if there are several workers, as JSON gives it back: with lists for tuples
+        what `make` returned; on the other workers as JSON gives it back, with lists for tuples
 
         Raises
         ------
         PeerError
             Another worker ended with an error or died.
         """
-        if self.number == 1:
-            return make()
-        if self.index == 0:
-            text = json.dumps(make()).encode()
+        if self.index > 0:
+            return json.loads(self._wait_for_total(1).tobytes())
+        made = make()
+        if self.number > 1:
+            text = json.dumps(made).encode()
             text += b" " * (-len(text) % 8)  # it is sent like the numbers of a sum, which have 8 bytes
             self._send(memoryview(text))
-        else:
-            text = self._wait_for_total(1).tobytes()
-        return json.loads(text)
+        return made
 
     def agree(self, key, flag=False):
         """Check that all workers are about to do the same. Each worker must call this.
