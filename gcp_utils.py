@@ -571,7 +571,7 @@ class _DirectoryBucket:
         return self._blob(name, found)
 
     def read(self, blob):
-        with self._explained(blob.name), open(self._root / blob.name, "rb") as file:
+        with self._explained(blob.name), open(os.path.join(self._root, blob.name), "rb") as file:
             data = file.read()
             now = self._blob(blob.name, os.fstat(file.fileno()))
         digest = hashlib.blake2b(data).digest()
