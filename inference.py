@@ -38,14 +38,12 @@ def _cells():
     """For each cell, the bin of its first number and its thresholds per number: two float32 tensors, (2**20,)."""
     import tensorflow as tf
 
-    first_bin = np.full(2**20, len(THRESHOLDS) + 1, np.float32)  # above 1, below 0, or NaN
-    thresholds = np.zeros(2**20, np.float32)
     one, minus_zero = np.float32([1, -0.0]).view(np.uint32) >> 12
-    starts = (np.arange(one + 1, dtype=np.int32) << 12).view(np.float32)
-    first_bin[: one + 1] = np.searchsorted(THRESHOLDS, starts)
-    thresholds[:one] = np.diff(first_bin[: one + 1])
-    thresholds[one] = 1  # so all numbers in this cell but 1 itself are beyond the last bin
+    thresholds = np.bincount(THRESHOLDS.view(np.uint32) >> 12, minlength=2**20).astype(np.float32)
+    first_bin = np.full(2**20, len(THRESHOLDS) + 1, np.float32)  # above 1, below 0, or NaN
+    first_bin[: one + 1] = np.cumsum(thresholds[: one + 1]) - thresholds[: one + 1]  # those in the cells before
     first_bin[minus_zero] = 0
+    thresholds[one] = 1  # so all numbers in this cell but 1 itself are beyond the last bin
     return tf.constant(first_bin), tf.constant(thresholds / 2**12)
 
 
