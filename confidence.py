@@ -241,7 +241,7 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
         gain_interval = (float(gain_interval[0]) - (at_x - expected), float(gain_interval[1]))
 
     # Between the points, the distance of the band from the curve is interpolated, so that the band follows the curve.
-    limits = _limits(np.ascontiguousarray(values.T), tail, full[points])
+    limits = _limits(values.T, tail, full[points])
     band_low, band_high = (full[coarse] + np.interp(coarse, points, limit - full[points]) for limit in limits)
     return Confidence(
         blocks=blocks,
@@ -338,7 +338,8 @@ def _replicates(histogram, block_histograms, coarse, points, metric, low, high):
         return drawn
 
     inside_bounds = np.flatnonzero((points >= low) & (points <= high))
-    values, chosen, chosen_values = np.empty((len(weights), len(points))), [], []
+    values = np.empty((len(points), len(weights))).T  # column by column, as `_limits` will read it
+    chosen, chosen_values = [], []
     for start in range(0, len(weights), 200):  # few enough for the arrays to fit into a processor's cache
         rows = slice(start, start + 200)
         chunk = weights[rows]

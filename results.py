@@ -1,8 +1,6 @@
 """The result: the content of the YAML, the curves as data, the table, and publishing without overwriting."""
 
-import csv
 import importlib.metadata
-import io
 import math
 import os
 import platform
@@ -265,28 +263,30 @@ def curves_csv(results):
         CSV with a header: class, threshold, the four counts, every metric of models.CLASS_METRICS, and the limits of
         the 95 % band of the metric that was optimised (empty where there is none).
     """
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["class", "threshold", "tp", "fp", "fn", "tn", *models.CLASS_METRICS, "band_low", "band_high"])
+    lines = [",".join(["class", "threshold", "tp", "fp", "fn", "tn", *models.CLASS_METRICS, "band_low", "band_high"])]
     for result in results:
         limits = _band_limits(result.confidence)
-        limits[result.trained.index] = result.confidence.metric_interval or (None, None)
+        limits[result.trained.index] = result.confidence.metric_interval
         indices = sorted(limits)
         counts = [count[indices] for count in (result.curve.tp, result.curve.fp, result.curve.fn, result.curve.tn)]
         metrics = [metric(*counts) for metric in models.CLASS_METRICS.values()]
-        # csv writes Python's numbers twice as fast as NumPy's
-        columns = (column.tolist() for column in (*counts, *metrics))
-        for index, *values in zip(indices, *columns, strict=True):
-            row = [float(THRESHOLDS[index]), *values, *limits[index]]
-            writer.writerow([result.name, *("" if value is None else f"{value:.12g}" for value in row)])
-    return file.getvalue().encode()
+        # One format for a whole row takes less than half of the time that csv takes.
+        row = f"{result.name},%.12g,%d,%d,%d,%d{',%.12g' * len(metrics)},"
+        columns = [column.tolist() for column in (THRESHOLDS[indices], *counts, *metrics)]
+        if result.confidence.metric_interval is None:
+            row += ","
+        else:
+            row += "%.12g,%.12g"
+            columns += zip(*(limits[index] for index in indices), strict=True)
+        lines += [row % values for values in zip(*columns, strict=True)]
+    return ("\n".join(lines) + "\n").encode()
 
 
 def _band_limits(confidence):
     """(low, high) of the 95 % band by index into THRESHOLDS; None where there is no band."""
     coarse = range(0, len(BLOCK_THRESHOLDS), CURVE_STEP)
     if confidence.band_low is None:
-        return {j * BLOCK_STEP: (None, None) for j in coarse}
+        return dict.fromkeys(j * BLOCK_STEP for j in coarse)
     return {j * BLOCK_STEP: (confidence.band_low[j], confidence.band_high[j]) for j in coarse}
 
 
