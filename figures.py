@@ -35,7 +35,6 @@ STYLE = {
     "font.size": 8,
     "text.usetex": False,
     "text.parse_math": False,  # the name of a folder may have a $ in it
-    "text.hinting": "none",  # takes a quarter of the time, and cannot be seen at this resolution
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as in the tool
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a machine compiles a module once, not in every run
 
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
