@@ -1,8 +1,10 @@
 """Reading and checking the command line and the two config.yaml in the bucket."""
 
 import argparse
+import difflib
 import itertools
 import reprlib
+import sys
 
 import yaml
 
@@ -19,12 +21,22 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Raises UsageError where argparse would end the process."""
+    """Raises UsageError where argparse would end the process, and names a mistyped argument before a missing one."""
 
     def __init__(self, **options):
+        self._known = []
         super().__init__(formatter_class=HelpFormatter, **options)
 
+    def add_argument(self, *names, **options):
+        self._known += names
+        return super().add_argument(*names, **options)
+
     def error(self, message):
+        for name in (word.partition("=")[0] for word in sys.argv[1:]):
+            if name.startswith("--") and not any(known.startswith(name) for known in self._known):
+                close = difflib.get_close_matches(name, self._known, 1)
+                message = f"there is no argument {name}" + "".join(f" (perhaps {known} is meant)" for known in close)
+                break
         raise UsageError(f"{message}; see --help")
 
 

@@ -428,7 +428,8 @@ USAGE = [
     (["--numpy-random-global-seed", str(2**32)], "--numpy-random-global-seed"),
     (["--dataset-directory", "dataset-tiny"], "--dataset-directory"),
     (["--model-id", "models/m"], "--model-id"),
-    (["--bach-size", "3"], "--bach-size"),
+    (["--bach-size", "3"], "there is no argument --bach-size (perhaps --batch-size is meant); see --help"),
+    (["--epochs=3"], "there is no argument --epochs; see --help"),
 ]
 
 
@@ -445,6 +446,13 @@ def test_required_arguments_are_required(missing, monkeypatch):
     del given[given.index(missing) : given.index(missing) + 2]
     monkeypatch.setattr(sys, "argv", ["x", *given])
     with pytest.raises(UsageError, match=missing):
+        script.parse_arguments()
+
+
+def test_a_mistyped_required_argument_is_named(monkeypatch):
+    given = [word.replace("--model-id", "--model_id") for word in arguments("bucket")]
+    monkeypatch.setattr(sys, "argv", ["x", *given])
+    with pytest.raises(UsageError, match=r"there is no argument --model_id \(perhaps --model-id is meant\)"):
         script.parse_arguments()
 
 
