@@ -316,7 +316,8 @@ def start_decoding(samples, bucket, target_size, lookahead, problems_path, on_wa
         return (sample.name, image, np.stack(insides, axis=-1).view(np.uint8)), [], soft
 
     fetchers = ThreadPoolExecutor(bucket.threads)
-    decoders = ThreadPoolExecutor(max(1, os.cpu_count() // 2))  # more would wait for each other's Python code
+    cores = len(os.sched_getaffinity(0))
+    decoders = ThreadPoolExecutor(max(1, cores // 2))  # more threads would wait for each other's Python code
     to_fetch = iter(samples)
     # Fetched files wait on the disk, where there is room for many; decoded ones wait in memory.
     fetching, decoding = collections.deque(), collections.deque()
