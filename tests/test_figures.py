@@ -1,5 +1,6 @@
 """The figures: everything is drawn at the right place, for any number of classes, any names and sizes."""
 
+import csv
 import io
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 import figures
 import models
 from counts import THRESHOLDS
-from results import ClassResult
+from results import ClassResult, curves_csv
 
 T = THRESHOLDS.astype(np.float64)
 ODD_NAMES = [
@@ -266,6 +267,13 @@ def test_without_an_interval_there_is_no_band():
     assert "[" not in "".join(text.get_text() for text in axes.texts)
     assert not any("95" in text.get_text() for text in figure.legends[0].get_texts())
     assert decode(draw([shown])).size
+
+
+def test_without_an_interval_the_band_is_empty_in_the_curves_as_data():
+    without = result(name="class1", metric_interval=None, band_low=None)
+    rows = list(csv.DictReader(io.StringIO(curves_csv([result(), without]).decode())))
+    assert all((row["band_low"] == row["band_high"] == "") == (row["class"] == "class1") for row in rows)
+    assert not any(None in row or None in row.values() for row in rows)  # no field too many or too few
 
 
 @pytest.mark.parametrize("metric_name", ["precision", "recall"])
