@@ -36,14 +36,14 @@ import random
 import re
 import shutil
 import ssl
-import stat
 import time
 import uuid
 import warnings
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import NamedTuple
 
+from blobs import Blob, checked_name, explained, folder_prefix
+from directory_bucket import DirectoryBucket
 from errors import BlobNotFoundError, BucketError, printable
 
 RETRY_SECONDS = 120  # no attempt at a request begins later than this after the first failed one
@@ -56,7 +56,6 @@ MOST_FOLDERS = 500  # that are listed one by one; a dataset has a folder per cla
 ROOM_TO_SPARE = 500_000_000  # bytes for the counts and results, besides the files to fetch
 BLOCK = 4096  # bytes; a file takes a whole number of blocks on the disk
 
-_PARTIAL = ".partial"
 _LEVELS = 2  # of folders, which are listed in parallel: <split>/images, <split>/masks/<class>
 _FIELDS = "kind,nextPageToken,prefixes,items(name,size,generation,crc32c,md5Hash,contentEncoding)"
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
@@ -70,8 +69,6 @@ _REFUSALS = (
     (r"serviceusage", "the account needs roles/serviceusage.serviceUsageConsumer on the project that pays"),
     (r"KMS", "this is about the key that encrypts the bucket: ask the person who manages it"),
 )
-# Control characters, and parts that are empty, "." or "..".
-_UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f]|(?:^|/)\.{0,2}(?:/|\Z)")
 _jitter = random.Random()  # not the global generator, which the user may have seeded
 
 
@@ -85,36 +82,6 @@ class _StatusError(Exception):
     def __init__(self, code):
         super().__init__(f"the status {code}")
         self.code = code
-
-
-class Blob(NamedTuple):
-    """One object of a bucket.
-
-    Attributes
-    ----------
-    name : str
-        Its path below the bucket (and its folder), "/"-separated.
-    size : int
-        Bytes.
-    generation : int
-        The number that Google Cloud Storage gives to this content of the object; 0 in a directory.
-    checksum : str
-        "crc32c:" or "md5:" and the checksum in base64. Empty in a directory, and in listings without checksums, such as
-        those of buckets with a customer-managed encryption key.
-    mtime : int
-        When the file was changed, in nanoseconds since 1970; 0 in Google Cloud Storage.
-    """
-
-    name: str
-    size: int
-    generation: int = 0
-    checksum: str = ""
-    mtime: int = 0
-
-    @property
-    def version(self):
-        """A text that changes when the content changes; in a directory also when only `mtime` changes."""
-        return f"{self.size}:{self.generation}:{self.mtime}"
 
 
 def open_bucket(gcp_bucket: str, cache_directory: Path):
@@ -139,7 +106,7 @@ def open_bucket(gcp_bucket: str, cache_directory: Path):
     """
     if gcp_bucket.startswith("gs://"):
         return _GoogleBucket(gcp_bucket, Path(cache_directory))
-    return _DirectoryBucket(gcp_bucket)
+    return DirectoryBucket(gcp_bucket)
 
 
 def sweep(folder):
@@ -147,7 +114,7 @@ def sweep(folder):
 
     A run that is alive keeps writing to its partial files, so they are younger.
     """
-    for path in itertools.chain(Path(folder).glob(f"*{_PARTIAL}"), Path(folder).glob(f"*/*{_PARTIAL}")):
+    for path in itertools.chain(Path(folder).glob("*.partial"), Path(folder).glob("*/*.partial")):
         with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime > STRAY_SECONDS:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -164,7 +131,7 @@ class _GoogleBucket:
         self._bucket, _, folder = gcp_bucket.removeprefix("gs://").partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", self._bucket):
             raise BucketError(f"{printable(gcp_bucket)}: no bucket can have this name; write gs://name[/folder]")
-        self._folder = _folder(folder, printable(gcp_bucket))
+        self._folder = folder_prefix(folder, printable(gcp_bucket))
         self._cache, self.on_bytes = cache, _ignore
         self._payer = None  # the project to charge, once the bucket has asked for one
         try:
@@ -178,7 +145,7 @@ class _GoogleBucket:
         return printable(f"gs://{self._bucket}/{self._folder}{name}")
 
     def list(self, prefix, skip=None):
-        root = self._folder + _folder(prefix, self.url(""))
+        root = self._folder + folder_prefix(prefix, self.url(""))
 
         def wanted(name):
             return not (skip and skip(name.removeprefix(root).rstrip("/")))
@@ -206,7 +173,7 @@ class _GoogleBucket:
         return sorted(blobs)
 
     def stat(self, name):
-        path = self._folder + _checked(name, self.url(""))
+        path = self._folder + checked_name(name, self.url(""))
 
         def ask(bucket, seconds):
             found = bucket.get_blob(path, timeout=seconds, retry=None)
@@ -249,7 +216,7 @@ class _GoogleBucket:
             return path
         with self._cache_explained():
             self._cache.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
             try:
                 self._download(blob, partial)
                 os.replace(partial, path)
@@ -258,7 +225,7 @@ class _GoogleBucket:
         return path
 
     def create(self, name, data):
-        path = self._folder + _checked(name, self.url(""))
+        path = self._folder + checked_name(name, self.url(""))
         content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
 
         def upload(bucket, seconds):
@@ -297,13 +264,13 @@ class _GoogleBucket:
 
     def _cache_explained(self):
         trouble = "what is fetched cannot be kept here; make room, make the folder writable, or run elsewhere"
-        return _explained(self._cache, trouble)
+        return explained(self._cache, trouble)
 
     def _blob(self, found):
         """Make a `Blob` of google-cloud-storage's."""
         if not found.name.startswith(self._folder):
             raise ValueError("an object of another folder")
-        name = _checked(found.name[len(self._folder) :], self.url(""))
+        name = checked_name(found.name[len(self._folder) :], self.url(""))
         if found.content_encoding == "gzip":  # its size and checksum are those of the compressed bytes
             raise BucketError(f"{self.url(name)}: is stored gzip-encoded; upload it without 'gsutil cp -z' or '-j'")
         checksum = f"crc32c:{found.crc32c}" if found.crc32c else f"md5:{found.md5_hash}" if found.md5_hash else ""
@@ -520,137 +487,6 @@ class _Content:
             return await self._stream.read(size)
 
 
-class _DirectoryBucket:
-    """A directory, which may also be a mounted bucket, exFAT, or a shared folder of a virtual machine.
-
-    On these, inode numbers change without a reason, so a file counts as unchanged if its size and mtime are unchanged.
-    If only the mtime has changed since the listing and this run has read the file before, the content decides. A file
-    that the run has not read counts as changed, because its earlier content is not known.
-    """
-
-    threads = len(os.sched_getaffinity(0))
-    on_bytes = _ignore
-
-    def __init__(self, gcp_bucket):
-        self._root = Path(gcp_bucket)
-        self._digests = {}  # of the content of the blobs that were read
-        with _explained(gcp_bucket, "cannot be used as a bucket; name a directory or gs://name[/folder]"):
-            os.scandir(gcp_bucket).close()
-
-    def url(self, name):
-        return printable(self._root / name)
-
-    def list(self, prefix, skip=None):
-        place, root = self.url(""), _folder(prefix, self.url(""))
-        blobs, pending = [], [(root, ())]
-        while pending:
-            folder, above = pending.pop()
-            with self._explained(folder):
-                try:
-                    entries = os.listdir(os.path.join(self._root, folder))
-                except (FileNotFoundError, NotADirectoryError):
-                    continue  # no error, as in the cloud, where folders are only parts of names
-            for entry in entries:
-                if skip and skip((folder + entry).removeprefix(root)):
-                    continue
-                name = _checked(folder + entry, place)
-                with self._explained(name):
-                    found = os.stat(os.path.join(self._root, name))
-                if not stat.S_ISDIR(found.st_mode):
-                    blobs.append(self._blob(name, found))
-                elif (found.st_dev, found.st_ino) not in above:  # or else it is a link to a folder that contains it
-                    pending.append((name + "/", (*above, (found.st_dev, found.st_ino))))
-        return sorted(blobs)
-
-    def stat(self, name):
-        with self._explained(name):
-            try:
-                found = os.stat(self._root / _checked(name, self.url("")))
-            except (FileNotFoundError, NotADirectoryError):
-                raise BlobNotFoundError(f"{self.url(name)}: there is no such file") from None
-        return self._blob(name, found)
-
-    def read(self, blob):
-        with self._explained(blob.name), open(os.path.join(self._root, blob.name), "rb") as file:
-            data = file.read()
-            now = self._blob(blob.name, os.fstat(file.fileno()))
-        digest = hashlib.blake2b(data).digest()
-        if self._digests.get(blob, digest if now == blob else None) != digest:
-            raise BucketError(f"{self.url(blob.name)}: changed in the bucket during the run; run again")
-        self._digests[blob] = digest
-        return data
-
-    def is_here(self, blob):
-        return True
-
-    def check_room(self, blobs):
-        pass
-
-    def fetch(self, blob):
-        if self.stat(blob.name) != blob or blob not in self._digests:
-            self.read(blob)
-        return self._root / blob.name
-
-    def create(self, name, data):
-        path = self._root / _checked(name, self.url(""))
-        with self._explained(name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                done = _create_file(folder, path.name, data) or path.read_bytes() == data
-                with contextlib.suppress(OSError):  # some file systems cannot do this with a folder
-                    os.fsync(folder)
-            finally:
-                os.close(folder)
-        if not done:
-            raise FileExistsError(f"{self.url(name)}: exists already, with other content")
-
-    def _blob(self, name, found):
-        if not stat.S_ISREG(found.st_mode):
-            raise BlobNotFoundError(f"{self.url(name)}: is not a regular file")
-        return Blob(name, found.st_size, mtime=found.st_mtime_ns)
-
-    def _explained(self, name):
-        trouble = "cannot be used; check that it is there, its permissions and the disk"
-        return _explained(os.path.join(self._root, name), trouble)
-
-
-def _create_file(folder, name, data, nameless=True):
-    """Create a complete file in an open directory in one step. Returns False if the name is taken."""
-    hidden = None
-    try:
-        if not nameless:
-            raise OSError
-        descriptor = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=folder)  # nameless: it vanishes when we die
-    except OSError:  # some file systems do not have this
-        hidden = f".{name}.{uuid.uuid4().hex}{_PARTIAL}"
-        descriptor = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666, dir_fd=folder)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-            try:
-                os.link(hidden or f"/proc/self/fd/{descriptor}", name, src_dir_fd=folder, dst_dir_fd=folder)
-                return True
-            except FileExistsError:
-                return False
-            except OSError:
-                if not hidden:
-                    return _create_file(folder, name, data, nameless=False)
-        # This file system has no hard links either, like exFAT and gcsfuse. So an empty file takes the name, which only
-        # one process can do, and the complete file then replaces it.
-        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666, dir_fd=folder))
-        os.rename(hidden, name, src_dir_fd=folder, dst_dir_fd=folder)
-        hidden = None
-    except FileExistsError:
-        return False
-    finally:
-        if hidden:
-            os.unlink(hidden, dir_fd=folder)
-    return True
-
-
 def _persistently(url, attempt):
     """Call `attempt` until it raises no `_TransientError`; give up RETRY_SECONDS after the first of these.
 
@@ -689,27 +525,3 @@ def _is_intact(path, blob):
             return _checksum(kind, iter(lambda: file.read(1 << 20), b"")) == value
     except OSError:
         return False
-
-
-def _checked(name, place):
-    if not name.isascii() and re.search(r"[\ud800-\udfff]", name):
-        raise BucketError(f"{place}: '{printable(name)}' is not UTF-8 as a name; rename it")
-    if _UNSAFE_NAME.search(name):
-        raise BucketError(
-            f"{place}: '{printable(name)}' is refused as a name (control characters, or parts that are empty, '.' or "
-            "'..'); rename it"
-        )
-    return name
-
-
-def _folder(prefix, place):
-    prefix = prefix.strip("/")
-    return _checked(prefix, place) + "/" if prefix else ""
-
-
-@contextlib.contextmanager
-def _explained(place, trouble):
-    try:
-        yield
-    except OSError as error:
-        raise BucketError(f"{printable(place)}: {trouble} ({error.strerror or error})") from error

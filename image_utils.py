@@ -54,7 +54,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 class Sample(NamedTuple):
-    """An image and its masks, as blobs of a bucket (gcp_utils.Blob)."""
+    """An image and its masks, as blobs of a bucket (blobs.Blob)."""
 
     name: str  # of the image's file, without folder
     image: NamedTuple
@@ -131,7 +131,7 @@ def pair_images_and_masks(blobs, split_directory, url, problems_path):
 
     Parameters
     ----------
-    blobs : iterable of gcp_utils.Blob
+    blobs : iterable of blobs.Blob
         Everything below `split_directory`.
     split_directory : str
         Holds images/<name> and masks/<class folder>/<name>.

@@ -38,10 +38,11 @@ import models
 import network
 import results
 import workers
+from blobs import Blob
 from confidence import Blocks, assess, blocks_of, guarantee_recall
 from counts import THRESHOLDS, Counts
 from errors import BUG, DONE, EXIT_CODES, WORKER_LOST, ExpectedError, ModelError, memory_explained, printable
-from gcp_utils import Blob, open_bucket, sweep
+from gcp_utils import open_bucket, sweep
 from terminal import progress, show, warn
 
 TMP = Path("tmp")
@@ -165,10 +166,8 @@ def find_inputs(gcp_bucket, dataset_directory, model_id, downsample_factor, seed
         lambda: configuration.read_config(bucket, dataset_yaml, "dataset_config"),
         lambda: configuration.read_config(bucket, f"models/{model_id}/config.yaml", "train_config"),
         lambda: bucket.stat(f"models/{model_id}/model.hdf5"),
-        lambda: cluster.from_chief(lambda: bucket.list(split_directory, skip=image_utils.is_leftover)),
+        lambda: cluster.from_chief(lambda: bucket.list(split_directory, skip=image_utils.is_leftover), Blob),
     )
-    if cluster.index > 0:
-        blobs = [Blob(*blob) for blob in blobs]
     target_size = configuration.target_size(dataset_config, bucket.url(dataset_yaml))
     problems_path = TMP / f"problems_{dataset_id}_{split}.txt"
     class_folders, all_samples = image_utils.pair_images_and_masks(blobs, split_directory, bucket.url, problems_path)

@@ -172,17 +172,19 @@ class Cluster:
             total = self._wait_for_total(1)
         return total
 
-    def from_chief(self, make):
-        """Do something on the chief only, and give the result to all. Each worker must call this.
+    def from_chief(self, make, kind):
+        """Make a list on the chief only, and give it to all. Each worker must call this.
 
         Parameters
         ----------
         make : callable
-            Is called on the chief only. It returns something that JSON can hold.
+            Is called on the chief only. It returns a list of `kind`.
+        kind : NamedTuple class
+            Its fields are values that JSON can hold.
 
         Returns
         -------
-        what `make` returned; on the other workers as JSON gives it back, with lists for tuples
+        list of `kind`
 
         Raises
         ------
@@ -190,7 +192,7 @@ class Cluster:
             Another worker ended with an error or died.
         """
         if self.index > 0:
-            return json.loads(self._wait_for_total(1).tobytes())
+            return [kind(*fields) for fields in json.loads(self._wait_for_total(1).tobytes())]
         made = make()
         if self.number > 1:
             text = json.dumps(made).encode()

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import configuration
+from blobs import Blob
 from confidence import Blocks
-from gcp_utils import Blob, open_bucket
+from gcp_utils import open_bucket
 from results import to_yaml
 from train_segmentation_model_prediction_thresholds import Inputs
 

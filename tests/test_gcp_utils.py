@@ -28,7 +28,9 @@ from chaos_proxy import ChaosProxy, operation
 from fake_gcs import answering, listing_stub
 
 import gcp_utils
-from gcp_utils import Blob, BlobNotFoundError, BucketError, open_bucket, sweep
+from blobs import Blob
+from errors import BlobNotFoundError, BucketError
+from gcp_utils import open_bucket, sweep
 
 ROOT = Path(__file__).parent.parent
 IN_THE_BUCKET = {

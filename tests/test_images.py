@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 import terminal
+from blobs import Blob
 from errors import BucketError, DatasetError
-from gcp_utils import Blob, open_bucket
+from gcp_utils import open_bucket
 from image_utils import (
     Problems,
     Sample,
