@@ -5,6 +5,7 @@ signs of life with the progress, numbers to sum, and why a worker ends, which th
 A connection belongs to one run: a worker that has joined never connects again, so two runs cannot mix.
 """
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -97,6 +98,7 @@ class Cluster:
         self._error = None
         self._farewells = None  # threads that tell the peers that this worker ends
         self._total, self._arrived = None, 0  # the sum so far, and the number of bytes that were added to it
+        self._totals = collections.deque()  # whole sums that wait to be taken: the chief may send two in a row
         self._progress = [[0, 0]] * self.number  # images counted and to count; None while it waits for the others
         self._since = [time.monotonic()] * self.number  # the time of the last progress
 
@@ -165,11 +167,11 @@ class Cluster:
         if self.index == 0:
             with self._changed:
                 self._add(content, 0, len(content))
-            total = self._wait_for_total(self.number)
+            total = self._wait_for_total()
             self._send(memoryview(total).cast("B"))
         else:
             self._send(content)
-            total = self._wait_for_total(1)
+            total = self._wait_for_total()
         return total
 
     def from_chief(self, make, kind):
@@ -192,7 +194,7 @@ class Cluster:
             Another worker ended with an error or died.
         """
         if self.index > 0:
-            return [kind(*fields) for fields in json.loads(self._wait_for_total(1).tobytes())]
+            return [kind(*fields) for fields in json.loads(self._wait_for_total().tobytes())]
         made = make()
         if self.number > 1:
             text = json.dumps(made).encode()
@@ -297,22 +299,17 @@ class Cluster:
                 for first in range(0, len(content), PART):
                     peer.send({"first": first, "of": len(content)}, content[first : first + PART])
 
-    def _wait_for_total(self, times):
-        """Wait until the numbers of so many workers were added to the sum, and return it."""
-
-        def arrived():
-            return self._total is not None and self._arrived == times * self._total.nbytes
-
+    def _wait_for_total(self):
+        """Wait until a sum is whole, and take it."""
         with self._changed:
             self._note_progress(self.index, None)
         while True:
             with self._changed:
-                if self._changed.wait_for(lambda: self._error or arrived(), WAIT_SECONDS):
+                if self._changed.wait_for(lambda: self._error or self._totals, WAIT_SECONDS):
                     if self._error:
                         raise self._error
-                    total, self._total, self._arrived = self._total, None, 0
                     self._note_progress(self.index, [0, 0])
-                    return total
+                    return self._totals.popleft()
             self._show(f"Waiting for {self._who_counts() or 'the sum'}.")
 
     def _who_counts(self):
@@ -329,6 +326,9 @@ class Cluster:
             raise ValueError(f"{size} bytes to sum, not {self._total.nbytes}")
         self._total[first // 8 : (first + len(content)) // 8] += np.frombuffer(content, "<i8")
         self._arrived += len(content)
+        if self._arrived == size * (self.number if self.index == 0 else 1):  # the chief sums, the others hear the sum
+            self._totals.append(self._total)
+            self._total, self._arrived = None, 0
 
     def _note_progress(self, index, progress):
         if progress is None or progress != self._progress[index]:

@@ -30,6 +30,7 @@ from helpers import (
 )
 
 import workers
+from blobs import Blob
 from errors import INPUT, WORKER_LOST, PeerError, UsageError
 
 
@@ -253,6 +254,21 @@ def test_a_sum_may_wait_longer_than_the_network_remembers(monkeypatch):
     for pauses in ((0, 2), (2, 0)):
         both = in_two_workers(monkeypatch, *map(after, pauses), limit=1, LIFE_SECONDS=0.2, DEAD_SECONDS=20)
         assert both == [[-(2**63), 2, 4, 6]] * 2
+
+
+def test_a_sum_and_what_the_chief_sends_next_do_not_mix(monkeypatch):
+    """The chief does not wait for the others in between: a worker may get both before it has taken the first."""
+
+    def does(cluster):
+        heard = []
+        for i in range(100):
+            heard.append(cluster.sum(np.array([i, 1, 2])).tolist())
+            heard += cluster.from_chief(lambda i=i: [Blob("b", f"{cluster} {i}", i, "1")], Blob)
+        return heard
+
+    chief, worker = in_two_workers(monkeypatch, does, does)
+    assert worker == chief
+    assert [total[0] for total in chief[::2]] == [2 * i for i in range(100)]
 
 
 def test_a_worker_that_hangs_is_named(monkeypatch):
