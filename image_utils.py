@@ -9,6 +9,7 @@ import os
 import re
 import struct
 import unicodedata
+import uuid
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,7 @@ class Problems:
     def __init__(self, path):
         self.number = 0
         self._path, self._file, self._unwritten = Path(path), None, None
+        self._partial = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex}.partial")
         self._first, self._names = None, []
 
     def add(self, name, what):
@@ -90,7 +92,7 @@ class Problems:
         try:
             if self.number == 2:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115
+                self._file = open(self._partial, "w", encoding="utf-8")  # noqa: SIM115
                 print(printable(self._first), file=self._file)
             if self._file:
                 print(printable(what), file=self._file)
@@ -104,6 +106,7 @@ class Problems:
         try:
             if self._file:
                 self._file.close()
+                os.replace(self._partial, self._path)
         except OSError as error:
             self._unwritten = error
         more = self.number - 1 - len(self._names)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -217,13 +218,33 @@ def test_a_single_problem_is_the_whole_message(tmp_path):
     assert not (tmp_path / "tmp").exists()
 
 
-@pytest.mark.parametrize("path", ["file/problems.txt", "/dev/full"])
+@pytest.mark.parametrize("path", ["bucket/problems.txt", "tmp/problems.txt"])
 def test_without_room_for_the_list_the_error_still_names_ten(path, tmp_path):
     (tmp_path / "bucket").write_text("")
-    problems = Problems(tmp_path / path.replace("file", "bucket"))
-    for number in range(5000):
-        problems.add(f"{number}.png", f"{number}.png is empty")
-    assert "5,000 files" in str(problems.error()) and "cannot be written" in str(problems.error())
+    problems = Problems(tmp_path / path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        for number in range(5000):
+            problems.add(f"{number}.png", f"{number}.png is empty")
+        error = str(problems.error())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "5,000 files" in error and all(f"{number}.png" in error for number in range(10))
+    assert "problems.txt, cannot be written" in error
+    assert not (tmp_path / path).exists()
+
+
+def test_a_list_of_problems_is_there_when_it_is_whole(tmp_path):
+    """Another process may write the same list, and end at any moment."""
+    finished, unfinished = (Problems(tmp_path / "tmp/problems.txt") for _ in range(2))
+    for number in range(3):
+        for problems in (unfinished, finished):
+            problems.add(f"{number}.png", f"{number}.png is empty")
+    assert not (tmp_path / "tmp/problems.txt").exists()
+    finished.error()
+    unfinished.add("4.png", "4.png is empty")
+    assert (tmp_path / "tmp/problems.txt").read_text().splitlines() == [f"{number}.png is empty" for number in range(3)]
 
 
 def test_all_files_of_impossible_size_are_named_before_anything_is_fetched(tmp_path):
