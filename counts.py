@@ -146,29 +146,33 @@ class Counts:
         _write(path, vars(self))
 
     def save_checkpoint(self, path):
-        """Write like `save`, but the slices to a separate file, and only when there are new ones."""
-        slices = _slices_of(path, len(self.shown_names))
-        if not slices.exists():
-            _write(slices, {name: getattr(self, name) for name in SLICES})
-        _write(path, {name: value for name, value in vars(self).items() if name not in SLICES[1:]})
-        for older in set(path.parent.glob(_slices_of(path, "*").name)) - {slices}:
-            older.unlink(missing_ok=True)
+        """Write like `save`, but each slice once, to a file of its own. Other runs may read and write it too."""
+        for i in range(len(self.shown_names)):
+            if not _slice_file(path, i).exists():
+                _write(_slice_file(path, i), {name: getattr(self, name)[i] for name in SLICES})
+        _write(path, vars(self) | {name: getattr(self, name)[:0] for name in SLICES})
 
     @staticmethod
     def remove_checkpoint(path):
         """Delete what `save_checkpoint` wrote; errors do not matter."""
         with contextlib.suppress(OSError):
-            for file in (path, *path.parent.glob(_slices_of(path, "*").name)):
+            for file in (path, *path.parent.glob(_slice_file(path, "*").name)):
                 file.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path):
         """Read what `save` or `save_checkpoint` wrote; None if there is no such file, or if it is damaged."""
         fields = _read(path)
-        if fields and "shown_bins" not in fields:
-            slices = _read(_slices_of(path, len(fields["shown_names"])))
-            fields = slices and fields | slices
-        return fields and cls(
+        if fields is None:
+            return None
+        for i in range(len(fields["shown_images"]), len(fields["shown_names"])):  # the slices of a checkpoint
+            one = _read(_slice_file(path, i))
+            if one is None:
+                with contextlib.suppress(OSError):
+                    _slice_file(path, i).unlink()  # it is damaged: the next checkpoint writes it again
+                return None
+            fields |= {name: np.concatenate([fields[name], one[name][None]]) for name in SLICES}
+        return cls(
             **fields
             | {
                 "images": int(fields["images"]),
@@ -178,12 +182,12 @@ class Counts:
         )
 
 
-SLICES = ("shown_names", "shown_images", "shown_truth", "shown_bins")
+SLICES = ("shown_images", "shown_truth", "shown_bins")
 
 
-def _slices_of(path, number):
-    """The file of a checkpoint's slices, when their number is `number`."""
-    return path.with_suffix(f".{number}_slices")
+def _slice_file(path, i):
+    """The file of slice `i` of the checkpoint at `path`."""
+    return path.with_suffix(f".slice_{i}")
 
 
 def _write(path, fields):

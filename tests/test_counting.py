@@ -8,6 +8,7 @@ import pytest
 from helpers import ROOT, blobs_and_masks
 from PIL import Image
 
+import counts as counts_module
 import inference
 from counts import BLOCK_THRESHOLDS, THRESHOLDS, Counts, confusion
 from errors import ModelError
@@ -407,17 +408,40 @@ counts.save(sys.argv[4])
 
 def test_a_checkpoint_writes_a_slice_once(tiny_network, data, tmp_path):
     path = tmp_path / "of these counts.partial.npz"
-    counts, began = Counts.empty(2, 64, 96, 3), []
+    counts, files = Counts.empty(2, 64, 96, 3), set()
     steps = inference.count_probabilities(tiny_network, data, [0] * 11, counts, NAMES, 2, {"slice 1", "slice 6"}, print)
     for _ in steps:
         counts.save_checkpoint(path)
-        (slices,) = set(tmp_path.iterdir()) - {path}
-        began.append((slices.name, slices.stat().st_ino))
+        files |= {(file.name, file.stat().st_ino) for file in set(tmp_path.iterdir()) - {path}}
         found = Counts.load(path)
         for name, value in vars(counts).items():
             np.testing.assert_array_equal(getattr(found, name), value)
-    assert len(began) == 6 and len(set(began)) == 2
-    slices.write_bytes(slices.read_bytes()[:-1])
+    assert len(files) == 2
+    damaged = tmp_path / min(files)[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
     assert Counts.load(path) is None
+    counts.save_checkpoint(path)
+    assert Counts.load(path).images == 11
     Counts.remove_checkpoint(path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("other_is_ahead", [True, False])
+def test_runs_that_share_a_checkpoint_leave_it_whole(tiny_network, data, tmp_path, monkeypatch, other_is_ahead):
+    """One has counted both slices to show, the other only the first; the other saves before each write of the one."""
+    path = tmp_path / "of these counts.partial.npz"
+    runs = [count(tiny_network, data[:n], shown={"slice 1", "slice 6"})[0] for n in (11, 5)]
+    one, other = reversed(runs) if other_is_ahead else runs
+    assert [len(run.shown_names) for run in runs] == [2, 1]
+    write, written = counts_module._write, []
+
+    def write_after_the_other(*given):
+        with monkeypatch.context() as patch:
+            patch.setattr(counts_module, "_write", write)
+            other.save_checkpoint(path)
+        write(*given)
+        written.append(Counts.load(path).images)
+
+    monkeypatch.setattr(counts_module, "_write", write_after_the_other)
+    one.save_checkpoint(path)
+    assert written[-1] == one.images and set(written[:-1]) <= {other.images}
