@@ -17,6 +17,8 @@ from errors import BUG, USAGE, printable
 INTERRUPTED = "interrupted; what was fetched and counted is kept in tmp: run the same command again to continue"
 LAST_WORD_SECONDS = 0.5  # for each of the functions that are called before an interrupted run ends
 
+_ending = threading.RLock()  # held, until the process has ended, by the thread that ends it
+
 
 def open_streams():
     """Make stdin, stdout and stderr usable.
@@ -65,6 +67,7 @@ def end_on_signals():
 
     def wait():
         code = 128 + signal.sigwait(ends)
+        begin_to_end(2 * LAST_WORD_SECONDS)  # no longer: the thread that is first may be stuck
         with contextlib.suppress(OSError):
             os.write(screen, ("\n" * os.isatty(screen) + f"error: {INTERRUPTED}\n").encode())
         for last_word in list(last_words):
@@ -75,6 +78,15 @@ def end_on_signals():
 
     threading.Thread(target=wait, daemon=True).start()
     return last_words
+
+
+def begin_to_end(seconds=-1):
+    """Make this thread the one that ends the process; if another one is ending it, wait for that.
+
+    Else two threads that end it at the same time would print two lines, perhaps for different exit codes. `seconds`
+    limits the wait; -1 is for ever.
+    """
+    _ending.acquire(timeout=seconds)
 
 
 def show(line=""):
@@ -88,14 +100,15 @@ def warn(line):
 
 
 def fail(line):
-    """Print an error to stderr."""
+    """Print the error that ends the process to stderr. If another thread is ending it already, wait for that."""
+    begin_to_end()
     _write(f"error: {line}", sys.stderr)
 
 
 def _write(line, stream):
     with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
-        if "tqdm" in sys.modules:  # there may be progress bars: the line is printed above them
-            sys.modules["tqdm"].tqdm.write(printable(line), file=stream)
+        if tqdm := getattr(sys.modules.get("tqdm"), "tqdm", None):  # else it is not imported, or not to the end
+            tqdm.write(printable(line), file=stream)  # above the progress bars
         else:
             print(printable(line), file=stream)
         stream.flush()
@@ -103,8 +116,10 @@ def _write(line, stream):
 
 def end_with(error):
     """End the process with an ExpectedError, from whatever thread."""
-    fail(error)
-    os._exit(error.exit_code)
+    try:
+        fail(error)
+    finally:
+        os._exit(error.exit_code)
 
 
 def progress(title, total, **options):
@@ -117,7 +132,7 @@ def progress(title, total, **options):
 def report_bug(folder):
     """Show that the exception being handled is a bug, with its traceback, and save a report in `folder`."""
     report = f"{' '.join(sys.argv)}\nPython {sys.version}\n{traceback.format_exc()}"
-    path = Path(folder) / f"bug_{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.txt"
+    path = Path(folder) / f"bug_{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{os.getpid()}.txt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(report, errors="backslashreplace")

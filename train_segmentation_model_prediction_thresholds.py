@@ -218,10 +218,7 @@ def count_share(share, batch_size, tf_seed, path, cluster):
     """Count a share from its last checkpoint on, and cache the counts at `path`."""
     width, height = share.target_size
     checkpoint = path.with_suffix(".partial.npz")
-    counts = Counts.load(checkpoint)
-    if counts is None:
-        Counts.remove_checkpoint(checkpoint)  # it may be damaged in part
-        counts = Counts.empty(len(share.class_folders), height, width, share.blocks.number)
+    counts = Counts.load(checkpoint) or Counts.empty(len(share.class_folders), height, width, share.blocks.number)
     if not share.samples:  # fewer images than workers
         return counts
     if counts.images:
@@ -391,6 +388,7 @@ def main():
         terminal.report_bug(TMP)
         cluster.leave((BUG, f"{cluster} ended by a bug in this program"))
         return BUG
+    terminal.begin_to_end()
     cluster.leave()
     return DONE
 

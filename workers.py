@@ -80,8 +80,8 @@ class Cluster:
     show : callable
         Takes a line to print.
     end : callable or None
-        Is called with the PeerError that ends the run, in one of the cluster's threads. It should end the process. If
-        it returns, or is None, the method that is running or is called next raises the error.
+        Is called with the PeerError that ends the run, in one of the cluster's threads, and should end the process. The
+        method that is running, or is called next, raises the error too.
 
     Attributes
     ----------
@@ -424,11 +424,11 @@ class Cluster:
         """End this worker with an error, after telling the others."""
         if self._bid_farewell({"error": (error.exit_code, str(error))}):
             self.leave()  # returns when the others have heard it: this process may end at once
-            if self._end:
-                self._end(error)
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+            if self._end:
+                self._end(error)
 
     def _bid_farewell(self, message):
         """Start to send every peer a last message; returns False if one was sent before."""

@@ -1,4 +1,4 @@
-"""The terminal: a signal ends the process in any state, a bug is reported as a bug, streams may be closed."""
+"""The terminal: what ends a process, in any state and only once; the report of a bug; streams that are closed."""
 
 import os
 import signal
@@ -80,6 +80,32 @@ def test_last_words_are_called_but_cannot_block_the_end():
     process.send_signal(signal.SIGTERM)
     assert "goodbye" in process.communicate(timeout=60)[0]
     assert process.returncode == 143
+
+
+def test_of_several_threads_that_end_the_process_one_says_why():
+    code = (
+        "import errors, threading\nstarted = threading.Barrier(30)\ndef end(code):\n started.wait()\n"
+        " terminal.end_with(errors.PeerError(f'with {code}', code))\n"
+        "for code in range(1, 30): threading.Thread(target=end, args=(code,)).start()\nend(30)"
+    )
+    for _ in range(5):
+        process = start(code)
+        assert error_line(process) == f"error: with {process.returncode}"
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(0.2, 0), (60, 143)])
+def test_a_signal_is_late_when_the_process_ends_already_unless_that_takes_too_long(seconds, code):
+    ends = f"import os, time\nterminal.begin_to_end()\nprint('done', flush=True)\ntime.sleep({seconds})\nos._exit(0)"
+    process = start(ends)
+    assert process.stdout.readline() == "done\n"
+    process.send_signal(signal.SIGTERM)
+    assert ("interrupted" in process.communicate(timeout=30)[1]) == (code != 0)
+    assert process.returncode == code
+
+
+def test_a_line_can_be_printed_while_another_thread_imports_tqdm():
+    process = start("import types\nsys.modules['tqdm'] = types.ModuleType('tqdm')\nterminal.fail('here')")
+    assert error_line(process) == "error: here"
 
 
 def test_a_bug_is_reported_as_a_bug(tmp_path):

@@ -317,6 +317,20 @@ def test_the_others_hear_who_died_before_the_chief_ends():
     assert finish(chief).returncode == INPUT
 
 
+def test_an_error_of_another_worker_is_raised_also_if_nothing_ends_the_process():
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    chief, worker = (
+        workers.Cluster(addresses, index, lambda line: None, end=lambda error: threading.Event().wait())
+        for index in range(2)
+    )
+    with ThreadPoolExecutor(2) as pool:
+        for joined in [pool.submit(cluster.join) for cluster in (chief, worker)]:
+            joined.result(60)
+    worker.leave((INPUT, "worker 1: no mask"))
+    with pytest.raises(PeerError, match="^worker 1: no mask$"):
+        chief.sum(np.ones(1, np.int64))
+
+
 def test_large_counts_are_summed_whole(monkeypatch):
     numbers = np.random.default_rng(0).integers(0, 2**40, 3_000_001)
     for total in in_two_workers(monkeypatch, *[lambda cluster: cluster.sum(numbers)] * 2):
