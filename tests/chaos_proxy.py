@@ -86,6 +86,7 @@ class ChaosProxy:
         self.requests = []
         self.closing = threading.Event()
         self.line = threading.Lock()
+        self.connections, self._changed = 0, threading.Condition()
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._listener = _Listener(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
         self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{self._listener.server_port}"
@@ -105,6 +106,16 @@ class ChaosProxy:
 
     def count(self, *operations):
         return sum(request.operation in operations for request in list(self.requests))
+
+    def settle(self):
+        """Wait until all clients have gone, and what they asked for is done and logged."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: not self.connections, 60)
+
+    def connected(self, change):
+        with self._changed:
+            self.connections += change
+            self._changed.notify_all()
 
     def draw(self, method, path):
         """Log a request and choose its fault."""
@@ -133,11 +144,16 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def setup(self):
+        self.proxy.connected(1)
+        super().setup()
+
     def finish(self):
         if self.upstream:
             self.upstream.close()
         with contextlib.suppress(OSError, ValueError):
             super().finish()
+        self.proxy.connected(-1)
 
     def _handle(self):
         proxy = self.proxy

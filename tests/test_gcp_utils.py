@@ -481,6 +481,7 @@ def test_fetching_killed_at_any_moment_leaves_whole_files_and_swept_ones_only(pr
         time.sleep(moments.uniform(0, 0.25))
         process.kill()
         process.communicate()
+        proxy.settle()
         whole = [path for path in cache.iterdir() if not path.name.endswith(".partial")]
         assert {hash_of(path) for path in whole} <= expected
         assert len(whole) >= seen  # fetched stays fetched

@@ -104,6 +104,7 @@ def test_runs_killed_at_any_moment_lose_nothing(proxy, many_images, copied_scrip
     def check(process, here, counted):
         """Nothing in the bucket is half done, and nothing is done twice."""
         process = finish(process)
+        bucket.proxy.settle()
         assert "Traceback" not in process.stderr
         if here is not None:
             assert not here & set(bucket.fetched())
