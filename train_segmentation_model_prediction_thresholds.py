@@ -49,7 +49,7 @@ TMP = Path("tmp")
 CHECKPOINT_SECONDS = 30
 DECODED_BYTES = 2**25  # of decoded images and masks that may wait for the network
 SHOWN_SLICES = 6
-COUNTS_FORMAT = 3  # raise it when the meaning of cached counts changes
+COUNTS_FORMAT = 4  # raise it when the meaning or the form of cached counts changes
 
 
 def parse_arguments():
