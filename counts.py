@@ -147,16 +147,16 @@ class Counts:
 
     def save_checkpoint(self, path):
         """Write like `save`, but each slice once, to a file of its own. Other runs may read and write it too."""
-        for i in range(len(self.shown_names)):
-            if not _slice_file(path, i).exists():
-                _write(_slice_file(path, i), {name: getattr(self, name)[i] for name in SLICES})
+        for i, shown in enumerate(self.shown_names):
+            if not _slice_file(path, shown).exists():
+                _write(_slice_file(path, shown), {name: getattr(self, name)[i] for name in SLICES})
         _write(path, vars(self) | {name: getattr(self, name)[:0] for name in SLICES})
 
     @staticmethod
     def remove_checkpoint(path):
         """Delete what `save_checkpoint` wrote; errors do not matter."""
         with contextlib.suppress(OSError):
-            for file in (path, *path.parent.glob(_slice_file(path, "*").name)):
+            for file in (path, *path.parent.glob(path.with_suffix(".*.slice").name)):
                 file.unlink(missing_ok=True)
 
     @classmethod
@@ -165,13 +165,14 @@ class Counts:
         fields = _read(path)
         if fields is None:
             return None
-        for i in range(len(fields["shown_images"]), len(fields["shown_names"])):  # the slices of a checkpoint
-            one = _read(_slice_file(path, i))
-            if one is None:
-                with contextlib.suppress(OSError):
-                    _slice_file(path, i).unlink()  # it is damaged: the next checkpoint writes it again
-                return None
-            fields |= {name: np.concatenate([fields[name], one[name][None]]) for name in SLICES}
+        files = [_slice_file(path, shown) for shown in fields["shown_names"][len(fields["shown_images"]) :]]
+        slices = [_read(file) for file in files]
+        if None in slices:
+            with contextlib.suppress(OSError):
+                for file in (file for file, content in zip(files, slices, strict=True) if content is None):
+                    file.unlink(missing_ok=True)  # the next checkpoint writes it again
+            return None
+        fields |= {name: np.concatenate([fields[name], *(one[name][None] for one in slices)]) for name in SLICES}
         return cls(
             **fields
             | {
@@ -185,9 +186,9 @@ class Counts:
 SLICES = ("shown_images", "shown_truth", "shown_bins")
 
 
-def _slice_file(path, i):
-    """The file of slice `i` of the checkpoint at `path`."""
-    return path.with_suffix(f".slice_{i}")
+def _slice_file(path, name):
+    """The file of one slice of the checkpoint at `path`."""
+    return path.with_suffix(f".{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}.slice")
 
 
 def _write(path, fields):

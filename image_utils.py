@@ -109,6 +109,8 @@ class Problems:
                 os.replace(self._partial, self._path)
         except OSError as error:
             self._unwritten = error
+        with contextlib.suppress(OSError):
+            self._partial.unlink()  # there may be no room for it
         more = self.number - 1 - len(self._names)
         listed = f"{self._path} says what is wrong with each of them"
         if self._unwritten:

@@ -5,6 +5,7 @@ Only quick imports stand at the top, so that `end_on_signals` can be called as s
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from errors import BUG, USAGE, printable
 
 INTERRUPTED = "interrupted; what was fetched and counted is kept in tmp: run the same command again to continue"
 LAST_WORD_SECONDS = 0.5  # for each of the functions that are called before an interrupted run ends
+END_SECONDS = 3  # a thread that has not ended the process after this time is stuck, say in a full pipe
 
 _ending = threading.RLock()  # held, until the process has ended, by the thread that ends it
 
@@ -67,26 +69,28 @@ def end_on_signals():
 
     def wait():
         code = 128 + signal.sigwait(ends)
-        begin_to_end(2 * LAST_WORD_SECONDS)  # no longer: the thread that is first may be stuck
-        with contextlib.suppress(OSError):
-            os.write(screen, ("\n" * os.isatty(screen) + f"error: {INTERRUPTED}\n").encode())
-        for last_word in list(last_words):
-            thread = threading.Thread(target=last_word, daemon=True)
-            thread.start()
-            thread.join(LAST_WORD_SECONDS)
-        os._exit(code)
+        try:
+            begin_to_end()
+            with contextlib.suppress(OSError):
+                if select.select([], [screen], [], 0)[1]:  # else nobody reads what is there already
+                    os.write(screen, ("\n" * os.isatty(screen) + f"error: {INTERRUPTED}\n").encode())
+            for last_word in list(last_words):
+                thread = threading.Thread(target=last_word, daemon=True)
+                thread.start()
+                thread.join(LAST_WORD_SECONDS)
+        finally:
+            os._exit(code)
 
     threading.Thread(target=wait, daemon=True).start()
     return last_words
 
 
-def begin_to_end(seconds=-1):
-    """Make this thread the one that ends the process; if another one is ending it, wait for that.
+def begin_to_end():
+    """Make this thread the one that ends the process; if another one is ending it, wait for that (END_SECONDS).
 
-    Else two threads that end it at the same time would print two lines, perhaps for different exit codes. `seconds`
-    limits the wait; -1 is for ever.
+    Else two threads that end it at the same time would print two lines, perhaps for different exit codes.
     """
-    _ending.acquire(timeout=seconds)
+    _ending.acquire(timeout=END_SECONDS)
 
 
 def show(line=""):

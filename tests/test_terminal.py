@@ -1,5 +1,6 @@
 """The terminal: what ends a process, in any state and only once; the report of a bug; streams that are closed."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -101,6 +102,34 @@ def test_a_signal_is_late_when_the_process_ends_already_unless_that_takes_too_lo
     process.send_signal(signal.SIGTERM)
     assert ("interrupted" in process.communicate(timeout=30)[1]) == (code != 0)
     assert process.returncode == code
+
+
+def test_a_signal_ends_a_process_whose_stderr_is_full():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 2**16)
+    os.set_blocking(writer, True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import terminal\nterminal.end_on_signals()\n" + STATES["wait"]],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=writer,
+        text=True,
+    )
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_signal_ends_a_process_that_can_start_no_thread():
+    process = start("import threading\nlast_words.append(print)\nthreading.Thread = None\n" + STATES["wait"])
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
 
 
 def test_a_line_can_be_printed_while_another_thread_imports_tqdm():
