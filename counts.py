@@ -148,8 +148,8 @@ class Counts:
     def save_checkpoint(self, path):
         """Write like `save`, but each slice once, to a file of its own. Other runs may read and write it too."""
         for i, shown in enumerate(self.shown_names):
-            if not _slice_file(path, shown).exists():
-                _write(_slice_file(path, shown), {name: getattr(self, name)[i] for name in SLICES})
+            if not (file := _slice_file(path, shown)).exists():
+                _write(file, {name: getattr(self, name)[i] for name in SLICES})
         _write(path, vars(self) | {name: getattr(self, name)[:0] for name in SLICES})
 
     @staticmethod
@@ -166,13 +166,14 @@ class Counts:
         if fields is None:
             return None
         files = [_slice_file(path, shown) for shown in fields["shown_names"][len(fields["shown_images"]) :]]
-        slices = [_read(file) for file in files]
-        if None in slices:
+        slices = {file: _read(file) for file in files}
+        if damaged := [file for file, content in slices.items() if content is None]:
             with contextlib.suppress(OSError):
-                for file in (file for file, content in zip(files, slices, strict=True) if content is None):
+                for file in damaged:
                     file.unlink(missing_ok=True)  # the next checkpoint writes it again
             return None
-        fields |= {name: np.concatenate([fields[name], *(one[name][None] for one in slices)]) for name in SLICES}
+        more = slices.values()
+        fields |= {name: np.concatenate([fields[name], *(one[name][None] for one in more)]) for name in SLICES}
         return cls(
             **fields
             | {

@@ -24,13 +24,13 @@ STATES = {  # what the main thread does when the signal comes; it prints "here" 
 }
 
 
-def start(code, **options):
+def start(code, stderr=subprocess.PIPE, **options):
     program = f"import sys\nimport terminal\nlast_words = terminal.end_on_signals()\n{code}"
     return subprocess.Popen(
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         **options,
     )
@@ -111,13 +111,7 @@ def test_a_signal_ends_a_process_whose_stderr_is_full():
         while True:
             os.write(writer, b"x" * 2**16)
     os.set_blocking(writer, True)
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import terminal\nterminal.end_on_signals()\n" + STATES["wait"]],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=writer,
-        text=True,
-    )
+    process = start(STATES["wait"], stderr=writer)
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143

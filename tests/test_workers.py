@@ -300,6 +300,13 @@ def test_a_network_that_forgets_is_an_error_not_a_wait(monkeypatch):
     assert any(isinstance(error, PeerError) and "cannot be reached" in str(error) for error in both)
 
 
+def join(*clusters):
+    """Let clusters of this process join, each in a thread."""
+    with ThreadPoolExecutor(len(clusters)) as pool:
+        for joined in [pool.submit(cluster.join) for cluster in clusters]:
+            joined.result(60)
+
+
 def test_the_others_hear_who_died_before_the_chief_ends():
     """Also on a slow network: a chief that only went away would be named instead."""
     addresses = [f"127.0.0.1:{free_port()}" for _ in range(3)]
@@ -313,9 +320,7 @@ def test_the_others_hear_who_died_before_the_chief_ends():
     )
     chief = start("-c", code, *addresses, script="-u", cwd=SCRIPT.parent)
     dies, survives = (workers.Cluster(addresses, index, show=lambda line: None) for index in (1, 2))
-    with ThreadPoolExecutor(2) as pool:
-        for joined in [pool.submit(cluster.join) for cluster in (dies, survives)]:
-            joined.result(60)
+    join(dies, survives)
     dies.leave((INPUT, "worker 1: no mask"))
     with pytest.raises(PeerError, match="^worker 1: no mask$"):
         survives.sum(np.ones(1, np.int64))
@@ -328,9 +333,7 @@ def test_an_error_of_another_worker_is_raised_also_if_nothing_ends_the_process()
         workers.Cluster(addresses, index, lambda line: None, end=lambda error: threading.Event().wait())
         for index in range(2)
     )
-    with ThreadPoolExecutor(2) as pool:
-        for joined in [pool.submit(cluster.join) for cluster in (chief, worker)]:
-            joined.result(60)
+    join(chief, worker)
     worker.leave((INPUT, "worker 1: no mask"))
     with pytest.raises(PeerError, match="^worker 1: no mask$"):
         chief.sum(np.ones(1, np.int64))
