@@ -4,16 +4,18 @@ Bin k holds the probabilities in (THRESHOLDS[k - 1], THRESHOLDS[k]]. So the sum 
 pixels with `p > THRESHOLDS[k]`: exactly what a Keras metric with `thresholds=THRESHOLDS[k]` counts, but in int64.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import uuid
-from dataclasses import dataclass, replace
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
+
+SHOWN_SLICES = 6  # that the figure of slices shows at most
+FORMAT = 5  # raise it when the meaning or the form of kept counts changes
 
 
 def _thresholds():
@@ -41,186 +43,282 @@ BLOCK_STEP = 64  # blocks are counted at every 64th threshold only, to save memo
 BLOCK_THRESHOLDS = THRESHOLDS[::BLOCK_STEP]
 
 
-@dataclass
-class Counts:
-    """The counts of one pass, or of the part of it that is done.
+class ShownSlice(NamedTuple):
+    """A slice that the figure may show.
 
     Attributes
     ----------
-    histogram : int64 array, shape (classes, 2, len(THRESHOLDS) + 1)
-        Pixels per class, truth (0 outside the mask, 1 inside) and probability bin.
-    block_histograms : int64 array, shape (blocks, classes, 2, len(BLOCK_THRESHOLDS) + 1)
+    class_index : int
+        The class for which it was chosen.
+    name : str
+    block : int
+        The label of its block.
+    pixels : int
+        How many pixels of that class it has.
+    image : uint8 array, shape (height, width), 0 to 255
+    truth : bool array, shape (height, width, classes)
+        Its masks.
+    bins : int32 array, shape (height, width, classes)
+        Its probability bins: the prediction at THRESHOLDS[k] is `bins > k`.
+    """
+
+    class_index: int
+    name: str
+    block: int
+    pixels: int
+    image: np.ndarray
+    truth: np.ndarray
+    bins: np.ndarray
+
+
+def slices_to_show(candidates, classes):
+    """Choose, for each class in turn, the slices with the most pixels of the class, each of another block.
+
+    The choice from the chosen of several parts is the choice from all, so it does not depend on how a job is divided.
+
+    Parameters
+    ----------
+    candidates : list of ShownSlice
+    classes : int
+        Number of classes.
+
+    Returns
+    -------
+    list of ShownSlice
+        At most SHOWN_SLICES, sorted by class, then by number of pixels, most first.
+    """
+    chosen = []
+    for class_index in range(min(classes, SHOWN_SLICES)):
+        of_class = [candidate for candidate in candidates if candidate.class_index == class_index]
+        best_of_block = {}
+        for candidate in sorted(of_class, key=lambda candidate: (-candidate.pixels, candidate.name)):
+            best_of_block.setdefault(candidate.block, candidate)
+        chosen += list(best_of_block.values())[: len(range(class_index, SHOWN_SLICES, classes))]
+    return chosen
+
+
+@dataclass
+class Counts:
+    """The counts of a pass, or of a part of it.
+
+    Attributes
+    ----------
+    histogram : integer array, shape (classes, 2, len(THRESHOLDS) + 1)
+        Pixels per class, truth (0 outside the mask, 1 inside) and probability bin. int64, as all counts, but the counts
+        of a part may be of a smaller type (`smallest`).
+    block_histograms : integer array, shape (blocks, classes, 2, len(BLOCK_THRESHOLDS) + 1)
         The same for each block of images, in the bins between every 64th threshold.
+    block_labels : int array, shape (blocks,), increasing
+        The labels of the blocks.
+    overlap : integer array, shape (classes, classes)
+        [channel, mask folder]: pixels with a probability above 0.5 in the channel and inside the mask.
     images : int
-        Number of images counted: the first ones of the pass.
-    shown_names : list of str, length shown
-        Names of the images that the figure shows.
-    shown_images : uint8 array, shape (shown, height, width), 0 to 255
-    shown_truth : bool array, shape (shown, height, width, classes)
-        Their masks.
-    shown_bins : int32 array, shape (shown, height, width, classes)
-        Their probability bins: the prediction at THRESHOLDS[k] is `shown_bins > k`.
-    counted_with : dict
-        What the probabilities depend on besides network and images: batch size, device, libraries. Values that JSON
-        can hold.
+        Number of images counted.
+    shown : list of ShownSlice
+        As `slices_to_show` chooses them.
+    counted_with : list of dict
+        For each way in which images were counted: how many images, and what the last digits of their probabilities
+        depend on besides network and images: batch size, device, libraries. Values that JSON can hold.
     """
 
     histogram: np.ndarray
     block_histograms: np.ndarray
-    images: int
-    shown_names: list
-    shown_images: np.ndarray
-    shown_truth: np.ndarray
-    shown_bins: np.ndarray
-    counted_with: dict
+    block_labels: np.ndarray
+    overlap: np.ndarray
+    images: int = 0
+    shown: list = field(default_factory=list)
+    counted_with: list = field(default_factory=list)
 
     @classmethod
-    def empty(cls, classes, height, width, blocks):
-        """Counts of no image: `classes` and `blocks` are numbers, `height` and `width` are pixels."""
+    def empty(cls, classes, block_labels):
+        """Counts of no image, for a number of classes and these blocks."""
         return cls(
             histogram=np.zeros((classes, 2, len(THRESHOLDS) + 1), np.int64),
-            block_histograms=np.zeros((blocks, classes, 2, len(BLOCK_THRESHOLDS) + 1), np.int64),
-            images=0,
-            shown_names=[],
-            shown_images=np.zeros((0, height, width), np.uint8),
-            shown_truth=np.zeros((0, height, width, classes), bool),
-            shown_bins=np.zeros((0, height, width, classes), np.int32),
-            counted_with={},
+            block_histograms=np.zeros((len(block_labels), classes, 2, len(BLOCK_THRESHOLDS) + 1), np.int64),
+            block_labels=np.asarray(block_labels),
+            overlap=np.zeros((classes, classes), np.int64),
         )
 
-    def add(self, names, block_labels, histogram, coarse, shown=()):
+    def add_batch(self, labels, histogram, coarse, overlap, way):
         """Add a batch.
 
         Parameters
         ----------
-        names : sequence of str, length n
-        block_labels : sequence of int, length n
+        labels : sequence of int, length n
             The block of each image.
-        histogram : integer array, shape (classes, 2, len(THRESHOLDS) + 1)
+        histogram, overlap : integer arrays, as in the attributes
         coarse : integer array, shape (n, classes, 2, len(BLOCK_THRESHOLDS) + 1)
             The histogram of each image, in the bins between every 64th threshold.
-        shown : iterable of (name, image, truth, bins)
-            Images of the batch that the figure shows; shapes as in the attributes, without the first axis.
-
-        Raises
-        ------
-        RuntimeError
-            The histograms of a class do not hold as many pixels as the images have: a bug.
+        way : dict
+            What `counted_with` says of them, without the number of images.
         """
-        pixels = int(np.prod(self.shown_images.shape[1:]))
-        whole, each = histogram.sum(axis=(1, 2), dtype=np.int64), coarse.sum(axis=(2, 3), dtype=np.int64)
-        if len(coarse) != len(names) or (whole != len(names) * pixels).any() or (each != pixels).any():
-            raise RuntimeError(f"{len(names)} images of {pixels} pixels were counted as {whole} and {each.tolist()}")
         self.histogram += histogram
-        for block, of_image in zip(block_labels, coarse, strict=True):
-            self.block_histograms[block] += of_image
-        for name, image, truth, bins in shown:
-            self.shown_names.append(name)
-            self.shown_images = np.concatenate([self.shown_images, image[None]])
-            self.shown_truth = np.concatenate([self.shown_truth, truth[None].astype(bool)])
-            self.shown_bins = np.concatenate([self.shown_bins, bins[None]])
-        self.images += len(names)
+        np.add.at(self.block_histograms, np.searchsorted(self.block_labels, labels), coarse)
+        self.overlap += overlap
+        self._count(len(labels), way)
 
-    def summed(self, add):
-        """The counts of all workers together; the slices to show are only those of this worker.
+    def add(self, part):
+        """Add the Counts of a part of the pass, whose blocks are among these."""
+        self.histogram += part.histogram
+        self.block_histograms[np.searchsorted(self.block_labels, part.block_labels)] += part.block_histograms
+        self.overlap += part.overlap
+        self.shown = slices_to_show(self.shown + part.shown, len(self.histogram))
+        for way in part.counted_with:
+            self._count(way["images"], way)
+
+    def _count(self, images, way):
+        """Note how images were counted: `way` is an entry of `counted_with`."""
+        self.images += images
+        for known in self.counted_with:
+            if known | {"images": 0} == way | {"images": 0}:
+                known["images"] += images
+                return
+        self.counted_with.append(way | {"images": images})
+
+    def smallest(self):
+        """The same counts in the smallest integer types, to be sent."""
+        names = ("histogram", "block_histograms", "overlap")
+        arrays = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: a.astype(np.min_scalar_type(int(a.max()))) for name, a in arrays.items()})
+
+
+@dataclass
+class Checkpoint:
+    """What is kept of a pass: the counts so far, and of what they are the counts.
+
+    Attributes
+    ----------
+    counts : Counts
+    done : bool array, shape (chunks,)
+        The chunks of the pass that the counts contain.
+    versions : uint8 array, shape (1 + images, 16)
+        A hash of what the bucket said of the weights, and of the files of each image, when they were counted.
+    digests : uint8 array, shape (1 + images, 16)
+        A hash of their content as it was counted; zeros for images that are not counted yet.
+    remarks : dict
+        Kind -> (count, name, detail): what `image_utils.explain_remarks` takes, of the masks counted so far.
+    """
+
+    counts: Counts
+    done: np.ndarray
+    versions: np.ndarray
+    digests: np.ndarray
+    remarks: dict
+
+    @classmethod
+    def empty(cls, classes, blocks, files, chunk_sizes):
+        """Nothing is counted yet.
 
         Parameters
         ----------
-        add : callable
-            Takes an int64 array of shape (n,) and returns the sum of these arrays over the workers.
-
-        Returns
-        -------
-        Counts
+        classes, blocks : int
+            Their numbers.
+        files : list of tuples of blobs (gcp_utils.Blob)
+            The weights, then for each image itself and its masks.
+        chunk_sizes : list of int
+            The number of images of each chunk.
         """
-        parts = [self.histogram, self.block_histograms, np.array([self.images])]
-        total = add(np.concatenate([part.ravel() for part in parts]))
-        ends = np.cumsum([part.size for part in parts])[:-1]
-        histogram, block_histograms, (images,) = (
-            numbers.reshape(part.shape) for numbers, part in zip(np.split(total, ends), parts, strict=True)
-        )
-        return replace(self, histogram=histogram, block_histograms=block_histograms, images=int(images))
+        counts = Counts.empty(classes, np.arange(blocks))
+        digests = np.zeros((len(files), 16), np.uint8)
+        return cls(counts, np.zeros(len(chunk_sizes), bool), _versions(files), digests, {})
+
+    def add(self, counted):
+        """Add a chunks.CountedChunk."""
+        self.counts.add(counted.counts)
+        self.done[counted.number] = True
+        self.digests[0] = np.frombuffer(counted.weights_digest, np.uint8)
+        first = 1 + counted.first
+        self.digests[first : first + len(counted.digests)] = [np.frombuffer(d, np.uint8) for d in counted.digests]
+        for kind, (count, *example) in counted.remarks.items():
+            so_far, *other = self.remarks.get(kind, (0, *example))
+            self.remarks[kind] = (so_far + count, *min(example, other))
+
+    def still_holds(self, files, bucket):
+        """Whether what was counted still has the same content. Only a file that may have changed is read again."""
+        now = _versions(files)
+        doubtful = np.flatnonzero(self.digests.any(axis=1) & (self.versions != now).any(axis=1))
+        self.versions = now
+        with ThreadPoolExecutor(bucket.threads) as pool:
+            digests = pool.map(lambda i: _digest(files[i], bucket), doubtful)
+            return all(self.digests[i].tobytes() == digest for i, digest in zip(doubtful, digests, strict=True))
 
     def save(self, path):
         """Write to `path`, completely or not at all; raises OSError."""
-        _write(path, vars(self))
-
-    def save_checkpoint(self, path):
-        """Write like `save`, but each slice once, to a file of its own. Other runs may read and write it too."""
-        for i, shown in enumerate(self.shown_names):
-            if not (file := _slice_file(path, shown)).exists():
-                _write(file, {name: getattr(self, name)[i] for name in SLICES})
-        _write(path, vars(self) | {name: getattr(self, name)[:0] for name in SLICES})
-
-    @staticmethod
-    def remove_checkpoint(path):
-        """Delete what `save_checkpoint` wrote; errors do not matter."""
-        with contextlib.suppress(OSError):
-            for file in (path, *path.parent.glob(path.with_suffix(".*.slice").name)):
-                file.unlink(missing_ok=True)
+        counts, shown = self.counts, self.counts.shown
+        about = {
+            "images": counts.images,
+            "counted_with": counts.counted_with,
+            "remarks": self.remarks,
+            "shown": [(one.class_index, one.name, one.block, one.pixels) for one in shown],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            with open(partial, "wb") as file:
+                np.savez(
+                    file,
+                    about=json.dumps(about),
+                    **{name: getattr(counts, name) for name in COUNT_ARRAYS},
+                    **{name: getattr(self, name) for name in ("done", "versions", "digests")},
+                    **{name: np.array([getattr(one, name) for one in shown]) for name in SLICE_ARRAYS},
+                )
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path):
-        """Read what `save` or `save_checkpoint` wrote; None if there is no such file, or if it is damaged."""
-        fields = _read(path)
-        if fields is None:
+        """Read what `save` wrote; None if there is no such file, or if it is damaged, which zip's checksums tell."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+        except Exception:  # of many types: the damage may be anywhere
             return None
-        files = [_slice_file(path, shown) for shown in fields["shown_names"][len(fields["shown_images"]) :]]
-        slices = {file: _read(file) for file in files}
-        if damaged := [file for file, content in slices.items() if content is None]:
-            with contextlib.suppress(OSError):
-                for file in damaged:
-                    file.unlink(missing_ok=True)  # the next checkpoint writes it again
-            return None
-        more = slices.values()
-        fields |= {name: np.concatenate([fields[name], *(one[name][None] for one in more)]) for name in SLICES}
-        return cls(
-            **fields
-            | {
-                "images": int(fields["images"]),
-                "shown_names": fields["shown_names"].tolist(),
-                "counted_with": json.loads(str(fields["counted_with"])),
-            }
+        about = json.loads(str(arrays["about"]))
+        slices = zip(about["shown"], *(arrays[name] for name in SLICE_ARRAYS), strict=True)
+        counts = Counts(
+            **{name: arrays[name] for name in COUNT_ARRAYS},
+            images=about["images"],
+            shown=[ShownSlice(*chosen, *pixels) for chosen, *pixels in slices],
+            counted_with=about["counted_with"],
         )
+        return cls(counts, *(arrays[name] for name in ("done", "versions", "digests")), about["remarks"])
 
 
-SLICES = ("shown_images", "shown_truth", "shown_bins")
+COUNT_ARRAYS = ("histogram", "block_histograms", "block_labels", "overlap")
+SLICE_ARRAYS = ("image", "truth", "bins")
 
 
-def _slice_file(path, name):
-    """The file of one slice of the checkpoint at `path`."""
-    return path.with_suffix(f".{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}.slice")
+def _versions(files):
+    """A hash of what the bucket says of the files, for each entry of `Checkpoint.empty`'s `files`: uint8, (n, 16)."""
+    texts = ("\n".join(blob.version for blob in blobs).encode() for blobs in files)
+    hashes = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
+    return np.frombuffer(hashes, np.uint8).reshape(-1, 16)
 
 
-def _write(path, fields):
-    """Write attributes of Counts to `path`, completely or not at all, with their SHA-256 at the end."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    plain = {"shown_names": lambda names: np.array(names, dtype=str), "counted_with": json.dumps}
-    try:
-        with open(partial, "w+b") as file:
-            np.savez(file, **{name: plain.get(name, np.asarray)(value) for name, value in fields.items()})
-            file.seek(0)
-            file.write(hashlib.file_digest(file, "sha256").digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _digest(blobs, bucket):
+    content = hashlib.blake2b(digest_size=16)
+    for blob in blobs:
+        content.update(bucket.read(blob))
+    return content.digest()
 
 
-def _read(path):
-    """Read what `_write` wrote, as arrays by name; None if there is no such file, or if it is damaged."""
-    try:
-        content = memoryview(Path(path).read_bytes())
-    except OSError:
-        return None
-    content, digest = content[:-32], content[-32:]
-    if hashlib.sha256(content).digest() != digest:
-        return None
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return dict(arrays)
+def kept_counts_path(folder, *parts):
+    """The file in which the counts of a pass are kept: its name is a hash of what they depend on.
+
+    Parameters
+    ----------
+    folder : Path
+    parts : values with a `repr`
+        Which images are counted, by which network, and how they are divided. Not what the files contain: a Checkpoint
+        knows that.
+    """
+    digest = hashlib.sha256(THRESHOLDS.tobytes())  # counts over another list of thresholds are of no use
+    for part in (FORMAT, *parts):
+        digest.update(f"{part!r}\n".encode(errors="surrogatepass"))
+    return folder / f"{digest.hexdigest()[:32]}.npz"
 
 
 def confusion(histogram):

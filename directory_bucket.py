@@ -23,6 +23,7 @@ class DirectoryBucket:
 
     def __init__(self, gcp_bucket):
         self._root = Path(gcp_bucket)
+        self.address = os.path.abspath(gcp_bucket)
         self._digests = {}  # of the content of the blobs that were read
         with explained(gcp_bucket, "cannot be used as a bucket; name a directory or gs://name[/folder]"):
             os.scandir(gcp_bucket).close()
@@ -54,6 +55,10 @@ class DirectoryBucket:
                 elif (found.st_dev, found.st_ino) not in above:  # or else it is a link to a folder that contains it
                     pending.append((name + "/", (*above, (found.st_dev, found.st_ino))))
         return sorted(blobs)
+
+    def folders(self, prefix):
+        p = self._root / prefix
+        return sorted(e.name for e in p.iterdir() if e.is_dir()) if p.is_dir() else []
 
     def stat(self, name):
         with self._explained(name):

@@ -1,8 +1,6 @@
 """Errors that a user can cause or repair. Each is one line, says what to do, and carries its exit code."""
 
-import contextlib
-
-DONE, BUG, USAGE, INPUT, BUCKET, NOT_CONVERGED, WORKER_LOST = range(7)
+DONE, BUG, USAGE, INPUT, BUCKET, NOT_CONVERGED, CLUSTER = range(7)
 
 EXIT_CODES = {
     DONE: "done",
@@ -11,7 +9,7 @@ EXIT_CODES = {
     INPUT: "input: dataset, masks, model or configuration",
     BUCKET: "bucket: not reached, not permitted, changed during the run, or no room for its files",
     NOT_CONVERGED: "a class did not converge",
-    WORKER_LOST: "another worker died, was interrupted, or did not come",
+    CLUSTER: "Dask cluster: no scheduler, no worker, another version, or no worker could count a chunk",
     129: "interrupted: the terminal was closed (SIGHUP)",
     130: "interrupted: Ctrl-C (SIGINT)",
     143: "interrupted: SIGTERM",
@@ -60,26 +58,10 @@ class BlobNotFoundError(BucketError):
     exit_code = INPUT
 
 
-class PeerError(ExpectedError):
-    """Another worker ended with an error, died or never came. All workers end with the same exit code."""
+class ClusterError(ExpectedError):
+    """The Dask cluster that Dask's configuration names cannot count the images."""
 
-    def __init__(self, message, exit_code=WORKER_LOST):
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-@contextlib.contextmanager
-def memory_explained():
-    """Raise an ExpectedError instead of what Python raises when no memory is left."""
-    try:
-        yield
-    except (MemoryError, ImportError) as error:
-        if isinstance(error, ImportError) and "failed to map segment" not in str(error):  # of a library's file
-            raise
-        raise ExpectedError(
-            f"no memory is left: {first_line(error)}; use a smaller --batch-size, raise the limit (ulimit -v), or use "
-            "a machine with more memory"
-        ) from error
+    exit_code = CLUSTER
 
 
 def first_line(error):

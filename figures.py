@@ -269,7 +269,7 @@ def slices(counts, indices):
     -------
     list of Slice
     """
-    shown = zip(counts.shown_names, counts.shown_images, counts.shown_truth, counts.shown_bins, strict=True)
+    shown = [(o.name, o.image, o.truth, o.bins) for o in counts.shown]
     return [Slice(name, image, truth, bins > np.array(indices)) for name, image, truth, bins in shown]
 
 

@@ -128,6 +128,7 @@ class _GoogleBucket:
     threads = 32
 
     def __init__(self, gcp_bucket, cache):
+        self.address = gcp_bucket
         self._bucket, _, folder = gcp_bucket.removeprefix("gs://").partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", self._bucket):
             raise BucketError(f"{printable(gcp_bucket)}: no bucket can have this name; write gs://name[/folder]")
@@ -171,6 +172,9 @@ class _GoogleBucket:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         return sorted(blobs)
+
+    def folders(self, prefix):
+        return []
 
     def stat(self, name):
         path = self._folder + checked_name(name, self.url(""))

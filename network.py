@@ -28,6 +28,19 @@ MAX_FILTERS = 2048
 MAX_EDGE = 2**14  # of input_shape
 
 # Bytes. TensorFlow crashes when it comes to the limit of `ulimit -v`, so the end of a run must fit below it too.
+import re as _re
+
+LIBRARIES = ("tensorflow", "tf-keras", "segmentation-models", "numpy", "scipy", "pillow", "google-cloud-storage")
+
+
+def versions():
+    return {n: _wheel_version(n) for n in LIBRARIES}
+
+
+def is_out_of_memory(error):
+    return isinstance(error, MemoryError) or bool(_re.search("memory|exhausted", str(error), _re.I))
+
+
 ADDRESS_SPACE_OF_TENSORFLOW = 2_500_000_000
 ADDRESS_SPACE_OF_THE_END = 500_000_000
 
@@ -216,7 +229,7 @@ def device_facts():
 
     gpus = tf.config.list_physical_devices("GPU")
     if not gpus:
-        return dict.fromkeys(("gpu", "tf32", "cuda_version", "cudnn_version"))
+        return dict.fromkeys(("gpu", "tf32", "cuda_version", "cudnn_version")) | {"libraries": versions()}
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
     ampere = any(detail.get("compute_capability", (0, 0)) >= (8, 0) for detail in details)
     built_for = tf.sysconfig.get_build_info()

@@ -35,6 +35,7 @@ class ClassResult(NamedTuple):
     curve: models.ClassCurve
     confidence: Confidence
     guaranteed_recall: GuaranteedRecall | None  # None unless the metric asks for a recall
+    stacks: list
 
     @property
     def title(self):
@@ -48,7 +49,15 @@ def what_intervals_rest_on(blocks):
     return f"Intervals rest on {blocks.number} {blocks.kind} and speak of {blocks.speaks_of}."
 
 
-def describe(arguments, inputs, counts, results, started):
+def influence(r):
+    return []
+
+
+def stacks_csv(r):
+    return b"x\n"
+
+
+def describe(arguments, inputs, counts, results, started, warnings):
     """The content of the YAML, in plain Python values; `publish` sets its created_datetime.
 
     Parameters
@@ -118,7 +127,7 @@ def describe(arguments, inputs, counts, results, started):
                 "machine": platform.machine(),
                 "cpu_count": os.cpu_count(),
                 "python": platform.python_version(),
-                "gpu": counts.counted_with["gpu"],
+                "gpu": None,
             },
             "Lib_versions_info": versions(),
         },
@@ -191,7 +200,7 @@ def warnings(result, metric_name):
     sentences = list(result.trained.warnings)
     if confidence.reason:
         sentences.append(f"{result.title}: no interval can be given: {confidence.reason}")
-    if confidence.no_gain:
+    if confidence.gain_unclear:
         low, high = confidence.gain_interval
         sentences.append(
             f"{result.title}: 0.5 does as well on this evidence: the gain in {metric_name} lies between {low:+.4f} "
@@ -231,7 +240,7 @@ def table(results, metric_name):
                 _interval(confidence.metric_interval, "{:.4f}".format),
                 "unknown" if confidence.expected_metric is None else f"{confidence.expected_metric:.4f}",
                 f"{trained.metric_at_half:.4f}",
-                gain + " (none)" * confidence.no_gain,
+                gain + " (none)" * confidence.gain_unclear,
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

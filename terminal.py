@@ -1,96 +1,55 @@
-"""The terminal: lines, progress bars, the report of a bug, and ending on a signal.
+"""The terminal: lines, progress bars, and ending on a signal.
 
-Only quick imports stand at the top, so that `end_on_signals` can be called as soon as the program starts.
+Only quick imports stand at the top, so that `prepare` can be called as soon as the program starts.
 """
 
 import contextlib
 import os
-import select
 import signal
 import sys
 import threading
-import time
-import traceback
-from pathlib import Path
 
-from errors import BUG, USAGE, printable
+from errors import USAGE, printable
 
-INTERRUPTED = "interrupted; what was fetched and counted is kept in tmp: run the same command again to continue"
-LAST_WORD_SECONDS = 0.5  # for each of the functions that are called before an interrupted run ends
-END_SECONDS = 3  # a thread that has not ended the process after this time is stuck, say in a full pipe
-
-_ending = threading.RLock()  # held, until the process has ended, by the thread that ends it
+_kept = ["what was fetched is kept in tmp"]
+warned = []  # every warning of this run, in order
 
 
-def open_streams():
-    """Make stdin, stdout and stderr usable.
-
-    A closed one (`>&-`) becomes /dev/null; otherwise the next file to be opened would get its number, and our lines.
-    Characters that the terminal's encoding does not have are printed as escapes.
-    """
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")
-    # A copy: at times descriptor 2 leads elsewhere, to hide log lines of native code.
-    sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")  # noqa: SIM115
-
-
-def explain_missing_packages():
-    """Make a missing package one error line: often the environment is not activated."""
-
-    def explain(kind, error, trace):
-        if not issubclass(kind, ModuleNotFoundError):
-            sys.__excepthook__(kind, error, trace)
-            return
-        sys.stderr.write(f"error: {error}: activate the environment, or install requirements.txt into it\n")
-        os._exit(USAGE)
-
-    sys.excepthook = explain
-
-
-def end_on_signals():
-    """From now on, SIGINT, SIGTERM and SIGHUP end the process immediately, with one line and exit code 128 + number.
-
-    Nothing is cleaned up: all files that are used again are whole on disk at any moment. A thread of its own waits for
-    the signals, so it does not matter what the other threads do. Under `nohup`, SIGHUP is ignored as before.
-
-    Returns
-    -------
-    list
-        Append functions without arguments to it: they are called before the end, each for at most LAST_WORD_SECONDS.
-    """
+def prepare():
+    """Make the process end well from the start: on a signal, on a missing package, and not on an odd character."""
+    if not sys.platform.startswith("linux"):
+        sys.exit(_end(USAGE, f"this program runs on Linux, not on {sys.platform}: use a VM, a container or WSL"))
+    sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding does not have
+    sys.excepthook = _explain_missing_package
     ends = {signal.SIGINT, signal.SIGTERM}
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         ends.add(signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # threads that are started later inherit this
-    screen = os.dup(2)  # at times descriptor 2 leads elsewhere
-    last_words = []
-
-    def wait():
-        code = 128 + signal.sigwait(ends)
-        try:
-            begin_to_end()
-            with contextlib.suppress(OSError):
-                if select.select([], [screen], [], 0)[1]:  # else nobody reads what is there already
-                    os.write(screen, ("\n" * os.isatty(screen) + f"error: {INTERRUPTED}\n").encode())
-            for last_word in list(last_words):
-                thread = threading.Thread(target=last_word, daemon=True)
-                thread.start()
-                thread.join(LAST_WORD_SECONDS)
-        finally:
-            os._exit(code)
-
-    threading.Thread(target=wait, daemon=True).start()
-    return last_words
+    threading.Thread(target=_end_on_signal, args=(ends,), daemon=True).start()
 
 
-def begin_to_end():
-    """Make this thread the one that ends the process; if another one is ending it, wait for that (END_SECONDS).
+def _end_on_signal(ends):
+    """Wait for a signal, whatever the other threads do, and end the process at once: what is kept is whole on disk."""
+    number = signal.sigwait(ends)
+    line_break = "\n" * sys.stderr.isatty()  # below a progress bar
+    os._exit(_end(128 + number, f"interrupted; {_kept[0]}: run the same command again to continue", line_break))
 
-    Else two threads that end it at the same time would print two lines, perhaps for different exit codes.
-    """
-    _ending.acquire(timeout=END_SECONDS)
+
+def _explain_missing_package(kind, error, trace):
+    if issubclass(kind, ModuleNotFoundError):  # often the environment is not activated
+        os._exit(_end(USAGE, f"{error}: activate the environment, or install requirements.txt into it"))
+    sys.__excepthook__(kind, error, trace)
+
+
+def _end(code, line, before=""):
+    with contextlib.suppress(OSError):
+        os.write(2, f"{before}error: {line}\n".encode())
+    return code
+
+
+def say_kept(text):
+    """Set what an interruption says of what is kept, as in "the counts of 8 of 11 images are kept in tmp"."""
+    _kept[0] = text
 
 
 def show(line=""):
@@ -99,31 +58,33 @@ def show(line=""):
 
 
 def warn(line):
-    """Print a warning to stderr."""
-    _write(f"warning: {line}", sys.stderr)
+    """Print a warning to stderr, once for each sentence."""
+    if line not in warned:
+        warned.append(line)
+        _write(f"warning: {line}", sys.stderr)
 
 
 def fail(line):
-    """Print the error that ends the process to stderr. If another thread is ending it already, wait for that."""
-    begin_to_end()
+    """Print the error that ends the process to stderr."""
     _write(f"error: {line}", sys.stderr)
 
 
 def _write(line, stream):
+    from tqdm import tqdm
+
     with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
-        if tqdm := getattr(sys.modules.get("tqdm"), "tqdm", None):  # else it is not imported, or not to the end
-            tqdm.write(printable(line), file=stream)  # above the progress bars
-        else:
-            print(printable(line), file=stream)
+        tqdm.write(printable(line), file=stream)  # above the progress bars
         stream.flush()
 
 
-def end_with(error):
-    """End the process with an ExpectedError, from whatever thread."""
-    try:
-        fail(error)
-    finally:
-        os._exit(error.exit_code)
+@contextlib.contextmanager
+def updating_line():
+    """Yields a function that shows a line: on a terminal each in place of the one before, else one below the other."""
+    if not sys.stdout.isatty():
+        yield show
+        return
+    yield lambda line: print(f"\r\x1b[K{printable(line)}", end="", flush=True)
+    print()
 
 
 def progress(title, total, **options):
@@ -131,18 +92,3 @@ def progress(title, total, **options):
     from tqdm import tqdm
 
     return tqdm(desc=title, total=total, disable=None, dynamic_ncols=True, mininterval=0.25, **options)
-
-
-def report_bug(folder):
-    """Show that the exception being handled is a bug, with its traceback, and save a report in `folder`."""
-    report = f"{' '.join(sys.argv)}\nPython {sys.version}\n{traceback.format_exc()}"
-    path = Path(folder) / f"bug_{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{os.getpid()}.txt"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report, errors="backslashreplace")
-        where = f"please send the report {path}"
-    except OSError as error:
-        where = f"the report could not be saved ({error.strerror or error}), so please send the lines below"
-    fail(f"this is a bug in this program (exit code {BUG}), not your mistake; {where}")
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(report)

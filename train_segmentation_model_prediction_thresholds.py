@@ -5,51 +5,38 @@
         --model-id segmentation-model-composite_0123_20200321T154533Z
 """
 
-import gc
-import os
-
 import terminal
 
 if __name__ == "__main__":
-    terminal.open_streams()
-    terminal.explain_missing_packages()
-    last_words = terminal.end_on_signals()
-    gc.disable()  # garbage collection during imports costs a fifth of their time and finds nothing
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its idle threads would take cores from the network
+    terminal.prepare()
 
 import argparse
-import contextlib
-import hashlib
+import difflib
+import os
 import random
-import threading
+import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import chunks
 import configuration
 import figures
 import image_utils
-import inference
 import models
-import network
 import results
-import workers
-from blobs import Blob
-from confidence import Blocks, assess, blocks_of, guarantee_recall
-from counts import THRESHOLDS, Counts
-from errors import BUG, DONE, EXIT_CODES, WORKER_LOST, ExpectedError, ModelError, memory_explained, printable
-from gcp_utils import open_bucket, sweep
+from confidence import Blocks, assess, blocks_of, guarantee_recall, stack_results
+from counts import THRESHOLDS, Checkpoint, kept_counts_path
+from errors import BUG, DONE, EXIT_CODES, BlobNotFoundError, DatasetError, ExpectedError, UsageError
+from gcp_utils import Blob, open_bucket, sweep
 from terminal import progress, show, warn
 
 TMP = Path("tmp")
 CHECKPOINT_SECONDS = 30
-DECODED_BYTES = 2**25  # of decoded images and masks that may wait for the network
-SHOWN_SLICES = 6
-COUNTS_FORMAT = 4  # raise it when the meaning or the form of cached counts changes
 
 
 def parse_arguments():
@@ -57,7 +44,7 @@ def parse_arguments():
     parser = configuration.ArgumentParser(
         description="Find, for each class of a segmentation model, the prediction threshold that makes a class metric\n"
         "best on a validation or test set. The network runs once over the images. The result is written to\n"
-        "<gcp-bucket>/models/<model-id>/model_thresholds_<timestamp>.yaml, with figures and curves beside it.",
+        "<gcp-bucket>/models/<model-id>/model_thresholds_<timestamp>.yaml, with figures and tables beside it.",
         epilog="Fetched files and counts are kept in ./tmp: a rerun with another metric needs no inference, and an\n"
         "interrupted run continues when the same command is given again. `rm -r tmp` frees the space.\n\nexit codes:\n"
         + "\n".join(f"  {code:3d}  {meaning}" for code, meaning in EXIT_CODES.items()),
@@ -82,28 +69,20 @@ def parse_arguments():
     return parser.parse_args()
 
 
-@memory_explained()
-def run(args, cluster):
+def run(args):
     """Do one run, in four steps.
 
     find_inputs        find what the bucket holds for this run: configurations, weights, images, masks
     count_images       run the network once over the images, or take the counts of an earlier run
     train_thresholds   find the threshold of each class, and how far it can be trusted
-    publish            put figures, curves and YAML into the model's folder
+    publish            put YAML, figures and tables into the model's folder
     """
     started = time.monotonic()
-    models.check_optimisation()
-    models.check_metric(args.optimizing_class_metric)
+    models.optimisation_range()  # an error before the network runs, not after it
     random.seed(args.random_module_global_seed)
     np.random.seed(args.numpy_random_global_seed)
-
-    job = args.dataset_directory, args.model_id, args.dataset_downsample_factor, args.numpy_random_global_seed
-    cluster.agree(f"{job} {args.batch_size}")
-    inputs = find_inputs(args.gcp_bucket, *job, cluster)
-    counts = count_images(inputs, args.batch_size, args.tf_random_global_seed, cluster)
-    if cluster.index > 0:
-        show(f"{cluster} is done: its share is counted and summed with the others; the chief continues.")
-        return
+    inputs = find_inputs(args)
+    counts = count_images(inputs, args)
     trained = train_thresholds(inputs, counts, args.optimizing_class_metric)
     publish(vars(args), inputs, counts, trained, started)
 
@@ -117,7 +96,7 @@ class Inputs(NamedTuple):
     weights: Blob
     target_size: list  # width, height
     class_folders: list
-    samples: list  # of image_utils.Sample; a worker's share of them while it counts
+    samples: list  # of image_utils.Sample
     blocks: Blocks  # of the samples
     seed: int  # with which the subset was drawn
     problems_path: Path  # lists the files that cannot be used
@@ -130,222 +109,169 @@ class Inputs(NamedTuple):
     def class_titles(self):
         return [f"{name} ({folder})" for name, folder in zip(self.class_names, self.class_folders, strict=True)]
 
-    def share(self, index, number):
-        """The part that worker `index` of `number` counts."""
-        if number == 1:
-            return self
-        return self._replace(
-            samples=self.samples[index::number],
-            blocks=replace(self.blocks, labels=self.blocks.labels[index::number]),
-            problems_path=self.problems_path.with_suffix(f".{index}_of_{number}.txt"),
-        )
 
-    def counts_path(self):
-        """The file of the cached counts: its name is a hash of all that they depend on, and of nothing else."""
-        digest = hashlib.sha256(THRESHOLDS.tobytes())  # counts over another list of thresholds are of no use
-        for part in (
-            COUNTS_FORMAT,
-            self.train_config.get("segmentation_model"),
-            self.weights.version,
-            self.class_folders,
-            self.target_size,
-            self.blocks.labels.tolist(),
-            *([sample.name, sample.image.version, *(mask.version for mask in sample.masks)] for sample in self.samples),
-        ):
-            digest.update(f"{part!r}\n".encode(errors="surrogatepass"))
-        return TMP / "counts" / f"{digest.hexdigest()[:32]}.npz"
-
-
-def find_inputs(gcp_bucket, dataset_directory, model_id, downsample_factor, seed, cluster):
-    """List and check what a run needs, and draw its subset of the images. Only the chief lists the images."""
-    dataset_id, split = dataset_directory.split("/")
-    dataset_yaml, split_directory = f"datasets/{dataset_id}/config.yaml", f"datasets/{dataset_directory}"
+def find_inputs(args):
+    """List and check what a run needs, and draw its subset of the images; returns Inputs."""
+    dataset_id, split = args.dataset_directory.split("/")
+    dataset_yaml, split_directory = f"datasets/{dataset_id}/config.yaml", f"datasets/{args.dataset_directory}"
+    model_directory = f"models/{args.model_id}"
     sweep(TMP)
-    bucket = open_bucket(gcp_bucket, TMP / "objects")
-    dataset_config, train_config, weights, blobs = in_parallel(
-        lambda: configuration.read_config(bucket, dataset_yaml, "dataset_config"),
-        lambda: configuration.read_config(bucket, f"models/{model_id}/config.yaml", "train_config"),
-        lambda: bucket.stat(f"models/{model_id}/model.hdf5"),
-        lambda: cluster.from_chief(lambda: bucket.list(split_directory, skip=image_utils.is_leftover), Blob),
-    )
+    bucket = open_bucket(args.gcp_bucket, TMP / "objects")
+    with ThreadPoolExecutor(4) as pool:  # on a slow network each waits for several answers
+        asked = [
+            pool.submit(configuration.read_config, bucket, dataset_yaml, "dataset_config"),
+            pool.submit(configuration.read_config, bucket, f"{model_directory}/config.yaml", "train_config"),
+            pool.submit(bucket.stat, f"{model_directory}/model.hdf5"),
+            pool.submit(bucket.list, split_directory, image_utils.is_leftover),
+        ]
+        try:
+            dataset_config, train_config, weights, blobs = (future.result() for future in asked)
+        except BlobNotFoundError as error:
+            raise say_what_is_there(bucket, error, args) from error
+    if not blobs:
+        raise say_what_is_there(bucket, DatasetError(f"{bucket.url(split_directory)}: there are no files"), args)
     target_size = configuration.target_size(dataset_config, bucket.url(dataset_yaml))
     problems_path = TMP / f"problems_{dataset_id}_{split}.txt"
     class_folders, all_samples = image_utils.pair_images_and_masks(blobs, split_directory, bucket.url, problems_path)
-    seed = configuration.subset_seed(train_config, split, seed)
-    samples = image_utils.draw_subset(all_samples, downsample_factor, seed)
-    blocks = blocks_of([sample.name for sample in samples], configuration.stacks(dataset_config, split))
+    seed = configuration.subset_seed(train_config, split, args.numpy_random_global_seed)
+    samples = image_utils.draw_subset(all_samples, args.dataset_downsample_factor, seed)
+    image_utils.check_sizes_in_bytes(samples, bucket.url, target_size, problems_path)
+    stacks = configuration.stacks(dataset_config, split)
+    blocks = blocks_of([sample.name for sample in samples], stacks, [sample.name for sample in all_samples])
 
-    show(f"{bucket.url(split_directory)}: {len(all_samples)} images, {len(class_folders)} classes.")
+    show(f"{bucket.url(split_directory)}: {chunks.images_text(len(all_samples))}, {len(class_folders)} classes.")
     if len(samples) < len(all_samples):
         show(f"Using {len(samples)} of them, drawn with seed {seed}.")
+    for sentence in blocks.warnings:
+        warn(sentence)
     show(results.what_intervals_rest_on(blocks))
     configs = dataset_config, train_config
     return Inputs(bucket, *configs, weights, target_size, class_folders, samples, blocks, seed, problems_path)
 
 
-def in_parallel(*calls):
-    """Make the calls in threads and return their results: on a slow network each waits for several answers."""
-    pool = ThreadPoolExecutor(len(calls))
-    try:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
-    finally:
-        pool.shutdown(wait=False)  # an error is shown without waiting for the other calls
+def say_what_is_there(bucket, error, args):
+    """The error, with the names that --dataset-directory or --model-id may have been meant to be."""
+    dataset_id, split = args.dataset_directory.split("/")
+    for flag, folder, name in (
+        ("--model-id", "models", args.model_id),
+        ("--dataset-directory", "datasets", dataset_id),
+        ("--dataset-directory", f"datasets/{dataset_id}", split),
+    ):
+        names = bucket.folders(folder)
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 5, 0)
+            there = (
+                f"there are {', '.join(close)}{' ...' if len(names) > 5 else ''}" if names else "it holds no folders"
+            )
+            return type(error)(f"{flag} names {name!r}, which is not in {bucket.url(folder)}: {there}")
+    return error
 
 
-def count_images(inputs, batch_size, tf_seed, cluster):
-    """Return the counts of all samples: from the cache, or each worker counts its share and the shares are summed."""
-    path = inputs.counts_path()
-    cached = Counts.load(path) if cluster.index == 0 else None
-    if cluster.agree(path.name, cached is not None):
-        where = path if cluster.index == 0 else "the chief's cache"
-        show(f"Counts of these images by this model are in {where}: no inference needed.")
-        return cached
-    batch_size = min(batch_size, len(inputs.samples))  # the same for all shares: a probability's last bit depends on it
-    share_path = path if cluster.number == 1 else path.with_suffix(f".{cluster.index}_of_{cluster.number}.npz")
-    share = inputs.share(cluster.index, cluster.number)
-    counts = Counts.load(share_path) or count_share(share, batch_size, tf_seed, share_path, cluster)
-    if cluster.number > 1:
-        counts = counts.summed(cluster.sum)
-        if cluster.index == 0:
-            keep(counts, path, counts.save)
-        cluster.sum(np.zeros(1, np.int64))  # returns when the chief has saved the sum: the share is no longer needed
-        with contextlib.suppress(OSError):
-            share_path.unlink(missing_ok=True)
-    return counts
-
-
-def count_share(share, batch_size, tf_seed, path, cluster):
-    """Count a share from its last checkpoint on, and cache the counts at `path`."""
-    width, height = share.target_size
-    checkpoint = path.with_suffix(".partial.npz")
-    counts = Counts.load(checkpoint) or Counts.empty(len(share.class_folders), height, width, share.blocks.number)
-    if not share.samples:  # fewer images than workers
-        return counts
-    if counts.images:
-        show(f"Continuing after {counts.images} of {len(share.samples)} images, which an earlier run counted.")
-    with fetching(share, counts.images, batch_size) as (weights_path, decoded):
-        built = load_network(share, weights_path, tf_seed)
-        counts.counted_with = {"batch_size": batch_size, **network.device_facts(), "libraries": results.versions()}
-        device = counts.counted_with["gpu"] or "the CPU"
-        show(f"Counting the probabilities of {len(share.samples) - counts.images} images on {device}.")
-        run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster)
-    keep(counts, path, counts.save)
-    Counts.remove_checkpoint(checkpoint)
-    return counts
-
-
-@contextlib.contextmanager
-def fetching(share, done, batch_size):
-    """Fetch the weights and all samples but the first `done` while TensorFlow is imported.
-
-    Yields the path of the weights, and a generator of decoded samples.
-    """
-    bucket, weights, samples = share.bucket, share.weights, share.samples[done:]
-    width, height = share.target_size
-    image_utils.check_sizes_in_bytes(share.samples, bucket.url, share.target_size, share.problems_path)
-    blobs = [weights, *(blob for sample in samples for blob in (sample.image, *sample.masks))]
-    absent = [blob for blob in blobs if not bucket.is_here(blob)]
-    bucket.check_room(absent)
-    lookahead = max(2 * batch_size, DECODED_BYTES // (width * height * (1 + len(share.class_folders))))
-
-    def fetch():  # the weights first: nothing can be counted without them
-        return bucket.fetch(weights), image_utils.start_decoding(
-            samples, bucket, share.target_size, lookahead, share.problems_path, warn
-        )
-
-    with contextlib.ExitStack() as stack:
-        if absent:
-            download = progress("download", sum(blob.size for blob in absent), unit="B", unit_scale=True)
-            bucket.on_bytes = stack.enter_context(download).update
-        fetched = ThreadPoolExecutor(1).submit(fetch)
-        network.import_tensorflow()
-        weights_path, decoded = fetched.result()
-        yield weights_path, stack.enter_context(contextlib.closing(decoded))
-
-
-def load_network(share, weights_path, tf_seed):
-    """Rebuild the network, with its weights."""
-    if tf_seed is not None:
-        network.set_seed(tf_seed)
-    try:
-        built = network.build_network(
-            share.train_config, len(share.class_folders), share.target_size, weights_path, warn
-        )
-    except ModelError as error:
-        raise ModelError(f"{share.bucket.url(share.weights.name)}, with the config.yaml beside it: {error}") from error
-    share.bucket.fetch(share.weights)  # an error if the file changed while it was read
-    return built
-
-
-def run_pass(built, decoded, counts, share, batch_size, checkpoint, cluster):
-    """Run the network over the decoded samples and count, with a checkpoint every CHECKPOINT_SECONDS."""
-    batches = inference.count_probabilities(
-        built,
-        decoded,
-        share.blocks.labels[counts.images :],
-        counts,
-        share.class_titles,
-        batch_size,
-        shown_names={sample.name for sample in image_utils.evenly_spread(share.samples, SHOWN_SLICES)},
-        on_smaller_batch=lambda size, half: warn(
-            f"a batch of {size} images does not fit into memory: continuing with {half}; next time use "
-            f"--batch-size {half}"
-        ),
-        free_memory=network.free_memory(),
+def count_images(inputs, args):
+    """Return the counts of all samples: those that an earlier run kept, or else this run counts, or continues."""
+    job = chunks.Job(
+        address=inputs.bucket.address,
+        train_config=inputs.train_config,
+        weights=inputs.weights,
+        target_size=inputs.target_size,
+        class_titles=inputs.class_titles,
+        batch_size=min(args.batch_size, len(inputs.samples)),
+        tf_seed=args.tf_random_global_seed,
+        environment=chunks.environment(),
     )
-    saved = time.monotonic()
-    with progress("inference", len(share.samples), initial=counts.images, unit=" images") as bar:
-        for batch, images in enumerate(batches):
-            if batch == 0:
-                threading.Thread(target=import_what_follows, daemon=True).start()
-            bar.update(images)
-            cluster.progress(counts.images, len(share.samples))
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                keep(counts, checkpoint, counts.save_checkpoint)
+    parts = chunks.divide(inputs.samples, inputs.blocks.labels, inputs.target_size)
+    path = kept_counts_path(
+        TMP / "counts",
+        (inputs.bucket.address, args.dataset_directory, args.model_id, inputs.train_config.get("segmentation_model")),
+        (inputs.class_folders, inputs.target_size, len(parts[0].samples), inputs.blocks.labels.tolist()),
+        [sample.name for sample in inputs.samples],
+    )
+    files = [(inputs.weights,), *((sample.image, *sample.masks) for sample in inputs.samples)]
+    kept = Checkpoint.load(path)
+    if not (kept and kept.still_holds(files, inputs.bucket)):
+        kept = Checkpoint.empty(len(inputs.class_folders), inputs.blocks.number, files, [len(p.samples) for p in parts])
+    if kept.done.all():
+        show(f"Counts of these images by this model are in {path}: no inference needed.")
+    else:
+        if kept.done.any():
+            show(
+                f"Continuing after {kept.counts.images} of {len(inputs.samples)} images, which an earlier run counted."
+            )
+        count_what_is_missing(job, inputs, [part for part in parts if not kept.done[part.number]], kept, path)
+    for sentence in image_utils.explain_remarks(kept.remarks, len(inputs.samples), inputs.bucket.url):
+        warn(sentence)
+    return kept.counts
+
+
+def count_what_is_missing(job, inputs, parts, kept, path):
+    """Count chunks, and add them to the Checkpoint, which is saved now and then and at the end."""
+    samples = [sample for part in parts for sample in part.samples]
+    blobs = [inputs.weights, *(blob for sample in samples for blob in (sample.image, *sample.masks))]
+    absent = [blob for blob in blobs if not inputs.bucket.is_here(blob)]
+    problems, saved = [], time.monotonic()
+    with (
+        progress("download", sum(blob.size for blob in absent), unit="B", unit_scale=True) as download,
+        progress("inference", len(inputs.samples), initial=kept.counts.images, unit=" images") as bar,
+    ):
+        inputs.bucket.on_bytes = download.update
+        for counted in chunks.counted_chunks(job, inputs.bucket, parts, bar.update):
+            for sentence in counted.warnings:
+                warn(sentence)
+            if counted.problems and not problems:
+                warn(
+                    f"{counted.problems[0][1]}; the other files are checked, without inference, to name all in one error"
+                )
+            problems += counted.problems
+            if problems:
+                continue
+            kept.add(counted)
+            if time.monotonic() - saved > CHECKPOINT_SECONDS or kept.done.all():
+                keep(kept, len(inputs.samples), path)
                 saved = time.monotonic()
+    if problems:
+        raise image_utils.problems_error(problems, inputs.problems_path)
 
 
-def import_what_follows():
-    """Import what the end of a run needs, while the interpreter waits for the network; then collect garbage again."""
-    with contextlib.suppress(ImportError, MemoryError):  # the end of the run imports again, and shows the error
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure  # noqa: F401
-        import scipy.optimize  # noqa: F401
-    gc.freeze()
-    gc.enable()
-
-
-def keep(counts, path, save):
-    """Cache the counts. A full disk is only a warning: this run does not need the cache."""
+def keep(kept, number, path):
+    """Save the Checkpoint. A full disk is only a warning: this run does not need it."""
     try:
-        save(path)
+        kept.save(path)
+        terminal.say_kept(
+            f"what was fetched, and the counts of {kept.counts.images} of {number} images, are kept in tmp"
+        )
     except OSError as error:
         warn(
-            f"the counts of {counts.images} images cannot be kept in {path.parent} ({error.strerror or error}): make "
-            "room there, or make it writable, else a later run must count again"
+            f"counts cannot be kept in {path.parent} ({error.strerror or error}): make room there, or make it "
+            "writable, else a later run must count again"
         )
 
 
 def train_thresholds(inputs, counts, metric):
     """Train the threshold of each class, showing every evaluation; returns a list of results.ClassResult."""
     models.check_trainable(counts, inputs.class_titles)
-    low, high = models.check_optimisation()
+    for sentence in models.swapped_classes(counts, inputs.class_titles, inputs.class_folders):
+        warn(sentence)
+    low, high = models.optimisation_range()
     trained = []
     for i, title in enumerate(inputs.class_titles):
         show(f"Training the threshold of {title}.")
-        threshold, curve = models.train_prediction_threshold(
-            counts.histogram[i],
-            title,
-            metric,
-            on_evaluation=lambda n, x, value: show(f"  {n:3d}  threshold {x:.5f}  {metric.name} {value:.6f}"),
-        )
+        with terminal.updating_line() as update:
+            threshold, curve = models.train_prediction_threshold(
+                counts.histogram[i],
+                title,
+                metric,
+                on_evaluation=lambda n, x, value, update=update: update(
+                    f"  {n:3d}  threshold {results.threshold_text(x)}  {metric.name} {value:.6f}"
+                ),
+            )
         of_class = THRESHOLDS, counts.histogram[i], counts.block_histograms[:, i]
-        confidence = assess(*of_class, metric, threshold.index, low, high)
+        confidence = assess(*of_class, metric, threshold.index, low, high, inputs.blocks.kind)
         guaranteed = None
         if metric.constraint_name == "recall":
-            guaranteed = guarantee_recall(*of_class, float(metric.level), low, high)
+            guaranteed = guarantee_recall(*of_class, float(metric.level), low, high, inputs.blocks.names)
+        stacks = stack_results(*of_class, inputs.blocks, metric, threshold.index, low, high)
         name, folder = inputs.class_names[i], inputs.class_folders[i]
-        trained.append(results.ClassResult(name, folder, threshold, curve, confidence, guaranteed))
+        trained.append(results.ClassResult(name, folder, threshold, curve, confidence, guaranteed, stacks))
     return trained
 
 
@@ -359,39 +285,39 @@ def publish(arguments, inputs, counts, trained, started):
             show(line)
         for line in results.warnings(result, metric):
             warn(line)
-    title = f"{model_id} on {arguments['dataset_directory']} ({counts.images} images)"
+    for line in results.influence(trained):
+        show(line)
+    title = f"{model_id} on {arguments['dataset_directory']} ({chunks.images_text(counts.images)})"
     slices = figures.slices(counts, [result.trained.index for result in trained])
     files = {
         ".png": figures.draw_curves(trained, metric, title, results.what_intervals_rest_on(inputs.blocks)),
         "_slices.png": figures.draw_slices(slices, inputs.class_titles, title),
         "_curves.csv": results.curves_csv(trained),
+        "_stacks.csv": results.stacks_csv(trained),
     }
-    description = results.describe(arguments, inputs, counts, trained, started)
+    description = results.describe(arguments, inputs, counts, trained, started, terminal.warned)
     name = results.publish(inputs.bucket, model_id, description, files, TMP / "results")
     show(f"Result: {inputs.bucket.url(name)}")
     show(f"To test or infer with it: --trained-thresholds-id {name.rpartition('/')[2]}")
 
 
 def main():
-    cluster = workers.Cluster()
+    terminal.warned.clear()
     try:
-        args = parse_arguments()
-        cluster = workers.Cluster(*workers.read_tf_config(os.environ.get("TF_CONFIG")), show, terminal.end_with)
-        last_words.append(lambda: cluster.leave((WORKER_LOST, f"{cluster} was interrupted; {workers.CONTINUE}")))
-        cluster.join()
-        run(args, cluster)
+        if "cluster" in os.environ.get("TF_CONFIG", ""):
+            raise UsageError("TF_CONFIG is not read any more: several machines share a job as docs/large_jobs.md says")
+        run(parse_arguments())
     except ExpectedError as error:
         terminal.fail(error)
-        cluster.leave((error.exit_code, f"{cluster}: {printable(error)}"))
         return error.exit_code
     except Exception:
-        terminal.report_bug(TMP)
-        cluster.leave((BUG, f"{cluster} ended by a bug in this program"))
+        terminal.fail("this is a bug in this program, not your mistake; please report it, with the lines below")
+        traceback.print_exc()
         return BUG
-    terminal.begin_to_end()
-    cluster.leave()
     return DONE
 
 
 if __name__ == "__main__":
-    os._exit(main())  # without waiting for threads that still wait for a slow bucket
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # without waiting for threads that still wait for a slow bucket

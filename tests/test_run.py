@@ -40,6 +40,7 @@ from helpers import (
     write_split,
 )
 from PIL import Image
+from workers import Cluster
 
 import configuration
 import models
@@ -49,7 +50,6 @@ from errors import EXIT_CODES, ExpectedError, UsageError
 from gcp_utils import open_bucket
 from image_utils import draw_subset
 from results import publish
-from workers import Cluster
 
 MASKS = ("masks/class_0", "masks/class_1")
 

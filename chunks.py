@@ -1,0 +1,442 @@
+"""A job is chunks of images, and somebody counts them: this process, or the workers of a Dask cluster.
+
+Either way the same function counts a chunk, and the counts of the chunks add up in any order to the same integers.
+"""
+
+import collections
+import contextlib
+import functools
+import hashlib
+import itertools
+import logging
+import os
+import pickle
+import sys
+import threading
+import time
+import uuid
+import warnings
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import inference
+import network
+from counts import Counts
+from errors import ClusterError, ModelError, first_line
+from gcp_utils import Blob, open_bucket
+from image_utils import decode_samples
+from terminal import show, warn
+
+CHUNK_PIXELS = 2**25  # half a second on an A100, 50 s on two cores
+DECODED_BYTES = 2**25  # of decoded images and masks that may wait for the network
+TMP = Path("tmp")
+
+CHUNKS_PER_WORKER = 3  # that the scheduler has: one is counted, one is fetched and decoded, one waits
+CONNECT_SECONDS = 30  # for the scheduler's first answer
+LOOK_SECONDS = 5  # between two looks at the workers
+REMIND_SECONDS = 60  # between two lines that say that there is no worker
+GIVE_UP_SECONDS = 30 * 60  # without a worker, or without a counted chunk
+IDLE_SECONDS = 10 * 60  # after which a worker gives the memory of its GPU back
+
+
+class Job(NamedTuple):
+    """What all chunks of a run have in common; plain values, which pickle."""
+
+    address: str  # of the bucket
+    train_config: dict
+    weights: Blob
+    target_size: list  # width, height
+    class_titles: list
+    batch_size: int
+    tf_seed: int | None
+    environment: dict  # of this process, which a worker's must equal
+
+
+class Chunk(NamedTuple):
+    """Some images that follow each other in the order of their names; plain values, which pickle."""
+
+    number: int
+    first: int  # the number of its first image
+    samples: list  # of image_utils.Sample
+    labels: list  # the block of each
+
+
+@dataclass
+class CountedChunk:
+    """What `count_chunk` found out about a chunk."""
+
+    number: int
+    first: int  # the number of its first image
+    counts: Counts  # of the chunk's own blocks; not of all its images if there are problems
+    weights_digest: bytes = b""
+    digests: list = field(default_factory=list)  # of the content of each image with its masks
+    problems: list = field(default_factory=list)  # (blob name, sentence) of each file that cannot be used
+    remarks: dict = field(default_factory=dict)  # kind -> (count, blob name, detail), of doubtful masks
+    warnings: list = field(default_factory=list)  # sentences
+
+
+def divide(samples, labels, target_size):
+    """Cut a job into chunks, always the same for the same images.
+
+    Parameters
+    ----------
+    samples : list of image_utils.Sample
+    labels : sequence of int
+        The block of each sample.
+    target_size : (width, height), in pixels
+
+    Returns
+    -------
+    list of Chunk
+        Of at most CHUNK_PIXELS pixels, but at least one image. Each but the last has a power of two of images, so that
+        batches fit in.
+    """
+    width, height = target_size
+    size = 2 ** (max(1, CHUNK_PIXELS // (width * height)).bit_length() - 1)
+    firsts = range(0, len(samples), size)
+    labels = [int(label) for label in labels]
+    return [
+        Chunk(number, first, samples[first : first + size], labels[first : first + size])
+        for number, first in enumerate(firsts)
+    ]
+
+
+def count_chunk(chunk, decoded, counter, on_images):
+    """Count one chunk. After the first file that cannot be used, the others are only checked.
+
+    Parameters
+    ----------
+    chunk : Chunk
+    decoded : iterable of image_utils.Decoded
+        One for each sample of the chunk.
+    counter : inference.Counter or None
+        None to check the files only.
+    on_images : callable
+        Is called with a number of images that were just counted.
+
+    Returns
+    -------
+    CountedChunk
+
+    Raises
+    ------
+    ModelError, BucketError
+    """
+    counts = Counts.empty(len(chunk.samples[0].masks), np.unique(chunk.labels))
+    counted = CountedChunk(chunk.number, chunk.first, counts)
+    usable = _usable(chunk, decoded, counted)
+    if counter:
+        for images in counter.count(usable, counted.counts):
+            on_images(images)
+    collections.deque(usable, maxlen=0)
+    return counted
+
+
+def _usable(chunk, decoded, counted):
+    """What Counter.count takes, until a file cannot be used; notes what was found in `counted`."""
+    for sample, label in zip(decoded, chunk.labels, strict=True):
+        counted.digests.append(sample.digest)
+        counted.problems += sample.problems
+        for kind, *example in sample.remarks:
+            count, *other = counted.remarks.get(kind, (0, *example))
+            counted.remarks[kind] = (count + 1, *min(example, other))
+        if not counted.problems:
+            yield sample.sample.name, sample.image, sample.masks, label
+
+
+def counted_chunks(job, bucket, chunks, on_images):
+    """Count chunks, here or on the workers of a Dask cluster, if Dask's configuration names a scheduler; a generator.
+
+    Parameters
+    ----------
+    job : Job
+    bucket : as gcp_utils.open_bucket gives
+    chunks : list of Chunk, at least one
+    on_images : callable
+        Is called with a number of images that were just counted.
+
+    Yields
+    ------
+    CountedChunk
+        In any order.
+
+    Raises
+    ------
+    ExpectedError
+        A ClusterError, or what `count_chunk` raises.
+    """
+    if scheduler := scheduler_address():
+        return _count_on_cluster(job, scheduler, chunks, on_images)
+    return _count_here(job, bucket, chunks, on_images)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In this process
+
+
+def _count_here(job, bucket, chunks, on_images):
+    samples = [sample for chunk in chunks for sample in chunk.samples]
+    with contextlib.closing(_decode(job, bucket, samples)) as decoded:  # fetches while TensorFlow is imported
+        counter, weights_digest = _make_counter(job, bucket, warn)
+        device = network.device_facts()["gpu"] or "the CPU"
+        show(f"Counting the probabilities of {images_text(len(samples))} on {device}.")
+        for chunk in chunks:
+            counted = count_chunk(chunk, itertools.islice(decoded, len(chunk.samples)), counter, on_images)
+            counted.weights_digest = weights_digest
+            if counted.problems:
+                counter = None
+            yield counted
+
+
+def images_text(number):
+    """1 image, 2 images, 1,000 images."""
+    return f"{number:,} image{'s' * (number != 1)}"
+
+
+def _decode(job, bucket, samples):
+    width, height = job.target_size
+    ahead = max(2 * job.batch_size, DECODED_BYTES // (width * height * (1 + len(job.class_titles))))
+    return decode_samples(samples, bucket, job.target_size, ahead)
+
+
+def _make_counter(job, bucket, warn):
+    """Rebuild the network with its weights; returns an inference.Counter and a digest of the weights."""
+    network.import_tensorflow()
+    if job.tf_seed is not None:
+        network.set_seed(job.tf_seed)
+    path = bucket.fetch(job.weights)
+    try:
+        model = network.build_network(job.train_config, len(job.class_titles), job.target_size, path, warn)
+        counter = inference.Counter(model, job.target_size, job.class_titles, job.batch_size, warn)
+    except ModelError as error:
+        raise ModelError(f"{bucket.url(job.weights.name)}, with the config.yaml beside it: {error}") from error
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+    bucket.fetch(job.weights)  # an error if the file changed while it was read
+    return counter, digest
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# On a Dask cluster: the side of the command
+
+
+def scheduler_address():
+    """The scheduler that Dask's configuration names, or None. Dask is imported only where there is such a setting."""
+    folders = (Path("/etc/dask"), Path(sys.prefix, "etc/dask"), Path.home() / ".config/dask")
+    texts = (path.read_text() for folder in folders for path in folder.glob("*.y*ml"))
+    if not any(name.startswith("DASK_") for name in os.environ) and not any("scheduler-address" in t for t in texts):
+        return None
+    import dask.config
+
+    return dask.config.get("scheduler-address", None)
+
+
+@functools.cache
+def environment():
+    """What must be the same in all processes of a job, else they may count other integers: text by name."""
+    code = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
+        code.update(path.read_bytes())
+    return {"the tool's code": code.hexdigest(), "Python": sys.version.split()[0], **network.versions()}
+
+
+def _count_on_cluster(job, address, chunks, on_images):
+    packed_job, run = pickle.dumps(job), uuid.uuid4().hex
+    waiting, running, check_only = collections.deque(chunks), {}, False
+    with _connected(address) as client:
+        patience = _Patience(client, address)
+        show(f"Counting the probabilities of {images_text(sum(len(c.samples) for c in chunks))} on {address}.")
+        while waiting or running:
+            while waiting and len(running) < CHUNKS_PER_WORKER * max(1, patience.workers):
+                chunk = waiting.popleft()
+                # Compressed, because the scheduler keeps it; a key of this run's own, because another one may count too.
+                packed = zlib.compress(pickle.dumps(chunk))
+                key = f"count-{run}-{chunk.number}-{check_only}"
+                running[client.submit(count_on_worker, packed_job, packed, check_only, key=key, pure=False)] = chunk
+            for future in patience.wait(running):
+                chunk = running.pop(future)
+                counted = _result(future, chunk, address)
+                on_images(counted.counts.images)
+                check_only = check_only or bool(counted.problems)
+                yield counted
+
+
+@contextlib.contextmanager
+def _connected(address):
+    """A distributed.Client; its errors and those of the connection become ClusterErrors."""
+    import distributed
+
+    for name in ("distributed", "distributed.client"):  # what they log is in our errors
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    where = f"the Dask scheduler {address}"
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about versions, which the workers check
+            client = distributed.Client(address, timeout=CONNECT_SECONDS)
+    except TypeError as error:
+        raise ClusterError(f"{where}: no certificate to connect with; set distributed.comm.tls ({error})") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise ClusterError(
+            f"{where} cannot be reached ({first_line(error)}): start it, or correct DASK_SCHEDULER_ADDRESS"
+        ) from error
+    try:
+        yield client
+    except (OSError, distributed.client.FutureCancelledError) as error:
+        raise ClusterError(
+            f"{where} was lost ({first_line(error)}): run the same command again to continue, when it is back"
+        ) from error
+    finally:
+        client.close(timeout=2)
+
+
+class _Patience:
+    """Waits for chunks, and says so, and gives up in the end, where no worker comes or none counts anything."""
+
+    def __init__(self, client, address):
+        self._client, self._address = client, address
+        self._last_chunk = self._last_worker = self._said = time.monotonic()
+        self.workers = len(client.nthreads())
+
+    def wait(self, futures):
+        """The futures that are done; perhaps none yet."""
+        import distributed
+
+        try:
+            done = distributed.wait(list(futures), timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED").done
+            self._last_chunk = time.monotonic()
+        except distributed.TimeoutError:
+            done = ()
+        self.workers = len(self._client.nthreads())
+        self._judge(time.monotonic())
+        return done
+
+    def _judge(self, now):
+        if self.workers:
+            self._last_worker = self._said = now
+            if now - self._last_chunk > GIVE_UP_SECONDS:
+                busy = [worker for worker, keys in self._client.processing().items() if keys]
+                raise ClusterError(
+                    f"no chunk was counted for {GIVE_UP_SECONDS // 60} minutes by {', '.join(busy) or 'any worker'}: "
+                    "see its log, restart it, then run the same command again to continue"
+                )
+            return
+        minutes = int(now - self._last_worker) // 60
+        if now - self._last_worker > GIVE_UP_SECONDS:
+            raise ClusterError(
+                f"{self._address} has had no worker for {minutes} minutes: start workers, then run the same command "
+                "again to continue"
+            )
+        if now - self._said > REMIND_SECONDS:
+            self._said = now
+            warn(f"{self._address} has no worker (for {minutes} min): start one, the job goes on when it comes")
+
+
+def _result(future, chunk, address):
+    """The CountedChunk of a future that is done."""
+    import distributed
+
+    try:
+        return future.result()
+    except distributed.KilledWorker as error:
+        first, last = chunk.samples[0].name, chunk.samples[-1].name
+        raise ClusterError(
+            f"each worker that took the images {first} to {last} died, {error.allowed_failures + 1} times: most likely "
+            "its memory is too small; see its log, or use a smaller --batch-size"
+        ) from error
+    except (ImportError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "deserialization" not in str(error):
+            raise
+        raise ClusterError(
+            f"{address}: the scheduler or a worker has not the same code ({first_line(error.__cause__ or error)}): "
+            "start each with this code's folder in PYTHONPATH, and the packages of requirements.txt"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# On a Dask cluster: the side of a worker
+
+_network_in_use = threading.Lock()
+_last_use = [time.monotonic()]
+
+
+class _NoLongerWanted(Exception):
+    """The command that asked for a chunk has ended, or another worker counts it."""
+
+
+def count_on_worker(packed_job, packed_chunk, check_only):
+    """The task that Dask runs: count one chunk. While the network counts one, the next one is fetched and decoded.
+
+    Parameters
+    ----------
+    packed_job, packed_chunk : bytes
+        A pickled Job, and a pickled and compressed Chunk.
+    check_only : bool
+        Whether the files are only checked.
+
+    Returns
+    -------
+    CountedChunk
+        In small integers.
+    """
+    import distributed
+
+    worker = distributed.get_worker()
+    key = worker.get_current_task()
+
+    def check_wanted(_=None):
+        task = worker.state.tasks.get(key)
+        if task is None or task.state not in ("executing", "long-running"):
+            raise _NoLongerWanted(key)
+
+    job, chunk = pickle.loads(packed_job), pickle.loads(zlib.decompress(packed_chunk))
+    _check_environment(job, worker.address)
+    bucket = _opened(job.address)
+    with contextlib.closing(_decode(job, bucket, chunk.samples)) as decoded:
+        decoded = itertools.chain([next(decoded)], decoded)  # starts decoding
+        with _network_in_use:
+            check_wanted()
+            _watch(worker)
+            distributed.secede()  # the worker takes the next chunk, which waits here when it is decoded
+            counter, weights_digest, sentences = (None, b"", []) if check_only else _kept_counter(packed_job)
+            counted = count_chunk(chunk, decoded, counter, check_wanted)
+            _last_use[0] = time.monotonic()
+    counted.weights_digest, counted.warnings = weights_digest, sentences
+    counted.counts = counted.counts.smallest()
+    return counted
+
+
+def _check_environment(job, address):
+    here = environment()
+    for name, text in job.environment.items():
+        if text != here.get(name):
+            raise ClusterError(
+                f"worker {address} has another version of {name} ({here.get(name)}) than the command ({text}), so it "
+                "may count other numbers: install the same there, and restart it"
+            )
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(address):
+    return open_bucket(address, TMP / "objects")
+
+
+@functools.lru_cache(maxsize=2)  # a user often goes back and forth between two models
+def _kept_counter(packed_job):
+    """A Counter for a job, the digest of its weights, and the list of sentences that it has warned of."""
+    job, sentences = pickle.loads(packed_job), []
+    return *_make_counter(job, _opened(job.address), sentences.append), sentences
+
+
+@functools.cache
+def _watch(worker):
+    threading.Thread(target=_end_when_idle, args=(worker,), daemon=True).start()
+
+
+def _end_when_idle(worker):
+    """Let a worker's process end when its GPU is not used; its nanny or its service starts a new one."""
+    while (left := _last_use[0] + IDLE_SECONDS - time.monotonic()) > 0 or _network_in_use.locked():
+        time.sleep(max(left, 1))
+    worker.loop.add_callback(worker.close_gracefully, restart=True, reason="idle: the GPU's memory is given back")
