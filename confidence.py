@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,17 +38,23 @@ class Blocks:
         At most MOST_BLOCKS.
     kind : str
         What the blocks are: "stacks", "groups of stacks" or "runs of neighbouring slices".
+    names : list of str, length number
+        The stack's name; for runs "stack_1 run 3", for groups "stack_1 to stack_9".
     speaks_of : str
         What intervals from these blocks apply to, as the end of a sentence "Intervals ... speak of ...".
+    warnings : list of str
+        Sentences about names of stacks and images that do not fit together.
     """
 
     labels: np.ndarray
     number: int
     kind: str
+    names: list
     speaks_of: str
+    warnings: list
 
 
-def blocks_of(names, stacks):
+def blocks_of(names, stacks, all_names=None):
     """Divide images into blocks: stacks, or, if there are too few stacks, runs of neighbouring slices.
 
     Slices of one stack resemble each other, and crops of one slice even more. So the unit is the stack. With fewer than
@@ -63,6 +70,10 @@ def blocks_of(names, stacks):
         What `dataset_config.dataset_split` names for this split. Stacks without images are ignored, and so is
         everything that is not a text. Images that belong to none of the stacks count as one more stack, because nothing
         tells them apart.
+
+    all_names : sequence of str, optional
+        The names of all images of the split, where `names` are a subset of them: a stack without an image is warned of
+        only if it has none in the whole split.
 
     Returns
     -------
@@ -84,7 +95,8 @@ def blocks_of(names, stacks):
         for rank, stack in enumerate(ordered):
             labels[images_of[stack]] = rank * number // len(ordered)
         kind = "stacks" if number == len(ordered) else "groups of stacks"
-        return Blocks(labels, number, kind, f"further stacks of the same kind as these {len(ordered)}")
+        names = [str(name) for name in range(number)]
+        return Blocks(labels, number, kind, names, f"further stacks of the same kind as these {len(ordered)}", [])
 
     slices_of = {stack: {} for stack in ordered}
     for stack, images in images_of.items():
@@ -103,7 +115,9 @@ def blocks_of(names, stacks):
         of = "slices of this one stack, not of others"
     else:
         of = f"slices of these {len(ordered)} stacks, not of others"
-    return Blocks(labels, number, "runs of neighbouring slices", f"further {of}")
+    return Blocks(
+        labels, number, "runs of neighbouring slices", [str(name) for name in range(number)], f"further {of}", []
+    )
 
 
 def natural_order(text):
@@ -146,6 +160,8 @@ class Confidence:
     ----------
     blocks : int
         Number of blocks that the intervals rest on: those that contain pixels inside the class and outside it.
+    worth : float or None
+        How many blocks with equally many pixels of the class they are worth (Kish); None without such a block.
     reason : str or None
         Why there are no intervals and no expected metric; None if there are.
     x_interval : (float, float) or None
@@ -158,25 +174,38 @@ class Confidence:
         The class metric at the trained threshold minus the class metric at 0.5; None if 0.5 does not meet the metric's
         constraint.
     gain_interval : (float, float) or None
-    no_gain : bool
-        Whether the lower limit of the gain's interval is 0 or less: then 0.5 may be as good.
+    gain_unclear : bool
+        Whether the gain's interval contains 0: then the threshold is not shown to be better than 0.5.
+    next_stack_interval : (float, float) or None
+        The range for the class metric of one new stack at the trained threshold.
+    why_no_next_stack : str or None
+        Why there is no such range; None if there is.
+    constraint_value : float or None
+        The metric of the constraint at the trained threshold; None if the metric has no constraint.
+    constraint_interval : (float, float) or None
+        Of the constraint's metric at the trained threshold.
     band_low, band_high : float64 arrays, shape (C,), or None
         The limits of the class metric at every coarse threshold; None if there are no intervals.
     """
 
     blocks: int
+    worth: float | None
     reason: str | None
     x_interval: tuple | None
     metric_interval: tuple | None
     expected_metric: float | None
     gain: float | None
     gain_interval: tuple | None
-    no_gain: bool
+    gain_unclear: bool
+    next_stack_interval: tuple | None
+    why_no_next_stack: str | None
+    constraint_value: float | None
+    constraint_interval: tuple | None
     band_low: np.ndarray | None
     band_high: np.ndarray | None
 
 
-def assess(thresholds, histogram, block_histograms, metric, index, low, high):
+def assess(thresholds, histogram, block_histograms, metric, index, low, high, kind="stacks"):
     """Intervals of a trained threshold, its metric and its gain over 0.5, and what to expect on new images.
 
     A bootstrap over blocks (Efron, 1979): each replicate draws as many blocks as there are, with replacement, adds up
@@ -199,6 +228,8 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
         The trained threshold is thresholds[index].
     low, high : int
         It was chosen among thresholds[low : high + 1].
+    kind : str
+        Blocks.kind.
 
     Returns
     -------
@@ -214,13 +245,18 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
     if blocks < FEWEST_BLOCKS:
         return Confidence(
             blocks=blocks,
+            worth=None,
             reason=_too_few(blocks, len(block_histograms)),
             x_interval=None,
             metric_interval=None,
             expected_metric=None,
             gain=gain,
             gain_interval=None,
-            no_gain=False,
+            gain_unclear=False,
+            next_stack_interval=None,
+            why_no_next_stack="not yet",
+            constraint_value=None,
+            constraint_interval=None,
             band_low=None,
             band_high=None,
         )
@@ -245,13 +281,18 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high):
     band_low, band_high = (full[coarse] + np.interp(coarse, points, limit - full[points]) for limit in limits)
     return Confidence(
         blocks=blocks,
+        worth=None,
         reason=None,
         x_interval=(float(thresholds[x_low]), float(thresholds[x_high])),
         metric_interval=metric_interval,
         expected_metric=expected,
         gain=gain,
         gain_interval=gain_interval,
-        no_gain=gain_interval is not None and gain_interval[0] <= 0,
+        gain_unclear=gain_interval is not None and gain_interval[0] <= 0,
+        next_stack_interval=None,
+        why_no_next_stack="not yet",
+        constraint_value=None,
+        constraint_interval=None,
         band_low=band_low,
         band_high=band_high,
     )
@@ -431,6 +472,41 @@ def _limits(replicates, tail, value):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# The stacks themselves
+
+
+class StackResult(NamedTuple):
+    """One stack and one class; None where undefined."""
+
+    stack: str
+    images: int
+    pixels: int  # of the class
+    metric: float | None  # at the trained threshold
+    metric_at_half: float | None
+    own_x: float | None  # the stack's own best threshold
+    own_metric: float | None  # and its metric there
+    x_without: float | None  # the threshold and the pooled metric that all other stacks give
+    metric_without: float | None
+
+
+def stack_results(thresholds, histogram, block_histograms, blocks, metric, index, low, high):
+    """What each stack does at the trained threshold, and without it.
+
+    Parameters
+    ----------
+    thresholds, histogram, block_histograms, metric, index, low, high
+        As in `assess`.
+    blocks : Blocks
+
+    Returns
+    -------
+    list of StackResult
+        Worst metric first; stacks without the class last.
+    """
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Guaranteed recall
 
 
@@ -445,6 +521,8 @@ class GuaranteedRecall:
         None if nothing can be guaranteed; `reason` says why.
     precision : float or None
         The precision of all images at that threshold.
+    recall : float or None
+        The recall of all images at that threshold.
     blocks : int
         Number of blocks that contain the class. The guarantee rests on them and is for new blocks that contain it.
     reason : str or None
@@ -453,11 +531,12 @@ class GuaranteedRecall:
     level: float
     threshold: float | None
     precision: float | None
+    recall: float | None
     blocks: int
     reason: str | None
 
 
-def guarantee_recall(thresholds, histogram, block_histograms, level, low, high):
+def guarantee_recall(thresholds, histogram, block_histograms, level, low, high, block_names):
     """The largest threshold with a guaranteed recall, by conformal risk control.
 
     It is the largest coarse threshold with (sum over the blocks of the miss rate + 1) / (blocks + 1) <= 1 - level
@@ -470,6 +549,8 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high):
         As in `assess`.
     level : float
         The recall to guarantee, in (0, 1).
+    block_names : list of str
+        Blocks.names.
 
     Returns
     -------
@@ -483,7 +564,7 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high):
     blocks = int(holding.sum())
 
     def none(reason):
-        return GuaranteedRecall(level, None, None, blocks, reason)
+        return GuaranteedRecall(level, None, None, None, blocks, reason)
 
     allowance = float(lost * (blocks + 1) - 1)  # upper limit of the sum of the blocks' miss rates
     if allowance < 0:
@@ -497,5 +578,6 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high):
             f"the blocks miss too much for a guaranteed recall of {level:g} even at the lowest threshold allowed"
         )
     position = coarse[kept[-1]]
-    tp, fp, _, _ = (int(count[position]) for count in confusion(histogram))
-    return GuaranteedRecall(level, float(thresholds[position]), tp / (tp + fp) if tp + fp else 0.0, blocks, None)
+    tp, fp, fn, _ = (int(count[position]) for count in confusion(histogram))
+    precision = tp / (tp + fp) if tp + fp else 0.0
+    return GuaranteedRecall(level, float(thresholds[position]), precision, tp / (tp + fn), blocks, None)

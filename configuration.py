@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import itertools
+import re
 import reprlib
 import sys
 
@@ -10,10 +11,13 @@ import yaml
 
 from errors import ConfigurationError, UsageError
 
-MAX_BYTES = 2**18  # of a config.yaml
-MAX_NODES = 20_000  # values in it, its aliases resolved
+MAX_BYTES = 2**22  # of a config.yaml; some list every image
 MAX_EDGE = 2**14  # pixels
 SUBSET_SEED = 1234  # where neither the arguments nor train_config give one
+FOLDER_FORMS = {1: "the name of a folder", 2: "<dataset ID>/<split>"}  # by the number of folders
+
+YAML_TAG = "tag:yaml.org,2002:"
+PLAIN_TAGS = {"python/tuple": "seq", "python/unicode": "str"}  # what yaml.dump writes, and what it is for us
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -24,19 +28,15 @@ class ArgumentParser(argparse.ArgumentParser):
     """Raises UsageError where argparse would end the process, and names a mistyped argument before a missing one."""
 
     def __init__(self, **options):
-        self._known = []
         super().__init__(formatter_class=HelpFormatter, **options)
 
-    def add_argument(self, *names, **options):
-        self._known += names
-        return super().add_argument(*names, **options)
-
     def error(self, message):
-        for name in (word.partition("=")[0] for word in sys.argv[1:]):
-            if name.startswith("--") and not any(known.startswith(name) for known in self._known):
-                close = difflib.get_close_matches(name, self._known, 1)
-                message = f"there is no argument {name}" + "".join(f" (perhaps {known} is meant)" for known in close)
-                break
+        known = re.findall(r"--[\w-]+", self.format_usage())
+        given = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+        mistyped = [name for name in given if not any(argument.startswith(name) for argument in known)]
+        if mistyped:
+            close = difflib.get_close_matches(mistyped[0], known, 1)
+            message = f"there is no argument {mistyped[0]}" + "".join(f" (perhaps {name} is meant)" for name in close)
         raise UsageError(f"{message}; see --help")
 
 
@@ -61,13 +61,13 @@ def folders(depth):
     def parse(text):
         path = text.strip("/")
         if not path or path.count("/") != depth - 1:
-            raise argparse.ArgumentTypeError(f"must be {'/'.join(['<name>'] * depth)}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {FOLDER_FORMS[depth]}, not {text!r}")
         return path
 
     return parse
 
 
-def read_config(bucket, name, section):
+def read_config(bucket, name, section, warn):
     """Read one section of a YAML file in the bucket.
 
     Parameters
@@ -77,10 +77,13 @@ def read_config(bucket, name, section):
         The file's name in the bucket.
     section : str
         A key at the file's top: dataset_config or train_config.
+    warn : callable
+        Is called with a sentence for each key that occurs twice in one mapping.
 
     Returns
     -------
     dict
+        The names in `dataset_split` are texts, exactly as they are written in the file. A Python tuple is a list.
 
     Raises
     ------
@@ -96,14 +99,11 @@ def read_config(bucket, name, section):
         )
     text = bucket.read(blob)
     try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        # Before the values are built: a few nested aliases can stand for any number of values.
-        if _count_nodes(node, MAX_NODES) <= 0:
-            raise ConfigurationError(
-                f"{url} is too large for a configuration, or too deep: use fewer aliases or levels"
-            )
-        config = loader.construct_document(node) if node else None
+        loader = yaml.CSafeLoader(text)
+        root = loader.get_single_node()
+        for node in _nodes(root) if root else ():
+            _prepare(node, url, warn)
+        config = loader.construct_document(root) if root else None
     except ConfigurationError:
         raise
     except Exception as error:  # PyYAML's constructors of numbers and dates raise exceptions of many types
@@ -114,16 +114,33 @@ def read_config(bucket, name, section):
     return config[section]
 
 
-def _count_nodes(node, budget, depth=20):
-    """`budget` minus the number of nodes in a YAML node; 0 or less if they are too many, too deep, or a huge number."""
-    if isinstance(node, yaml.CollectionNode) and budget > 0:
-        if depth == 0:
-            return 0
+def _nodes(node):
+    """Yield a YAML node and all nodes below it."""
+    yield node
+    if isinstance(node, yaml.CollectionNode):
         for child in itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value:
-            budget = _count_nodes(child, budget, depth - 1)
-    elif isinstance(node, yaml.ScalarNode) and len(node.value) > 100 and not node.tag.endswith(":str"):
-        return 0
-    return budget - 1
+            yield from _nodes(child)
+
+
+def _prepare(node, url, warn):
+    """Give a YAML node, and stack names below it, the tags under which we read them; warn of keys that occur twice."""
+    kind = node.tag.removeprefix(YAML_TAG)
+    if kind in PLAIN_TAGS:
+        node.tag = YAML_TAG + PLAIN_TAGS[kind]
+    elif kind.startswith("python/"):
+        raise ConfigurationError(
+            f"{url}, line {node.start_mark.line + 1}: !!{kind} is Python's, not YAML's: write plain values; in Python, "
+            "dump dict(x) instead of an OrderedDict, and x.item() or x.tolist() instead of numpy's types"
+        )
+    keys = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value == "dataset_split":
+            for below in _nodes(value):
+                if isinstance(below, yaml.ScalarNode) and below.value != "<<":
+                    below.tag = f"{YAML_TAG}str"  # names may look like numbers or dates: 0010, 12:30, no
+        if str(key.value) in keys:
+            warn(f"{url}, line {key.start_mark.line + 1}: {key.value} is there twice: the last one counts")
+        keys.add(str(key.value))
 
 
 def target_size(dataset_config, url):
@@ -145,20 +162,43 @@ def target_size(dataset_config, url):
     ConfigurationError
     """
     size = dataset_config.get("target_size")
-    if not (
-        isinstance(size, list) and len(size) == 2 and all(type(edge) is int and 0 < edge <= MAX_EDGE for edge in size)
-    ):
-        raise ConfigurationError(
-            f"{url} needs target_size: [width, height], 1 to {MAX_EDGE} pixels, not {reprlib.repr(size)}"
-        )
-    return size
+    allowed = range(1, MAX_EDGE + 1)
+    if isinstance(size, list) and len(size) == 2 and all(type(edge) is int and edge in allowed for edge in size):
+        return size
+    hint = ""
+    if isinstance(size, list | str):  # such as [512.0, 512.0], ["512", "512"] or 512 x 512
+        meant = [int(edge) for edge in re.findall(r"(?<![\w.-])(\d{1,9})(?:\.0*)?(?![\w.])", str(size))]
+        hint = f": write target_size: {meant}" if len(meant) == 2 and all(edge in allowed for edge in meant) else ""
+    raise ConfigurationError(
+        f"{url} needs target_size: [width, height], integers from 1 to {MAX_EDGE}, not {reprlib.repr(size)}{hint}"
+    )
 
 
-def stacks(dataset_config, split):
-    """The names of the stacks in a split; an empty list where dataset_config does not give them."""
-    splits = dataset_config.get("dataset_split")
+def stacks(dataset_config, split, warn):
+    """The names of the stacks in a split.
+
+    Parameters
+    ----------
+    dataset_config : dict
+        As `read_config` gives it.
+    split : str
+    warn : callable
+        Is called with a sentence if `dataset_split` has another form than {split: list of names}.
+
+    Returns
+    -------
+    list of str
+        Exactly as they are written in the file; empty where dataset_config does not name them.
+    """
+    splits = dataset_config.get("dataset_split", {split: []})
     names = splits.get(split) if isinstance(splits, dict) else None
-    return [str(name) for name in names if isinstance(name, str | int)] if isinstance(names, list) else []
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return names
+    warn(
+        f"dataset_split in the dataset's config.yaml has no list of stacks for {split}, so the intervals rest on runs "
+        f"of slices: write dataset_split: {{{split}: [<stack>, <stack>, ...]}}"
+    )
+    return []
 
 
 def subset_seed(train_config, split, seed):

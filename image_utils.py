@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import hashlib
 import io
 import logging
 import math
@@ -11,7 +12,6 @@ import struct
 import unicodedata
 import uuid
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
-from errors import BucketError, DatasetError, printable
+from errors import DatasetError, printable
 
 FORMATS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
 NAMED_PROBLEMS = 10  # in the error; a file lists all
@@ -34,11 +34,20 @@ LEFTOVER_ENDINGS = ("_$folder$", ":zone.identifier", "@synoeastream", "@synoreso
 
 FETCH_AHEAD = 512  # samples that may be fetched before they are decoded
 MAX_CLASSES = 100  # the counts of each take some 5 MB
-MAX_PAGES = 32  # of a TIFF, with its thumbnails
 
+IMAGE_MODES = ("L",)  # Pillow's names
+MASK_MODES = ("L", "1", "LA", "P", "RGB", "RGBA")  # with colours that are all grey
+IMAGE_BITS, MASK_BITS = (8,), (1, 2, 4, 8)  # of a channel
+MODES_IN_WORDS = {
+    "1": "has 1-bit pixels",
+    "LA": "has transparency",
+    "P": "has a palette",
+    "PA": "has a palette, with transparency",
+    "RGBA": "is in colour, with transparency",
+    "F": "has floating-point numbers",
+}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_COLOURS = {2: "is in colour", 3: "has a palette", 4: "has transparency", 6: "is in colour, with transparency"}
-TIFF_COLOURS = {2: "is in colour", 3: "has a palette", 5: "is in colour", 6: "is in colour", 8: "is in colour"}
+BEGINNINGS = {"PNG": (PNG_SIGNATURE,), "TIFF": tuple(TiffImagePlugin.PREFIXES)}
 OTHER_FORMATS = {  # by the first bytes of the file
     PNG_SIGNATURE: "a PNG file",
     **dict.fromkeys(TiffImagePlugin.PREFIXES, "a TIFF file"),
@@ -48,6 +57,32 @@ OTHER_FORMATS = {  # by the first bytes of the file
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself,",
 }
 
+# What a mask looks like whose pixels have several values besides 0.
+SOFT, LABELS, IGNORE, NO_ZERO = "soft edges", "label map", "ignore value", "no zero"
+# Samples in which the masks of all classes are equal; blank ones are 0 everywhere, or inside everywhere.
+EQUAL, EQUAL_BLANK = "equal masks", "equal blank masks"
+EXPLANATIONS = {
+    SOFT: (
+        "masks with more than two grey values",
+        "Every pixel that is not 0 counts as inside the mask. Soft edges come from resizing or JPEG",
+    ),
+    LABELS: (
+        "masks that look like label maps",
+        "Every pixel that is not 0 counts as inside the class of the folder: if the values stand for classes, write a "
+        "mask for each class that is 0 outside of it",
+    ),
+    IGNORE: (
+        "masks with 1 and 255 in one file",
+        "Both count as inside the mask. That is right where two conventions are mixed; it is wrong where 255 stands "
+        "for pixels to ignore, which masks cannot say: write 0 or 1 there",
+    ),
+    NO_ZERO: (
+        "masks of several grey values, none of which is 0",
+        "Every pixel that is not 0 counts as inside the mask, so all pixels do: write 0 for what is outside",
+    ),
+}
+MAX_LABEL = 31  # a mask of values up to here is more likely a label map than a picture with soft edges
+
 Image.MAX_IMAGE_PIXELS = None  # the size is compared with target_size before a pixel is decoded
 # Pillow's warnings do not name the file; our errors do.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -55,70 +90,72 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 class Sample(NamedTuple):
-    """An image and its masks, as blobs of a bucket (blobs.Blob)."""
+    """An image and its masks, as blobs of a bucket (gcp_utils.Blob)."""
 
     name: str  # of the image's file, without folder
     image: NamedTuple
     masks: tuple  # one blob per class, in the order of the class folders
 
 
-class Problems:
-    """The files of a split that cannot be used, and why: one error names the first ones, a file lists all.
-
-    Parameters
-    ----------
-    path : Path
-        The file with a line for each problem; it is written only if there is more than one.
+class Decoded(NamedTuple):
+    """A sample, as `decode_samples` reads it.
 
     Attributes
     ----------
-    number : int
-        Of problems.
+    sample : Sample
+    image : uint8 array, shape (height, width), 0 to 255; None if there are problems
+    masks : uint8 array, shape (height, width, classes), 0 or 1; None if there are problems
+    problems : list of (blob name, sentence)
+        The files that cannot be used. The sentence names the file and says what is wrong and what to do.
+    remarks : list of (kind, blob name, detail)
+        The masks that look doubtful, for `explain_remarks`; all are str.
+    digest : bytes
+        16 bytes: blake2b over the contents of the image and of the masks, as they were read.
     """
 
-    def __init__(self, path):
-        self.number = 0
-        self._path, self._file, self._unwritten = Path(path), None, None
-        self._partial = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex}.partial")
-        self._first, self._names = None, []
+    sample: Sample
+    image: np.ndarray | None
+    masks: np.ndarray | None
+    problems: list
+    remarks: list
+    digest: bytes
 
-    def add(self, name, what):
-        """Add a file. `what` is a sentence that names the file and says what is wrong and what to do."""
-        self.number += 1
-        if self.number == 1:
-            self._first = what
-        elif self.number <= NAMED_PROBLEMS:
-            self._names.append(printable(name)[-150:])
-        try:
-            if self.number == 2:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self._partial, "w", encoding="utf-8")  # noqa: SIM115
-                print(printable(self._first), file=self._file)
-            if self._file:
-                print(printable(what), file=self._file)
-        except OSError as error:
-            self._file, self._unwritten = None, error
 
-    def error(self):
-        """Return one DatasetError for all problems."""
-        if self.number == 1:
-            return DatasetError(self._first)
-        try:
-            if self._file:
-                self._file.close()
-                os.replace(self._partial, self._path)
-        except OSError as error:
-            self._unwritten = error
+def problems_error(problems, path):
+    """Make one error of all files that cannot be used: it names the first ones, and a file lists all.
+
+    Parameters
+    ----------
+    problems : list of (blob name, sentence)
+        At least one.
+    path : Path
+        The file with a line for each problem. It is written if there are several, and appears when it is whole,
+        because another run may write it too.
+
+    Returns
+    -------
+    DatasetError
+    """
+    (_, first), *others = problems
+    if not others:
+        return DatasetError(first)
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    listed = f"{path} says what is wrong with each of them"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(f"{printable(what)}\n" for _, what in problems), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        listed = f"The list of all, {path}, cannot be written ({error.strerror})"
         with contextlib.suppress(OSError):
-            self._partial.unlink()  # there may be no room for it
-        more = self.number - 1 - len(self._names)
-        listed = f"{self._path} says what is wrong with each of them"
-        if self._unwritten:
-            listed = f"The list of all, {self._path}, cannot be written ({self._unwritten.strerror})"
-        return DatasetError(
-            f"{self.number:,} files cannot be used. The first: {self._first}. Then {', '.join(self._names)}"
-            f"{f' and {more:,} more' if more else ''}. {listed}"
-        )
+            partial.unlink()
+    named = [printable(name)[-150:] for name, _ in others[: NAMED_PROBLEMS - 1]]
+    more = len(others) - len(named)
+    return DatasetError(
+        f"{len(problems):,} files cannot be used. The first: {first}. Then {', '.join(named)}"
+        f"{f' and {more:,} more' if more else ''}. {listed}"
+    )
 
 
 def is_leftover(name):
@@ -136,14 +173,14 @@ def pair_images_and_masks(blobs, split_directory, url, problems_path):
 
     Parameters
     ----------
-    blobs : iterable of blobs.Blob
+    blobs : iterable of gcp_utils.Blob
         Everything below `split_directory`.
     split_directory : str
         Holds images/<name> and masks/<class folder>/<name>.
     url : callable
         From a blob's name to its address, for messages.
     problems_path : Path
-        For `Problems`.
+        For `problems_error`.
 
     Returns
     -------
@@ -158,26 +195,8 @@ def pair_images_and_masks(blobs, split_directory, url, problems_path):
         There are no images or no masks, too many classes, an image without a mask of each class, a mask without an
         image, or a file that is out of place or is not an image by its name.
     """
-    images, masks = {}, collections.defaultdict(dict)
-    problems = Problems(problems_path)
-
-    def complain(blob, what):
-        problems.add(blob.name, f"{url(blob.name)} {what}")
-
-    for blob in blobs:
-        name = blob.name.removeprefix(f"{split_directory}/")
-        if is_leftover(name):
-            continue
-        match name.split("/"):
-            case ["images", name] if _suffix(name) in FORMATS:
-                images[name] = blob
-            case ["masks", class_folder, name] if _suffix(name) in FORMATS:
-                masks[class_folder][name] = blob
-            case ["images", _] | ["masks", _, _]:
-                complain(blob, "is not a PNG or TIFF file by its name: move it elsewhere")
-            case ["images" | "masks", *_]:
-                complain(blob, "is out of place: move it; images belong in images/, masks in masks/<class>/")
-    if not problems.number:
+    images, masks, problems = _sort_by_place(blobs, split_directory, url)
+    if not problems:
         if not images:
             raise DatasetError(f"{url(split_directory)} has no images: put them into its folder images/")
         if not masks:
@@ -195,15 +214,39 @@ def pair_images_and_masks(blobs, split_directory, url, problems_path):
             if other_form := spare.pop(_composed(name), None):
                 of_class[name] = of_class.pop(other_form)
         for name in sorted(images.keys() ^ of_class.keys()):
-            missing = f"masks/{class_folder}/{name}" if name in images else f"images/{name}"
             there = images.get(name) or of_class[name]
-            complain(there, f"has no partner: add {url(f'{split_directory}/{missing}')} or remove it")
-    if problems.number:
-        raise problems.error()
+            missing = url(f"{split_directory}/{f'masks/{class_folder}' if name in images else 'images'}/{name}")
+            problems.append((there.name, f"{url(there.name)} has no partner: add {missing} or remove it"))
+    if problems:
+        raise problems_error(problems, problems_path)
     class_folders = sorted(masks)
     return class_folders, [
         Sample(name, images[name], tuple(masks[folder][name] for folder in class_folders)) for name in sorted(images)
     ]
+
+
+def _sort_by_place(blobs, split_directory, url):
+    """Images {name: blob}, masks {class folder: {name: blob}}, and problems with what is neither."""
+    images, masks, problems = {}, collections.defaultdict(dict), []
+    for blob in blobs:
+        name = blob.name.removeprefix(f"{split_directory}/")
+        if is_leftover(name):
+            continue
+        what = None
+        match name.split("/"):
+            case ["images", file] if _suffix(file) in FORMATS:
+                images[file] = blob
+            case ["masks", class_folder, file] if _suffix(file) in FORMATS:
+                masks[class_folder][file] = blob
+            case _ if "\\" in name and name.startswith(("images", "masks")):
+                what = r"has a backslash (\) in its name, as programs on Windows write it: upload it with / instead"
+            case ["images", _] | ["masks", _, _]:
+                what = "is not a PNG or TIFF file by its name: move it elsewhere"
+            case ["images" | "masks", *_]:
+                what = "is out of place: move it; images belong in images/, masks in masks/<class>/"
+        if what:
+            problems.append((blob.name, f"{url(blob.name)} {what}"))
+    return images, masks, problems
 
 
 def draw_subset(samples, factor, seed):
@@ -225,12 +268,6 @@ def draw_subset(samples, factor, seed):
     return [samples[i] for i in sorted(chosen)]
 
 
-def evenly_spread(samples, number):
-    """Up to `number` of the samples, evenly spaced from the first to the last."""
-    positions = np.linspace(0, len(samples) - 1, min(number, len(samples)))
-    return [samples[round(position)] for position in positions]
-
-
 def check_sizes_in_bytes(samples, url, target_size, problems_path):
     """Check, before anything is fetched, that no file is empty or far larger than an 8-bit image can be.
 
@@ -241,7 +278,7 @@ def check_sizes_in_bytes(samples, url, target_size, problems_path):
         From a blob's name to its address, for messages.
     target_size : (width, height), in pixels
     problems_path : Path
-        For `Problems`.
+        For `problems_error`.
 
     Raises
     ------
@@ -249,127 +286,149 @@ def check_sizes_in_bytes(samples, url, target_size, problems_path):
         A file is empty or too large.
     """
     width, height = target_size
-    problems = Problems(problems_path)
-    for sample in samples:
-        for blob in (sample.image, *sample.masks):
-            if blob.size == 0:
-                problems.add(blob.name, f"{url(blob.name)} is empty: upload it again")
-            elif blob.size > 4 * width * height + 2**20:
-                problems.add(
-                    blob.name,
-                    f"{url(blob.name)} has {blob.size:,} bytes, too many for an 8-bit image of {width} x {height} "
-                    "pixels: save it again",
-                )
-    if problems.number:
-        raise problems.error()
+    problems = []
+    for blob in (blob for sample in samples for blob in (sample.image, *sample.masks)):
+        if blob.size == 0:
+            problems.append((blob.name, f"{url(blob.name)} is empty: upload it again"))
+        elif blob.size > 4 * width * height + 2**20:
+            what = f"has {blob.size:,} bytes, too many for an 8-bit image of {width} x {height} pixels: save it again"
+            problems.append((blob.name, f"{url(blob.name)} {what}"))
+    if problems:
+        raise problems_error(problems, problems_path)
 
 
-def start_decoding(samples, bucket, target_size, lookahead, problems_path, on_warning):
-    """Start to fetch samples, and decode them in threads, ahead of the consumer, as soon as the first one is asked for.
+def decode_samples(samples, bucket, target_size, lookahead):
+    """Fetch and decode samples in threads, ahead of the consumer. The call itself starts to fetch.
 
     Parameters
     ----------
-    samples : iterable of Sample
+    samples : list of Sample
     bucket : as gcp_utils.open_bucket gives
     target_size : (width, height), in pixels
     lookahead : int
         Number of samples that may be decoded before they are asked for; limits the memory.
-    problems_path : Path
-        For `Problems`.
-    on_warning : callable
-        Is called with a sentence about masks with more than two grey values, at the end, and with one about the first
-        file that cannot be used, if the other files are checked after it.
 
     Returns
     -------
-    generator of (name, image, masks)
-        In the order of the samples. name: str; image: uint8 array, shape (height, width), 0 to 255; masks: uint8 array,
-        shape (height, width, classes), 0 or 1. Close it to stop early.
+    generator of Decoded
+        In the order of the samples. Close it to stop early.
+
+    Raises
+    ------
+    BucketError
+        From the generator, in place of a sample: a file cannot be fetched.
+    """
+    decoded = _decode_in_order(samples, bucket, target_size, lookahead)
+    next(decoded)
+    return decoded
+
+
+def _decode_in_order(samples, bucket, target_size, lookahead):
+    """The generator of `decode_samples`; it gives None once, when fetching has started."""
+    fetchers = ThreadPoolExecutor(bucket.threads)
+    decoders = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2))  # more would wait for each other's Python
+    fetching, decoding = collections.deque(), collections.deque()
+    try:
+        for sample in samples[:FETCH_AHEAD]:
+            fetching.append(fetchers.submit(_fetch, sample, bucket))
+        yield None  # decoding now would slow down the import of TensorFlow
+        for number, sample in enumerate(samples):
+            # Fetched files wait on the disk, where there is room for many; decoded ones wait in memory.
+            if number + FETCH_AHEAD < len(samples):
+                fetching.append(fetchers.submit(_fetch, samples[number + FETCH_AHEAD], bucket))
+            decoding.append(decoders.submit(_decode, sample, fetching.popleft(), bucket, target_size))
+            if len(decoding) == lookahead:
+                yield decoding.popleft().result()
+        while decoding:
+            yield decoding.popleft().result()
+    finally:
+        for pool in (fetchers, decoders):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _fetch(sample, bucket):
+    for blob in (sample.image, *sample.masks):
+        if not bucket.is_here(blob):  # `_decode` reads it, which checks a file that is here
+            bucket.fetch(blob)
+
+
+def _decode(sample, fetched, bucket, target_size):
+    """Decode a sample once it is fetched."""
+    fetched.result()
+    digest, pixels, problems = hashlib.blake2b(digest_size=16), [], []
+    for blob, modes in [(sample.image, IMAGE_MODES), *((mask, MASK_MODES) for mask in sample.masks)]:
+        data = bucket.read(blob)
+        digest.update(data)
+        try:
+            pixels.append(decode_image(data, bucket.url(blob.name), target_size, modes))
+        except DatasetError as error:
+            problems.append((blob.name, str(error)))
+    if problems:
+        return Decoded(sample, None, None, problems, [], digest.digest())
+    image, *masks = pixels
+    insides = np.stack([mask != 0 for mask in masks], axis=-1).view(np.uint8)
+    return Decoded(sample, image, insides, [], _remarks(sample, masks), digest.digest())
+
+
+def _remarks(sample, masks):
+    """What is doubtful about the masks of a sample, which are uint8 arrays of grey values: [(kind, name, detail)]."""
+    remarks = []
+    for blob, mask in zip(sample.masks, masks, strict=True):
+        if ((mask != 0) & (mask != mask.max())).any():
+            values = np.unique(mask).tolist()
+            remarks.append((_looks_like(values), blob.name, _values_in_words(values)))
+    if len(masks) > 1 and all(np.array_equal(mask, masks[0]) for mask in masks[1:]):
+        kind = EQUAL_BLANK if (masks[0] == masks[0][0, 0]).all() else EQUAL
+        remarks.append((kind, sample.masks[0].name, ""))
+    return remarks
+
+
+def _looks_like(values):
+    """The kind of a mask with these sorted grey values, of which at least two are not 0."""
+    labels = [value for value in values if value != 255]
+    if values[0] > 0 and (len(values) == 2 or labels[-1] <= MAX_LABEL):
+        return NO_ZERO
+    if values == [0, 1, 255]:
+        return IGNORE
+    return LABELS if labels[-1] <= MAX_LABEL else SOFT
+
+
+def _values_in_words(values):
+    listed = f": {', '.join(map(str, values[:-1]))} and {values[-1]}" if len(values) <= 8 else ""
+    return f"{len(values)} grey values{listed}"
+
+
+def explain_remarks(remarks, number_of_samples, url):
+    """Say once, for a whole run, what is doubtful about its masks.
+
+    Parameters
+    ----------
+    remarks : dict, kind -> (count, blob name, detail)
+        The remarks of all samples, added up: the number of each kind, and name and detail of the first by name.
+    number_of_samples : int
+    url : callable
+        From a blob's name to its address.
+
+    Returns
+    -------
+    list of str
+        Warnings.
 
     Raises
     ------
     DatasetError
-        From the generator: a file cannot be used. No further sample is given, but the others are fetched and decoded
-        first, so that the error can name all such files.
-    BucketError
-        From the generator, immediately: a file cannot be fetched.
+        In every sample the masks of all classes are equal.
     """
-
-    def fetch(sample):
-        for blob in (sample.image, *sample.masks):
-            if not bucket.is_here(blob):  # `decode` reads it, which checks a file that is here
-                bucket.fetch(blob)
-
-    def decode(sample, fetched):
-        """(name, image, masks); [(name, what is wrong)] of its files; [(name, number of grey values)] of soft masks."""
-        fetched.result()
-        pixels, wrong = [], []
-        for blob, modes in [(sample.image, ("L",)), *((mask, ("L", "1")) for mask in sample.masks)]:
-            try:
-                pixels.append(decode_image(bucket.read(blob), bucket.url(blob.name), target_size, modes))
-            except DatasetError as error:
-                wrong.append((blob.name, str(error)))
-        if wrong:
-            return None, wrong, []
-        image, *masks = pixels
-        insides = [mask != 0 for mask in masks]
-        soft = [
-            (blob.name, 1 + len(np.unique(mask[inside])))
-            for blob, mask, inside in zip(sample.masks, masks, insides, strict=True)
-            if (inside & (mask != mask.max())).any()
-        ]
-        return (sample.name, image, np.stack(insides, axis=-1).view(np.uint8)), [], soft
-
-    fetchers = ThreadPoolExecutor(bucket.threads)
-    cores = len(os.sched_getaffinity(0))
-    decoders = ThreadPoolExecutor(max(1, cores // 2))  # more threads would wait for each other's Python code
-    to_fetch = iter(samples)
-    # Fetched files wait on the disk, where there is room for many; decoded ones wait in memory.
-    fetching, decoding = collections.deque(), collections.deque()
-
-    def advance(decode_ahead):
-        while len(fetching) < FETCH_AHEAD and (sample := next(to_fetch, None)):
-            fetching.append((sample, fetchers.submit(fetch, sample)))
-        while decode_ahead and fetching and len(decoding) < lookahead:
-            decoding.append(decoders.submit(decode, *fetching.popleft()))
-
-    def results():
-        problems, soft_masks, first_soft = Problems(problems_path), 0, None
-        try:
-            advance(decode_ahead=True)
-            while decoding:
-                try:
-                    sample, wrong, soft = decoding.popleft().result()
-                except BucketError as error:
-                    if not problems.number:
-                        raise
-                    raise DatasetError(f"{problems.error()}; the other files were not checked: {error}") from error
-                advance(decode_ahead=True)
-                if wrong and not problems.number and fetching:
-                    on_warning(
-                        f"{wrong[0][1]}; now the other files are checked, without inference, to name all in one error"
-                    )
-                for name, what in wrong:
-                    problems.add(name, what)
-                if soft:
-                    soft_masks, first_soft = soft_masks + len(soft), first_soft or soft[0]
-                if not problems.number:
-                    yield sample
-            if problems.number:
-                raise problems.error()
-            if soft_masks:
-                name, values = first_soft
-                on_warning(
-                    f"masks with more than two grey values (0 is one of them): {soft_masks:,}, such as "
-                    f"{bucket.url(name)} with {values}. Every pixel that is not 0 counts as inside the mask. Soft "
-                    "edges come from resizing or JPEG, 1 and 255 in one mask from two conventions"
-                )
-        finally:
-            for pool in (fetchers, decoders):
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    advance(decode_ahead=False)  # decoding now would slow down the import of TensorFlow
-    return results()
+    if EQUAL in remarks and remarks[EQUAL][0] + remarks.get(EQUAL_BLANK, (0,))[0] == number_of_samples:
+        raise DatasetError(
+            f"all class folders hold the same masks, such as {url(remarks[EQUAL][1])}: write a mask for each class, "
+            "which is 0 outside of it (a label map with all classes in one file has to be split)"
+        )
+    return [
+        f"{what}: {remarks[kind][0]:,}, such as {url(remarks[kind][1])} with {remarks[kind][2]}. {meaning}"
+        for kind, (what, meaning) in EXPLANATIONS.items()
+        if kind in remarks
+    ]
 
 
 def decode_image(data, url, target_size, modes):
@@ -384,11 +443,11 @@ def decode_image(data, url, target_size, modes):
         For messages; its ending gives the format.
     target_size : (width, height), in pixels
     modes : tuple of str
-        Pillow modes to accept: "L" is 8-bit greyscale, "1" is one bit per pixel.
+        IMAGE_MODES: 8-bit greyscale only. MASK_MODES: also fewer bits, and colours if all of them are grey and opaque.
 
     Returns
     -------
-    uint8 array, shape (height, width), 0 to 255; 0 or 1 in mode "1"
+    uint8 array, shape (height, width), 0 to 255; 0 or 1 in masks of one bit
 
     Raises
     ------
@@ -396,14 +455,15 @@ def decode_image(data, url, target_size, modes):
         The file is damaged, or is not such an image of target_size.
     """
     expected = FORMATS[_suffix(url)]
-    depths = [{"L": 8, "1": 1}[mode] for mode in modes]
     try:
-        open_image = {"PNG": _open_png, "TIFF": _open_tiff}[expected]
-        with open_image(data, url, tuple(target_size), depths) as image:
-            pixels = np.asarray(image, dtype=np.uint8)
-        if pixels.shape != tuple(target_size)[::-1]:
-            raise ValueError(f"its pixels have the shape {pixels.shape}")
-        return pixels
+        if not data.startswith(BEGINNINGS[expected]):
+            raise _of_another_format(data, url)
+        image, bits = {"PNG": _open_png, "TIFF": _open_tiff}[expected](data, url)
+        _check_orientation(image.getexif(), url)  # also in XMP: Pillow applies either
+        _check_size(image.size, url, target_size)
+        if image.mode not in modes or not bits <= set(IMAGE_BITS if modes == IMAGE_MODES else MASK_BITS):
+            raise _not_grey(url, _mode_in_words(image.mode, bits))
+        return _grey_values(image, url)
     except DatasetError:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
@@ -411,17 +471,13 @@ def decode_image(data, url, target_size, modes):
         raise DatasetError(f"{url} cannot be decoded as {expected} ({reason}): save it again") from error
 
 
-def _open_png(data, url, target_size, depths):
-    """Open the critical chunks of a PNG, and check their checksums, which Pillow ignores when it decodes."""
-    if not data.startswith(PNG_SIGNATURE):
-        raise _of_another_format(data, url)
-    critical, position, kind = [PNG_SIGNATURE], len(PNG_SIGNATURE), None
-    while kind != b"IEND":
+def _open_png(data, url):
+    """Open a PNG without its metadata, some of which Pillow refuses; returns the image and {bits of a channel}."""
+    kept, position, kind = [PNG_SIGNATURE], len(PNG_SIGNATURE), None
+    while kind != b"IEND" and position + 8 <= len(data):
         start = position
-        length, kind = struct.unpack_from(">I4s", data, start) if len(data) >= start + 8 else (0, b"")
+        length, kind = struct.unpack_from(">I4s", data, start)
         position += 12 + length
-        if len(data) < position:
-            raise ValueError("it is cut off")
         if kind == b"fdAT":
             raise DatasetError(f"{url} is an animation: save only the image that is meant")
         if kind == b"eXIf":
@@ -429,105 +485,69 @@ def _open_png(data, url, target_size, depths):
             with contextlib.suppress(Exception):  # programs ignore metadata that is broken
                 exif.load(data[start + 8 : position - 4])
             _check_orientation(exif, url)
-        if kind[:1].islower():  # an ancillary chunk: damage in it does not change the pixels
-            continue
-        if zlib.crc32(memoryview(data)[start + 4 : position - 4]) != int.from_bytes(data[position - 4 : position]):
-            raise ValueError("it is damaged (a checksum is wrong)")
-        if kind == b"IHDR" and len(critical) == 1:
-            width, height, depth, colour = struct.unpack_from(">IIBB", data, start + 8)
-            _check_size(width, height, url, target_size)
-            if colour != 0:
-                raise _not_grey(url, PNG_COLOURS.get(colour, f"has colour type {colour}"))
-            _check_depth(depth, url, depths)
-        elif kind not in (b"PLTE", b"IDAT", b"IEND") or len(critical) == 1:
-            raise DatasetError(f"{url} is not a standard PNG (it has a chunk {kind.decode()}): save it again as PNG")
-        if kind != b"PLTE":
-            critical.append(data[start:position])
-    return Image.open(io.BytesIO(b"".join(critical)), formats=["PNG"])
+        if kind[:1].isupper() or kind == b"tRNS":
+            kept.append(data[start:position])
+    file = io.BytesIO(b"".join(kept))
+    Image.open(file, formats=["PNG"]).verify()
+    return Image.open(file, formats=["PNG"]), {kept[1][16]}
 
 
-def _open_tiff(data, url, target_size, depths):
-    """Check the tags of a TIFF and open its one page that is neither thumbnail nor transparency mask."""
-    if not data.startswith(tuple(TiffImagePlugin.PREFIXES)):
-        raise _of_another_format(data, url)
-    if data.startswith(b"MM\0+"):  # Pillow takes it for a plain TIFF
-        raise DatasetError(f"{url} is a big-endian BigTIFF: save it as plain TIFF")
-    pages = _pages(data, url)
-    if not all({256, 257} <= tags.keys() for tags in pages) or not pages:
-        raise ValueError("it is damaged or cut off: its size is missing")
-    whole = [i for i, tags in enumerate(pages) if not tags.get(254, 0) & 5 and tags.get(255) != 2]
-    number = whole[0] if whole else 0
-    tags = pages[number]
+def _open_tiff(data, url):
+    """Open the one page of a TIFF that is no thumbnail or transparency mask; returns it and {bits of a channel}."""
+    image = Image.open(io.BytesIO(data), formats=["TIFF"])
+    whole = []
+    for page in range(image.n_frames):
+        image.seek(page)
+        if not image.tag_v2.get(254, 0) & 5 and image.tag_v2.get(255) != 2:
+            whole.append(page)
+    image.seek(whole[0] if whole else 0)
+    tags = image.tag_v2
 
-    def get(tag, default=None):
-        values = tags.get(tag, default)
-        return values[0] if isinstance(values, tuple) and len(set(values)) == 1 else values
-
-    about = str(get(270))
+    about = str(tags.get(270))
     stack = re.match(r"ImageJ=.*^images=(\d+)", about, re.DOTALL | re.MULTILINE)
-    images = max(len(whole), int(stack[1]) if stack else 1, get(32997, 1))
+    images = max(len(whole), int(stack[1]) if stack else 1, tags.get(32997, 1))
     if images > 1 or (about.startswith('{"shape":') and '"truncated": true' in about):
         raise DatasetError(
             f"{url} has {images if images > 1 else 'several'} pages or slices: save each as a file with one page"
         )
-
-    width, height, photometric = get(256), get(257), get(262)
-    if photometric == 0:
+    if tags.get(262) == 0:
         raise DatasetError(
             f"{url} stores white as 0 (its photometric interpretation is 0, as with ImageJ's inverting LUT), so that "
             "programs disagree about its values: in ImageJ, choose Image > Lookup Tables > Invert LUT, check the "
             "values, and save it again; in Python, save an array of the type uint8, not bool"
         )
-    for refused, what in (
-        (photometric is None, "does not say whether 0 is black: it has no photometric interpretation"),
-        (photometric != 1, TIFF_COLOURS.get(photometric, f"has the photometric interpretation {photometric}")),
-        (get(277, 1) != 1 or 338 in tags, "has several channels"),
-        (get(339, 1) == 2, "has signed numbers: its sample format is 2"),
-        (get(339, 1) == 3, "has floating-point numbers: its sample format is 3"),
-        (get(339, 1) != 1, f"has the sample format {get(339)}"),
-        (get(266, 1) != 1, f"has its bits in another order: its fill order is {get(266)}"),
-    ):
-        if refused:
-            raise _not_grey(url, what)
-    _check_depth(get(258, 1), url, depths)
-    _check_size(width, height, url, target_size)
-    if get(322, 0) * get(323, 0) > 2**20 + 4 * width * height:
-        raise DatasetError(f"{url} has tiles far larger than the image: save it without tiles")
-    if get(259, 1) not in TiffImagePlugin.COMPRESSION_INFO:
-        raise DatasetError(f"{url} is compressed in an unknown way (number {get(259)}): save it with LZW")
-    if len(tags.get(273, ())) > math.ceil(height / min(get(278, height), height)):
+    if 262 not in tags:
+        raise _not_grey(url, "does not say whether 0 is black: it has no photometric interpretation")
+    if 2 in tags.get(339, ()):
+        raise _not_grey(url, "has signed numbers: its sample format is 2")
+    if tags.get(266, 1) != 1:
+        raise _not_grey(url, f"has its bits in another order: its fill order is {tags[266]}")
+    height = tags[257]
+    if len(tags.get(273, ())) > tags.get(277, 1) * math.ceil(height / min(tags.get(278, height), height)):
         raise DatasetError(f"{url} has more strips than its {height} rows need: save it again")
-    image = Image.open(io.BytesIO(data), formats=["TIFF"])
-    image.seek(number)
-    _check_orientation(image.getexif(), url)  # in its tag 274 or its XMP: Pillow applies either
-    return image
+    return image, set(tags.get(258, (1,)))
 
 
-def _pages(data, url):
-    """The tags of each page of a TIFF, read by Pillow, so that they are the ones that Pillow will use."""
-    file, tags = io.BytesIO(data), TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2:3] == b"+" else 8])
-    pages, offsets = [], set()
-    while tags.next and tags.next not in offsets:
-        if len(pages) == MAX_PAGES:
-            raise DatasetError(f"{url} has more than {MAX_PAGES} pages: save each as a file with one page")
-        offsets.add(tags.next)
-        file.seek(tags.next)
-        tags.load(file)
-        pages.append(dict(tags))
-    return pages
+def _grey_values(image, url):
+    """The pixels of an image as uint8, shape (height, width); the colours of all must be grey and opaque."""
+    if image.mode in ("1", "L"):
+        return np.array(image, dtype=np.uint8)
+    red, green, blue, alpha = np.moveaxis(np.asarray(image.convert("RGBA")), -1, 0)
+    if (alpha != 255).any():
+        raise _not_grey(url, "is transparent in places")
+    if (red != green).any() or (red != blue).any():
+        raise _not_grey(url, "is in colour")
+    if image.mode == "P" and ((np.asarray(image) == 0) != (red == 0)).any():
+        raise _not_grey(url, "has a palette that swaps black with another grey, so that programs disagree about it")
+    return red.copy()
 
 
-def _check_size(width, height, url, target_size):
-    if (width, height) != target_size:
+def _check_size(size, url, target_size):
+    if tuple(size) != tuple(target_size):
         raise DatasetError(
-            f"{url} has {width} x {height} pixels, but target_size in the dataset's config.yaml is "
+            f"{url} has {size[0]} x {size[1]} pixels, but target_size in the dataset's config.yaml is "
             f"{target_size[0]} x {target_size[1]}: correct one of them"
         )
-
-
-def _check_depth(depth, url, depths):
-    if depth not in depths:
-        raise _not_grey(url, f"has {depth}-bit pixels")
 
 
 def _check_orientation(exif, url):
@@ -536,6 +556,12 @@ def _check_orientation(exif, url):
             f"{url} is rotated or mirrored by its orientation tag ({orientation}), which some programs ignore: rotate "
             "the pixels themselves and save it without the tag"
         )
+
+
+def _mode_in_words(mode, bits):
+    if mode == "L" or (max(bits) > 8 and mode != "F"):
+        return f"has {max(bits)}-bit pixels"
+    return MODES_IN_WORDS.get(mode, "is in colour")
 
 
 def _not_grey(url, what):

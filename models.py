@@ -1,19 +1,17 @@
 """The science: class metrics, and the training of thresholds on counts."""
 
-import itertools
+import difflib
 import math
-import numbers
 import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
 from counts import THRESHOLDS, confusion
-from errors import ConfigurationError, ModelError, NotConvergedError, UsageError, first_line
+from errors import ConfigurationError, ModelError, NotConvergedError, UsageError
 
 # The settings of scipy.optimize.minimize_scalar; the result records them. If a class does not converge, raise maxiter
 # or the tolerance.
@@ -28,31 +26,19 @@ OPT_OPTIONS = {"maxiter": 500}  # maxiter, disp, and xatol (bounded) or xtol (br
 
 
 def ratio(numerator, denominator):
-    """numerator / denominator, with 0 / 0 = 0: a float64 array for arrays, a Fraction for Python integers."""
-    if isinstance(denominator, np.ndarray):
-        return np.divide(numerator, denominator, out=np.zeros(denominator.shape), where=denominator != 0)
-    return Fraction(numerator, denominator) if denominator else Fraction(0)
+    """numerator / denominator of two arrays of one shape, as float64, with 0 / 0 = 0."""
+    return np.divide(numerator, denominator, out=np.zeros(np.shape(denominator)), where=denominator != 0)
 
 
 def matthews_corrcoef(tp, fp, fn, tn):
     """Correlation between mask and prediction (Matthews, 1975), in [-1, 1]; 0 if one of them is constant."""
-    if isinstance(tp, np.ndarray):
-        tp, fp, fn, tn = (count.astype(np.float64) for count in (tp, fp, fn, tn))
-        return ratio(tp * tn - fp * fn, np.sqrt(tp + fp) * np.sqrt(tp + fn) * np.sqrt(tn + fp) * np.sqrt(tn + fn))
-    # The root may be irrational, but it need only be good enough to compare: with counts below 2**63, two different
-    # squares differ by at least 2**-512, so roots rounded down to 640 bits have the order of the exact ones.
-    covariance, product = tp * tn - fp * fn, (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    root = Fraction(math.isqrt((covariance**2 << 1280) // (product or 1)), 1 << 640)
-    return root if covariance >= 0 else -root
+    tp, fp, fn, tn = (count.astype(np.float64) for count in (tp, fp, fn, tn))  # products of int64 would overflow
+    return ratio(tp * tn - fp * fn, np.sqrt(tp + fp) * np.sqrt(tp + fn) * np.sqrt(tn + fp) * np.sqrt(tn + fn))
 
 
-# To add a metric, add a line. A metric is a function of four numbers of pixels: true positives, false positives, false
-# negatives, true negatives. Larger is better, and 0 / 0 is 0: use `ratio` to divide. A metric must not change its
-# arguments, and must work in two ways:
-# - for arrays of one shape, int64 or (in the bootstrap) float64, it returns a finite float64 array of that shape;
-# - for Python integers it returns the same value exactly, as a Fraction (`ratio` gives one): this compares thresholds
-#   whose metrics are equal in float64.
-# If a metric breaks this rule, the run ends with an error before the network runs (`check_metric`).
+# To add a metric, add a line. A metric is a function of four arrays of one shape, with numbers of pixels: true
+# positives, false positives, false negatives, true negatives. It returns an array of that shape. Larger is better.
+# Divide with `ratio`, because 0 / 0 is 0 here.
 CLASS_METRICS = {
     "iou_score": lambda tp, fp, fn, tn: ratio(tp, tp + fp + fn),
     "f1_score": lambda tp, fp, fn, tn: ratio(2 * tp, 2 * tp + fp + fn),
@@ -73,47 +59,35 @@ CONSTRAINED_METRICS = {
 }
 METRIC_NAMES = [*CLASS_METRICS, *(f"{name}_<level>" for name in CONSTRAINED_METRICS)]
 
+# Words in other names that people use for a metric.
+ALSO_CALLED = {
+    "dice": "f1_score",
+    "jaccard": "iou_score",
+    "sensitivity": "recall",
+    "balanced": "balanced_accuracy",
+    "accuracy": "binary_accuracy_sm",
+    "mcc": "matthews_corrcoef",
+}
+
 
 class ClassMetric(NamedTuple):
-    """A class metric to make best; with a constraint, only where a second metric reaches a level.
-
-    Attributes
-    ----------
-    name : str
-        The name for `class_metric`.
-    value : callable
-        The metric, as described above CLASS_METRICS.
-    constraint : callable or None
-        The second metric.
-    level : Fraction or None
-        What the second metric must reach, in (0, 1): exactly the decimal number in the name.
-    constraint_name : str or None
-        The name of the second metric.
-    """
+    """A class metric to make best; with a constraint, only where a second metric reaches a level."""
 
     name: str
-    value: Callable
-    constraint: Callable | None = None
-    level: Fraction | None = None
-    constraint_name: str | None = None
+    value: Callable  # the metric, as described above CLASS_METRICS
+    constraint: Callable | None = None  # the second metric
+    level: float | None = None  # what the second metric must reach, in (0, 1)
+    constraint_name: str | None = None  # of the second metric
 
     def __call__(self, tp, fp, fn, tn):
-        """The metric, whether its constraint holds or not: a float64 array for arrays, exact for Python integers."""
+        """The metric as a float64 array, whether its constraint holds or not."""
         return self.value(tp, fp, fn, tn)
 
     def allowed(self, tp, fp, fn, tn):
-        """Whether the second metric reaches the level: a bool array for arrays, a bool for Python integers."""
-        if not isinstance(tp, np.ndarray):
-            return self.constraint is None or self.constraint(tp, fp, fn, tn) >= self.level
+        """Whether the second metric reaches the level, as a bool array; all true without a constraint."""
         if self.constraint is None:
-            return np.ones(tp.shape, bool)
-        reached, level = self.constraint(tp, fp, fn, tn), float(self.level)
-        allowed = reached >= level
-        if tp.dtype.kind == "i":  # so close to the level that rounding decides, exact arithmetic does
-            near = np.abs(reached - level) < 1e-15
-            values, which = _exact(self.constraint, np.stack([tp, fp, fn, tn])[:, near])
-            allowed[near] = np.array([value >= self.level for value in values], bool)[which]
-        return allowed
+            return np.ones(np.shape(tp), bool)
+        return self.constraint(tp, fp, fn, tn) >= self.level
 
 
 def class_metric(name):
@@ -139,74 +113,16 @@ def class_metric(name):
         return ClassMetric(name, CLASS_METRICS[name])
     form, _, level = name.rpartition("_")
     if form in CONSTRAINED_METRICS:
-        if not re.fullmatch(r"0?\.[0-9]{1,15}", level) or not Fraction(level):
+        if not re.fullmatch(r"0?\.[0-9]{1,15}", level) or not float(level):
             raise UsageError(f"{option} {name}: write the level as a decimal number between 0 and 1, as in {form}_0.95")
         value, constraint = CONSTRAINED_METRICS[form]
-        return ClassMetric(name, CLASS_METRICS[value], CLASS_METRICS[constraint], Fraction(level), constraint)
+        return ClassMetric(name, CLASS_METRICS[value], CLASS_METRICS[constraint], float(level), constraint)
     if name == "binary_cross_entropy":
         raise UsageError(f"{option} binary_cross_entropy does not depend on a threshold: choose another metric")
-    raise UsageError(f"{option} {name!r}: choose one of {', '.join(METRIC_NAMES)}")
-
-
-def check_metric(metric):
-    """Try a ClassMetric on small counts; raise ConfigurationError if it breaks the rule above CLASS_METRICS."""
-    counts = np.array(list(itertools.product([0, 1, 7], repeat=4)), np.int64).T  # (4, 81), with every 0 / 0
-    for function in filter(None, (metric.value, metric.constraint)):
-        values = _values(metric, function, counts)
-        _values(metric, function, counts.reshape(4, 9, 9).astype(np.float64))
-        for value, whole in zip(values, counts.T.tolist(), strict=True):
-            try:
-                exact = function(*whole)
-            except Exception as error:
-                raise _broken(metric, f"with the Python integers {whole} it raises {error!r}") from error
-            if not isinstance(exact, numbers.Real) or not abs(exact - value) < 1e-9:
-                raise _broken(metric, f"with {whole} it is {exact!r} for Python integers and {value!r} for arrays")
-
-
-def _values(metric, function, counts):
-    """The metric of int64 or float64 counts, shape (4, ...); raises ConfigurationError if it breaks the rule."""
-    given = counts.copy()
-    try:
-        with np.errstate(all="ignore"):
-            values = function(*given)
-    except Exception as error:
-        raise _broken(metric, f"with {counts.dtype} arrays it raises {error!r}") from error
-    if not isinstance(values, np.ndarray) or values.dtype != np.float64 or values.shape != counts.shape[1:]:
-        got = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else reprlib.repr(values)
-        raise _broken(metric, f"for {counts.dtype} arrays of shape {counts.shape[1:]} it returns {got}")
-    if not np.isfinite(values).all():
-        at = counts[:, ~np.isfinite(values)][:, 0].tolist()
-        raise _broken(metric, f"it is {values[~np.isfinite(values)][0]} for tp, fp, fn, tn = {at}")
-    if (given != counts).any():
-        raise _broken(metric, "it changes its arguments")
-    return values
-
-
-def _broken(metric, how):
-    return ConfigurationError(
-        f"the class metric {metric.name} breaks the rule above CLASS_METRICS in models.py: {first_line(how)}; it must "
-        "return a finite float64 array of the counts' shape for arrays, the same value for Python integers, and 0 for "
-        "0 / 0 (`ratio` divides so)"
-    )
-
-
-def _exact(function, counts):
-    """A metric of int64 counts in exact arithmetic, computed only once for neighbours with equal counts.
-
-    Parameters
-    ----------
-    function : callable
-        A metric, as described above CLASS_METRICS.
-    counts : int64 array, shape (4, n)
-
-    Returns
-    -------
-    values : list of Fraction
-    which : integer array, shape (n,)
-        The metric of column i is `values[which[i]]`.
-    """
-    new = np.append(True, (counts[:, 1:] != counts[:, :-1]).any(axis=0))[: counts.shape[1]]
-    return [function(*column) for column in counts[:, new].T.tolist()], np.cumsum(new) - 1
+    meant = next((known for word, known in ALSO_CALLED.items() if word in name.lower()), name.lower())
+    near = difflib.get_close_matches(meant, METRIC_NAMES, n=1, cutoff=0.4)
+    question = f"did you mean {near[0]}? " if near else ""
+    raise UsageError(f"{option} {name!r}: {question}choose one of {', '.join(METRIC_NAMES)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -219,6 +135,7 @@ OPTIONS_OF_METHODS = {
     "golden": ("xtol", "maxiter", "disp"),
 }
 
+EQUAL = 1e-14  # metrics that differ by no more are equal: IoU and F1 have the same optima, but round differently
 USELESS = 0.01  # a mask with less than this part of the class in it, or of the other pixels outside it, is of no use
 
 
@@ -270,8 +187,8 @@ def check_trainable(counts, class_names):
             )
 
 
-def check_optimisation():
-    """Check OPT_BOUNDS, OPT_METHOD, OPT_TOL and OPT_OPTIONS.
+def optimisation_range():
+    """The thresholds within OPT_BOUNDS; checks OPT_BOUNDS, OPT_METHOD, OPT_TOL and OPT_OPTIONS.
 
     Returns
     -------
@@ -284,39 +201,62 @@ def check_optimisation():
         minimize_scalar cannot work with one of them.
     """
 
-    def refuse(name, value, why):
-        raise ConfigurationError(f"{name} = {reprlib.repr(value)} at the top of models.py: {why}")
+    def check(name, holds, needed):
+        if not holds:
+            value = reprlib.repr(globals()[name])
+            raise ConfigurationError(f"{name} = {value} at the top of models.py must be {needed}")
 
     def from_0_to_1(value):  # false for NaN; only types that the YAML of the result can hold
         return type(value) in (int, float) and 0 <= value <= 1
 
-    if not isinstance(OPT_BOUNDS, list | tuple) or len(OPT_BOUNDS) != 2 or not all(map(from_0_to_1, OPT_BOUNDS)):
-        refuse("OPT_BOUNDS", OPT_BOUNDS, "it must be two numbers from 0 to 1, [lowest, highest]")
-    if OPT_BOUNDS[0] > OPT_BOUNDS[1]:
-        refuse("OPT_BOUNDS", OPT_BOUNDS, "the first is above the second")
+    pair = isinstance(OPT_BOUNDS, list | tuple) and len(OPT_BOUNDS) == 2 and all(map(from_0_to_1, OPT_BOUNDS))
+    check("OPT_BOUNDS", pair and OPT_BOUNDS[0] <= OPT_BOUNDS[1], "two numbers from 0 to 1, [lowest, highest]")
     low = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[0]), "left"))
     high = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[1]), "right")) - 1
-    if low > high:
-        around = " and ".join(str(THRESHOLDS[k]) for k in (high, low) if 0 <= k < len(THRESHOLDS))
-        refuse("OPT_BOUNDS", OPT_BOUNDS, f"no threshold lies within them; widen them: the nearest are {around}")
-
-    if not isinstance(OPT_METHOD, str) or OPT_METHOD not in OPTIONS_OF_METHODS:
-        refuse("OPT_METHOD", OPT_METHOD, f"it must be one of {', '.join(OPTIONS_OF_METHODS)}")
-    if not from_0_to_1(OPT_TOL):
-        refuse("OPT_TOL", OPT_TOL, "it must be a number from 0 to 1")
-    if not isinstance(OPT_OPTIONS, dict):
-        refuse("OPT_OPTIONS", OPT_OPTIONS, "it must be a dictionary")
-    for name, value in OPT_OPTIONS.items():
-        known = OPTIONS_OF_METHODS[OPT_METHOD]
-        if name not in known:
-            refuse("OPT_OPTIONS", OPT_OPTIONS, f"the method {OPT_METHOD} has only the options {', '.join(known)}")
-        if name == "maxiter" and not (type(value) is int and value > 0):
-            refuse("OPT_OPTIONS", OPT_OPTIONS, "maxiter must be a whole number, 1 or more")
-        if name in ("xatol", "xtol") and not from_0_to_1(value):
-            refuse("OPT_OPTIONS", OPT_OPTIONS, f"{name} must be a number from 0 to 1")
-        if name == "disp" and not (isinstance(value, int) and 0 <= value <= 3):
-            refuse("OPT_OPTIONS", OPT_OPTIONS, "disp must be 0, 1, 2 or 3")
+    check("OPT_BOUNDS", low <= high, "farther apart: no threshold lies within them")
+    check("OPT_METHOD", OPT_METHOD in list(OPTIONS_OF_METHODS), f"one of {', '.join(OPTIONS_OF_METHODS)}")
+    check("OPT_TOL", from_0_to_1(OPT_TOL), "a number from 0 to 1")
+    known = OPTIONS_OF_METHODS[OPT_METHOD]
+    valid = isinstance(OPT_OPTIONS, dict) and OPT_OPTIONS.keys() <= set(known)
+    check("OPT_OPTIONS", valid, f"a dictionary with options that {OPT_METHOD} has: {', '.join(known)}")
+    maxiter = OPT_OPTIONS.get("maxiter", 1)
+    check("OPT_OPTIONS", type(maxiter) is int and maxiter > 0, "with maxiter as a whole number, 1 or more")
+    check("OPT_OPTIONS", from_0_to_1(OPT_OPTIONS.get(known[0], 0)), f"with {known[0]} as a number from 0 to 1")
     return low, high
+
+
+def swapped_classes(counts, class_titles, class_folders):
+    """Warn of channels of the network that fit the masks of another class far better than those of their own.
+
+    Each channel is compared with each folder of masks by their IoU at 0.5. The folders are given to the channels anew
+    so that the sum of the IoUs is largest. A channel is warned of if its new folder fits at least twice as well as its
+    own and by 0.2 better, and if no channel fits its new folder worse than its own. So classes that contain each other,
+    and a network that finds only one of them, raise no warning.
+
+    Parameters
+    ----------
+    counts : counts.Counts
+    class_titles, class_folders : list of str
+
+    Returns
+    -------
+    list of str
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    predicted = counts.histogram[:, :, int(np.searchsorted(THRESHOLDS, 0.5)) + 1 :].sum(axis=(1, 2))
+    masks = counts.histogram[:, 1].sum(axis=1)
+    fit = ratio(counts.overlap, predicted[:, None] + masks - counts.overlap)
+    own, (channels, given) = np.diag(fit), linear_sum_assignment(fit, maximize=True)
+    best = fit[channels, given]
+    if (best < own).any():
+        return []
+    return [
+        f"{class_titles[i]}: at 0.5 this channel of the network fits the masks in {class_folders[given[i]]} (IoU "
+        f"{best[i]:.2f}) far better than its own (IoU {own[i]:.2f}): the folders seem to be in another order than when "
+        "the model was trained; channels take the class folders in sorted order, so check their names"
+        for i in np.flatnonzero((best >= 2 * own) & (best >= own + 0.2))
+    ]
 
 
 def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
@@ -339,23 +279,24 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     Raises
     ------
     ConfigurationError
-        From `check_optimisation`, or for a metric that breaks the rule above CLASS_METRICS.
+        From `optimisation_range`.
     ModelError
         The metric's constraint holds at no threshold within OPT_BOUNDS.
     NotConvergedError
         minimize_scalar did not converge.
     """
-    low, high = check_optimisation()
-    counts = np.stack(confusion(histogram))
-    values = _values(metric, metric.value, counts)
-    allowed = metric.allowed(*counts)
-    if not allowed[low : high + 1].any():
+    low, high = optimisation_range()
+    counts = confusion(histogram)
+    values, allowed = metric(*counts), metric.allowed(*counts)
+    candidates = allowed.copy()
+    candidates[:low] = candidates[high + 1 :] = False
+    if not candidates.any():
         raise _level_not_reached(metric, class_name, counts, allowed, low, high)
 
     loss = 1 - values
     if metric.constraint:  # below the level, worse than at any allowed threshold, and worse the farther below
-        short = float(metric.level) - metric.constraint(*counts)
-        loss[~allowed] = 1 - values.min() + short[~allowed].clip(min=0)
+        short = metric.level - metric.constraint(*counts)
+        loss[~allowed] = 1 - values.min() + short[~allowed]
     history = []
 
     def evaluate(k):
@@ -366,7 +307,7 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     # minimize_scalar may find a local optimum only. The counts give the metric at every threshold, so the threshold
     # reported is the exact optimum among them all; it is the last evaluation in the history.
     search = _minimize(evaluate, class_name, low, high, worst=loss.max() + 1)
-    best = best_thresholds(metric, counts, values, allowed, low, high)
+    best = candidates & (values >= values[candidates].max() - EQUAL)
     first, index, last = widest_stretch(best)
     evaluate(index)
 
@@ -385,13 +326,7 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
         history=history,
         warnings=_warnings(class_name, metric, counts, values, allowed, best, index, low, high),
     )
-    curve = ClassCurve(
-        *counts,
-        metric=values,
-        precision=CLASS_METRICS["precision"](*counts),
-        recall=CLASS_METRICS["recall"](*counts),
-    )
-    return trained, curve
+    return trained, ClassCurve(*counts, values, CLASS_METRICS["precision"](*counts), CLASS_METRICS["recall"](*counts))
 
 
 def _minimize(evaluate, class_name, low, high, worst):
@@ -425,39 +360,6 @@ def _minimize(evaluate, class_name, low, high, worst):
     return result
 
 
-def best_thresholds(metric, counts, values, allowed, low, high):
-    """Find the allowed thresholds from `low` to `high` at which the metric is best.
-
-    Different metrics can be equal in float64, and IoU and F1, which have the same optima, are not rounded in the same
-    way. So the thresholds that are best in float64, or nearly so, are compared again in exact arithmetic.
-
-    Parameters
-    ----------
-    metric : ClassMetric
-    counts : int64 array, shape (4, N)
-        tp, fp, fn, tn at every threshold.
-    values : float64 array, shape (N,)
-        The metric of the counts.
-    allowed : bool array, shape (N,)
-        True where the metric's constraint holds; at least once from `low` to `high`.
-    low, high : int
-        Indices of the first and the last threshold to consider.
-
-    Returns
-    -------
-    bool array, shape (N,)
-        True at the best thresholds; at least one is.
-    """
-    candidates = np.flatnonzero(allowed[low : high + 1]) + low
-    highest = values[candidates].max()
-    candidates = candidates[values[candidates] >= highest - 1e-14 * max(1, abs(highest))]
-    exact, which = _exact(metric.value, counts[:, candidates])
-    highest = max(exact)
-    best = np.zeros(len(values), bool)
-    best[candidates] = np.array([value == highest for value in exact])[which]
-    return best
-
-
 def widest_stretch(chosen):
     """Find the stretch of neighbouring chosen thresholds whose last and first threshold differ most.
 
@@ -482,12 +384,12 @@ def widest_stretch(chosen):
 
 
 def _level_not_reached(metric, class_name, counts, allowed, low, high):
-    k = low + int(np.argmax(metric.constraint(*counts)[low : high + 1]))
-    highest = math.floor(10**6 * metric.constraint(*counts[:, k].tolist())) / 10**6  # rounded down: a level that works
+    reached = metric.constraint(*counts)[low : high + 1]
+    highest = math.floor(10**6 * reached.max()) / 10**6  # rounded down: a level that works
     where, widen = ("within OPT_BOUNDS", "widen them, or ") if allowed.any() else ("at any threshold", "")
     return ModelError(
         f"{class_name}: {metric.constraint_name} does not reach the level of {metric.name} {where}: the highest is "
-        f"{highest}, at {THRESHOLDS[k]!s}; {widen}ask for a lower level, or train another model"
+        f"{highest}, at {THRESHOLDS[low + np.argmax(reached)]!s}; {widen}ask for a lower level, or train another model"
     )
 
 
@@ -499,6 +401,13 @@ def _warnings(class_name, metric, counts, values, allowed, best, index, low, hig
         return [
             f"{class_name}: at the trained threshold the prediction is right in every pixel; make sure that the "
             "network was not trained on these images, and did not make their masks"
+        ]
+    half = int(np.searchsorted(THRESHOLDS, 0.5))
+    outside, inside = fp[half] / negatives, tp[half] / positives
+    if outside > 0.5 and inside < outside / 4:
+        return [
+            f"{class_name}: at 0.5 the prediction holds {outside:.0%} of the pixels outside the masks and {inside:.0%} "
+            "of those inside: the masks seem to be inverted; zero must mean outside the class"
         ]
     if tp[0] < USELESS * positives:
         return [

@@ -176,7 +176,7 @@ def test_every_interval_contains_the_value_it_belongs_to(name, number):
         if said.gain is not None:
             assert said.gain == curve[index] - curve[np.searchsorted(THRESHOLDS, 0.5)]
             assert said.gain_interval[0] <= said.gain <= said.gain_interval[1]
-            assert said.no_gain == (said.gain_interval[0] <= 0)
+            assert said.gain_unclear == (said.gain_interval[0] <= 0)
         assert (said.band_low <= curve[::STEP]).all() and (curve[::STEP] <= said.band_high).all()
 
 
@@ -211,7 +211,7 @@ def test_too_few_blocks_are_said_to_be_too_few(number):
         said.x_interval is said.metric_interval is said.gain_interval is said.expected_metric is said.band_low is None
     )
     assert said.blocks == number and "5 stacks" in said.reason and str(number) in said.reason
-    assert said.gain >= 0 and not said.no_gain
+    assert said.gain >= 0 and not said.gain_unclear
 
 
 def test_only_blocks_that_hold_the_class_count():
@@ -230,20 +230,20 @@ def test_only_blocks_that_hold_the_class_count():
 def test_a_threshold_that_is_a_half_gains_nothing():
     half = int(np.searchsorted(THRESHOLDS, 0.5))
     said = assess(noisy_blocks(20), index=half)
-    assert said.gain == 0 and said.no_gain
+    assert said.gain == 0 and said.gain_unclear
     # Where the network is far off, 0.5 is no match.
     rng = np.random.default_rng(5)
     truth = rng.random((20, 3000)) < 0.3
     shifted = logits_to_blocks(rng.normal(np.where(truth, 4.5, 1.5), 1.0) + rng.normal(0, 0.2, (20, 1)), truth)
     said = assess(shifted)
-    assert said.gain > 0.1 and said.gain_interval[0] > 0 and not said.no_gain
+    assert said.gain > 0.1 and said.gain_interval[0] > 0 and not said.gain_unclear
 
 
-def test_no_gain_over_a_half_that_breaks_the_constraint():
+def test_gain_unclear_over_a_half_that_breaks_the_constraint():
     metric = class_metric("precision_at_recall_0.95")
     blocks = noisy_blocks(20)
     said = assess(blocks, metric)
-    assert said.gain is said.gain_interval is None and not said.no_gain
+    assert said.gain is said.gain_interval is None and not said.gain_unclear
     assert said.metric_interval is not None
 
 
@@ -299,7 +299,9 @@ def test_neither_tensorflow_nor_models_is_needed():
 
 
 def guarantee(blocks, level, low=0, high=LAST):
-    return confidence.guarantee_recall(THRESHOLDS, blocks.sum(axis=0), coarse(blocks), level, low, high)
+    return confidence.guarantee_recall(
+        THRESHOLDS, blocks.sum(axis=0), coarse(blocks), level, low, high, [str(b) for b in range(len(blocks))]
+    )
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.9])

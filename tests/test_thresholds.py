@@ -421,7 +421,7 @@ ONE_STEP = [[float(THRESHOLDS[k]), float(THRESHOLDS[k + 1])] for k in (0, 1000, 
 @pytest.mark.parametrize("bounds", [[0, 1], [0.2, 0.4], [0.0, 1e-9], [0.9999, 1.0], [0.5, 0.5], *ONE_STEP], ids=str)
 def test_every_method_works_with_all_bounds(method, bounds, monkeypatch):
     configure(monkeypatch, OPT_METHOD=method, OPT_BOUNDS=bounds)
-    models.check_optimisation()
+    models.optimisation_range()
     calls, original = [], scipy.optimize.minimize_scalar
     monkeypatch.setattr(scipy.optimize, "minimize_scalar", lambda *a, **k: calls.append(k) or original(*a, **k))
     rng = np.random.default_rng(3)
@@ -557,10 +557,10 @@ def test_every_option_reaches_the_method(method, monkeypatch, capsys):
     ids=str,
 )
 def test_a_configuration_that_cannot_work_is_named(name, value, monkeypatch):
-    models.check_optimisation()
+    models.optimisation_range()
     monkeypatch.setattr(models, name, value)
     with pytest.raises(ConfigurationError, match=f"{name} = .*models.py"):
-        models.check_optimisation()
+        models.optimisation_range()
 
 
 def test_untrainable_classes_are_named():
