@@ -253,7 +253,7 @@ def _count_on_cluster(job, address, chunks, on_images):
         while waiting or running:
             while waiting and len(running) < CHUNKS_PER_WORKER * max(1, patience.workers):
                 chunk = waiting.popleft()
-                # Compressed, because the scheduler keeps it; a key of this run's own, because another one may count too.
+                # Compressed, because the scheduler keeps it. With a key of its own, because other runs may count too.
                 packed = zlib.compress(pickle.dumps(chunk))
                 key = f"count-{run}-{chunk.number}-{check_only}"
                 running[client.submit(count_on_worker, packed_job, packed, check_only, key=key, pure=False)] = chunk

@@ -198,7 +198,7 @@ class Counter:
             in_flight = following
 
     def _start(self, batch):
-        """Give each device its part of a batch; returns (part, tensors). On a GPU this does not wait for the tensors."""
+        """Give each device its part of a batch; returns (part, tensors). On a GPU this waits for nothing."""
         import tensorflow as tf
 
         size = self.batch_size

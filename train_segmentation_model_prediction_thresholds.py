@@ -119,8 +119,8 @@ def find_inputs(args):
     bucket = open_bucket(args.gcp_bucket, TMP / "objects")
     with ThreadPoolExecutor(4) as pool:  # on a slow network each waits for several answers
         asked = [
-            pool.submit(configuration.read_config, bucket, dataset_yaml, "dataset_config"),
-            pool.submit(configuration.read_config, bucket, f"{model_directory}/config.yaml", "train_config"),
+            pool.submit(configuration.read_config, bucket, dataset_yaml, "dataset_config", warn),
+            pool.submit(configuration.read_config, bucket, f"{model_directory}/config.yaml", "train_config", warn),
             pool.submit(bucket.stat, f"{model_directory}/model.hdf5"),
             pool.submit(bucket.list, split_directory, image_utils.is_leftover),
         ]
@@ -136,7 +136,7 @@ def find_inputs(args):
     seed = configuration.subset_seed(train_config, split, args.numpy_random_global_seed)
     samples = image_utils.draw_subset(all_samples, args.dataset_downsample_factor, seed)
     image_utils.check_sizes_in_bytes(samples, bucket.url, target_size, problems_path)
-    stacks = configuration.stacks(dataset_config, split)
+    stacks = configuration.stacks(dataset_config, split, warn)
     blocks = blocks_of([sample.name for sample in samples], stacks, [sample.name for sample in all_samples])
 
     show(f"{bucket.url(split_directory)}: {chunks.images_text(len(all_samples))}, {len(class_folders)} classes.")
@@ -218,9 +218,7 @@ def count_what_is_missing(job, inputs, parts, kept, path):
             for sentence in counted.warnings:
                 warn(sentence)
             if counted.problems and not problems:
-                warn(
-                    f"{counted.problems[0][1]}; the other files are checked, without inference, to name all in one error"
-                )
+                warn(f"{counted.problems[0][1]}; the others are checked, without inference, to name all in one error")
             problems += counted.problems
             if problems:
                 continue
