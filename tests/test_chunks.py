@@ -1,0 +1,408 @@
+"""One job on a Dask cluster: real schedulers and workers as processes on loopback, and the tool as a user starts it."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_gcs import free_port
+from helpers import (
+    ROOT,
+    SPLIT,
+    arguments,
+    assert_one_error_line,
+    blobs_and_masks,
+    finish,
+    results,
+    run_tool,
+    start,
+    wait_until,
+    write_split,
+)
+from PIL import Image
+
+import chunks
+from errors import CLUSTER, INPUT, USAGE
+from image_utils import Sample
+
+SETTINGS = {
+    "chunks.CHUNK_PIXELS": 8 * 32 * 64,
+    "train_segmentation_model_prediction_thresholds.CHECKPOINT_SECONDS": 0,
+    "chunks.LOOK_SECONDS": 0.2,
+}
+SLOW = """
+import time, inference
+count = inference.Counter.__dict__.get("real_count", inference.Counter.count)  # this module is loaded several times
+inference.Counter.real_count = count
+def slow(self, samples, counts):
+    for images in count(self, samples, counts):
+        open("counted", "a").write("x" * images)
+        time.sleep(SECONDS)
+        yield images
+inference.Counter.count = slow
+"""
+DEADLY = "import inference, os\ninference.Counter.count = lambda *_: os._exit(9)"
+HUNGRY = """
+import network
+build = network.__dict__.setdefault("real_build", network.build_network)
+def hungry(*given):
+    tf, model = network.import_tensorflow(), build(*given)
+    def hog(p):
+        too_much = tf.cast(tf.shape(p)[0] > 2, tf.int64) * 2**50
+        return p + tf.reduce_sum(tf.random.uniform([too_much]))
+    return tf.keras.Model(model.input, tf.keras.layers.Lambda(hog)(model.output))
+network.build_network = hungry
+"""
+
+
+class Cluster:
+    """A scheduler, and workers in folders of their own. Everything that it starts ends with it."""
+
+    def __init__(self, folder, scheme="tcp", **environment):
+        self.folder, self.processes = folder, []
+        self.address = f"{scheme}://127.0.0.1:{free_port()}"
+        self.environment = {"PYTHONPATH": ROOT, **environment}
+        ttl = {"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "5s"}
+        self.scheduler = self._start("scheduler", folder, "--host", self.address, "--no-dashboard", **ttl)
+
+    def worker(self, name="worker", preload="", **environment):
+        """Start a worker, with Python code that it runs before; returns the process and its folder."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        (folder / "preload.py").write_text(preload)
+        limits = ("--nthreads", "1", "--memory-limit", "0", "--no-dashboard", "--local-directory", "tmp/dask")
+        given = (self.address, *limits, "--preload", "preload.py")
+        return self._start("worker", folder, *given, **environment), folder
+
+    def _start(self, *command, **environment):
+        kind, folder, *given = command
+        log = open(folder / f"{kind}.log", "a")  # noqa: SIM115
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dask", kind, *given],
+            cwd=folder,
+            env={**os.environ, **{k: str(v) for k, v in (self.environment | environment).items()}},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a nanny and its worker end together
+        )
+        self.processes.append(process)
+        return process
+
+    def close(self):
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    with contextlib.closing(Cluster(tmp_path)) as cluster:
+        yield cluster
+
+
+def command(cluster, bucket, folder, settings=None, **given):
+    """Start the documented command on a cluster, from a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    given = arguments(bucket, **{"batch_size": 4} | given)
+    environment = {"DASK_SCHEDULER_ADDRESS": cluster.address}
+    return start(*given, cwd=folder, settings=SETTINGS | (settings or {}), environment=environment)
+
+
+def training(result):
+    """The parts of a result that must not depend on who counts."""
+    metadata = result["metadata"]
+    about = ("thresholds_training_output", "thresholds_training_history", "num_images", "num_pixels")
+    return result["final_trained_prediction_thresholds"], *(metadata[name] for name in about)
+
+
+@pytest.fixture
+def bucket(many_images, tmp_path):
+    template, _ = many_images
+    return Path(shutil.copytree(template, tmp_path / "bucket"))
+
+
+@pytest.fixture(scope="module")
+def alone(many_images, tmp_path_factory):
+    """The result of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copytree(many_images[0], folder / "bucket")
+    process = run_tool(*arguments("bucket", batch_size=4), cwd=folder, settings=SETTINGS)
+    assert process.returncode == 0, process.stderr
+    return results(folder / "bucket")[0]
+
+
+def counted(folder):
+    """How many images a slow worker has counted."""
+    path = folder / "counted"
+    return path.stat().st_size if path.exists() else 0
+
+
+def same(process, bucket, alone):
+    """Check that a run ended well, with the numbers of one process; returns its result."""
+    process = finish(process)
+    assert process.returncode == 0, process.stderr
+    result = results(bucket)[-1]
+    assert training(result) == training(alone)
+    return result
+
+
+@pytest.mark.parametrize(("images", "pixels", "sizes"), [(11, 5 * 64, [4, 4, 3]), (3, 1, [1, 1, 1]), (2, 10**9, [2])])
+def test_chunks_hold_a_power_of_two_of_images(monkeypatch, images, pixels, sizes):
+    monkeypatch.setattr(chunks, "CHUNK_PIXELS", pixels)
+    samples = [Sample(f"{i}.png", None, ()) for i in range(images)]
+    parts = chunks.divide(samples, np.arange(images), (8, 8))
+    assert [len(part.samples) for part in parts] == sizes
+    assert [part.first for part in parts] == list(np.cumsum([0, *sizes[:-1]]))
+    assert [label for part in parts for label in part.labels] == list(range(images))
+
+
+def test_workers_that_halve_a_batch_or_come_late(cluster, bucket, tmp_path, alone):
+    cluster.worker("hungry", HUNGRY)
+    _, folder = cluster.worker("slow", SLOW.replace("SECONDS", "0.1"))
+    process = command(cluster, bucket, tmp_path / "command")
+    wait_until(lambda: counted(folder) > 8, process)
+    cluster.worker("late")
+    result = same(process, bucket, alone)
+    ways = result["metadata"]["counted_with"]
+    assert sum(way["images"] for way in ways) == 120
+    assert {way["batch_size"] for way in ways} >= {2, 4}
+    (warning,) = [line for line in result["metadata"]["warnings"] if "does not fit into memory" in line]
+    assert "a batch of 4 images does not fit into memory: continuing with 2" in warning
+
+
+def stop_and_return(process):
+    os.killpg(process.pid, signal.SIGSTOP)
+    threading.Timer(15, os.killpg, (process.pid, signal.SIGCONT)).start()
+
+
+@pytest.mark.parametrize("fate", [lambda process: os.killpg(process.pid, signal.SIGKILL), stop_and_return])
+def test_a_worker_that_dies_or_stops_in_the_middle_of_a_chunk(cluster, bucket, tmp_path, alone, fate):
+    victim, folder = cluster.worker("victim", SLOW.replace("SECONDS", "0.3"))
+    process = command(cluster, bucket, tmp_path / "command")
+    wait_until(lambda: counted(folder) > 12, process)
+    fate(victim)
+    cluster.worker("other")
+    same(process, bucket, alone)
+
+
+class Cable:
+    """A line to a server, which can be cut; connections that come while it is cut are refused."""
+
+    def __init__(self, port):
+        self.whole, self.ends = True, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._serve, args=(port,), daemon=True).start()
+
+    def _serve(self, port):
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                if not self.whole:
+                    near.close()
+                    continue
+                far = socket.create_connection(("127.0.0.1", port))
+                self.ends += near, far
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    @staticmethod
+    def _carry(source, sink):
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self):
+        self.whole = False
+        for end in self.ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_worker_that_is_cut_off(cluster, bucket, tmp_path, alone):
+    cable = Cable(int(cluster.address.rpartition(":")[2]))
+    address, cluster.address = cluster.address, f"tcp://127.0.0.1:{cable.port}"
+    _, folder = cluster.worker("far", SLOW.replace("SECONDS", "0.3"))
+    cluster.address = address
+    process = command(cluster, bucket, tmp_path / "command")
+    wait_until(lambda: counted(folder) > 12, process)
+    cable.cut()
+    cluster.worker("near")
+    same(process, bucket, alone)
+
+
+@pytest.mark.parametrize("first_on_cluster", [True, False])
+def test_a_job_is_continued_by_others(cluster, bucket, tmp_path, alone, first_on_cluster):
+    cluster.worker()
+    folder = tmp_path / "command"
+    folder.mkdir()
+    given = arguments(bucket, batch_size=4)
+    places = [{"DASK_SCHEDULER_ADDRESS": cluster.address}, {}]
+    first, second = places if first_on_cluster else reversed(places)
+    process = start(*given, cwd=folder, settings=SETTINGS, environment=first)
+    wait_until(lambda: list(folder.glob("tmp/counts/*.npz")), process)
+    process.kill()
+    process.wait()
+    process = start(*given, cwd=folder, settings=SETTINGS, environment=second)
+    same(process, bucket, alone)
+    rerun = run_tool(*given, cwd=folder, settings=SETTINGS, DASK_SCHEDULER_ADDRESS="tcp://127.0.0.1:1")
+    assert rerun.returncode == 0 and "no inference needed" in rerun.stdout
+
+
+def test_a_scheduler_that_is_lost(cluster, bucket, tmp_path, alone):
+    _, folder = cluster.worker("slow", SLOW.replace("SECONDS", "0.2"))
+    process = command(cluster, bucket, tmp_path / "command")
+    wait_until(lambda: counted(folder) > 24, process)
+    cluster.scheduler.kill()
+    assert_one_error_line(finish(process), CLUSTER, cluster.address, "lost", "run the same command again")
+    assert not results(bucket)
+    process = start(*arguments(bucket, batch_size=4), cwd=tmp_path / "command", settings=SETTINGS)
+    same(process, bucket, alone)
+
+
+def test_there_is_no_scheduler(bucket, tmp_path):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    settings = SETTINGS | {"chunks.CONNECT_SECONDS": 1}
+    process = run_tool(*arguments(bucket), cwd=tmp_path, settings=settings, DASK_SCHEDULER_ADDRESS=address)
+    assert_one_error_line(process, CLUSTER, address, "cannot be reached", "DASK_SCHEDULER_ADDRESS")
+
+
+def test_there_is_no_worker(cluster, bucket, tmp_path):
+    settings = {"chunks.REMIND_SECONDS": 1, "chunks.GIVE_UP_SECONDS": 4}
+    process = finish(command(cluster, bucket, tmp_path / "command", settings))
+    assert_one_error_line(process, CLUSTER, "no worker", "start workers")
+    assert f"warning: {cluster.address} has no worker" in process.stderr
+
+
+def test_a_worker_that_hangs_is_named(cluster, bucket, tmp_path):
+    cluster.worker("hanging", SLOW.replace("SECONDS", "1000"))
+    process = command(cluster, bucket, tmp_path / "command", {"chunks.GIVE_UP_SECONDS": 12})
+    assert_one_error_line(finish(process), CLUSTER, "no chunk was counted", "tcp://127.0.0.1:")
+
+
+def test_a_chunk_that_kills_every_worker(cluster, bucket, tmp_path):
+    cluster.worker("deadly", DEADLY)
+    process = command(cluster, bucket, tmp_path / "command")
+    assert_one_error_line(finish(process), CLUSTER, "slice_0000.png to slice_0007.png", "died, 4 times", "memory")
+
+
+def test_a_worker_with_other_code(cluster, bucket, tmp_path):
+    shutil.copytree(ROOT, tmp_path / "code", ignore=lambda folder, names: {n for n in names if not n.endswith(".py")})
+    with open(tmp_path / "code/models.py", "a") as file:
+        file.write("# another line\n")
+    cluster.worker(PYTHONPATH=tmp_path / "code")
+    process = command(cluster, bucket, tmp_path / "command")
+    assert_one_error_line(finish(process), CLUSTER, "worker tcp://", "another version of the tool's code")
+
+
+def test_a_scheduler_without_the_code(bucket, tmp_path):
+    with contextlib.closing(Cluster(tmp_path, PYTHONPATH="")) as cluster:
+        cluster.worker()
+        process = finish(command(cluster, bucket, tmp_path / "command"))
+    assert_one_error_line(process, CLUSTER, cluster.address, "No module named 'chunks'", "PYTHONPATH")
+
+
+def test_all_files_that_cannot_be_used_are_named_once(cluster, bucket, tmp_path):
+    cluster.worker("first")
+    cluster.worker("second")
+    broken = [bucket / SPLIT / "masks/class_1" / f"slice_{i:04d}.png" for i in (3, 50, 119)]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    soft = bucket / SPLIT / "masks/class_0/slice_0000.png"
+    Image.fromarray(np.arange(32 * 64, dtype=np.uint8).reshape(32, 64)).save(soft)
+    process = finish(command(cluster, bucket, tmp_path / "command"))
+    assert_one_error_line(process, INPUT, "3 files cannot be used", "slice_0003.png", "slice_0050.png")
+    (listed,) = (tmp_path / "command/tmp").glob("problems_*.txt")
+    assert all(path.name in line for path, line in zip(broken, listed.read_text().splitlines(), strict=True))
+
+
+def test_an_error_on_a_worker_is_the_commands_own(cluster, bucket, tmp_path):
+    cluster.worker()
+    (bucket / "models/segmentation-model-tiny/model.hdf5").write_bytes(b"PK\x03\x04")
+    process = finish(command(cluster, bucket, tmp_path / "command"))
+    assert_one_error_line(process, INPUT, "model.hdf5")
+
+
+def test_an_interruption_stops_the_workers_within_the_chunk(cluster, bucket, tmp_path):
+    _, folder = cluster.worker("slow", SLOW.replace("SECONDS", "0.5"))
+    settings = {"chunks.CHUNK_PIXELS": 64 * 32 * 64}
+    process = command(cluster, bucket, tmp_path / "command", settings, batch_size=1)
+    wait_until(lambda: counted(folder) > 1, process)
+    process.send_signal(signal.SIGINT)
+    assert_one_error_line(finish(process), 128 + signal.SIGINT, "interrupted")
+    before = -1
+    while before != counted(folder):  # until two looks find the same
+        before = counted(folder)
+        time.sleep(2)
+    assert counted(folder) < 32
+
+
+def certificate(folder, name, authority=None):
+    """Make a key and a certificate with openssl, signed by an authority or by itself."""
+    key, cert = folder / f"{name}.key", folder / f"{name}.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"]
+    make += ["-subj", f"/CN={name}", "-keyout", key, "-out", cert]
+    if authority:
+        make += ["-CA", folder / f"{authority}.pem", "-CAkey", folder / f"{authority}.key"]
+    subprocess.run(make, check=True, capture_output=True)
+    return {"KEY": key, "CERT": cert}
+
+
+def test_over_tls(bucket, tmp_path, alone):
+    certificate(tmp_path, "authority")
+    own = certificate(tmp_path, "cluster", "authority")
+    tls = {"DASK_DISTRIBUTED__COMM__TLS__CA_FILE": tmp_path / "authority.pem"}
+    for role in ("SCHEDULER", "WORKER", "CLIENT"):
+        tls |= {f"DASK_DISTRIBUTED__COMM__TLS__{role}__{kind}": path for kind, path in own.items()}
+    tls["DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION"] = "true"
+    given = arguments(bucket, batch_size=4)
+    with contextlib.closing(Cluster(tmp_path, "tls", **tls)) as cluster:
+        cluster.worker()
+        named = {"DASK_SCHEDULER_ADDRESS": cluster.address}
+        process = run_tool(*given, cwd=tmp_path, settings=SETTINGS, **named)
+        assert_one_error_line(process, CLUSTER, cluster.address, "no certificate")
+        process = start(*given, cwd=tmp_path, settings=SETTINGS, environment=named | tls)
+        same(process, bucket, alone)
+
+
+def test_dask_is_imported_only_where_a_scheduler_is_named(tiny_bucket, tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/dask.py").write_text("raise SystemExit('dask was imported')")
+    home = tmp_path / "home"
+    process = run_tool(*arguments(tiny_bucket), cwd=tmp_path, PYTHONPATH=tmp_path / "code", HOME=home)
+    assert process.returncode == 0, process.stderr
+    (home / ".config/dask").mkdir(parents=True)
+    (home / ".config/dask/mine.yaml").write_text("scheduler-address: tcp://127.0.0.1:1")
+    shutil.rmtree(tmp_path / "tmp")
+    process = run_tool(*arguments(tiny_bucket), cwd=tmp_path, HOME=home, settings={"chunks.CONNECT_SECONDS": 1})
+    assert_one_error_line(process, CLUSTER, "tcp://127.0.0.1:1 cannot be reached")
+
+
+def test_tf_config_is_refused(tiny_bucket, tmp_path):
+    process = run_tool(*arguments(tiny_bucket), cwd=tmp_path, TF_CONFIG='{"cluster": {"worker": ["a:1", "b:1"]}}')
+    assert_one_error_line(process, USAGE, "TF_CONFIG", "docs/large_jobs.md")
+
+
+def test_an_idle_worker_gives_the_gpu_back(cluster, bucket, tmp_path, alone):
+    """Its process ends, and its nanny starts another one."""
+    _, folder = cluster.worker("idle", "import chunks\nchunks.IDLE_SECONDS = 1\n")
+    process = command(cluster, bucket, tmp_path / "command")
+    same(process, bucket, alone)
+    log = folder / "worker.log"
+    deadline = time.monotonic() + 60
+    while log.read_text().count("Start worker at") < 2:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    bucket = Path(shutil.copytree(bucket, tmp_path / "another bucket"))
+    process = command(cluster, bucket, tmp_path / "another command")
+    same(process, bucket, alone)
