@@ -35,14 +35,9 @@ LEFTOVER_ENDINGS = ("_$folder$", ":zone.identifier", "@synoeastream", "@synoreso
 FETCH_AHEAD = 512  # samples that may be fetched before they are decoded
 MAX_CLASSES = 100  # the counts of each take some 5 MB
 
-IMAGE_MODES, IMAGE_BITS = ("L",), {8}  # Pillow's modes, and bits of a channel
-MASK_MODES, MASK_BITS = ("L", "1", "LA", "P", "RGB", "RGBA"), {1, 2, 4, 8}
-REFUSED_MODES = {
-    "LA": "has a second channel, such as transparency",
-    "P": "has a palette",
-    "RGBA": "is in colour, with transparency",
-    "F": "has floating-point numbers",
-}
+IMAGE_MODES = ("L",)  # as Pillow names them
+MASK_MODES = ("L", "1", "LA", "P", "RGB", "RGBA")
+REFUSED_MODES = {"LA": "has a second channel, such as transparency", "P": "has a palette"}  # the others are in colour
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CONTENTS = {  # by the first bytes of a file
     PNG_SIGNATURE: "a PNG file",
@@ -57,24 +52,10 @@ MAX_LABEL = 31  # a mask with no value above it, but 255, looks like a label map
 # Kinds of remarks: samples whose masks are equal in all classes (blank ones hold one value only), and doubtful masks.
 EQUAL, EQUAL_BLANK, NO_ZERO, IGNORE, LABELS, SOFT = "equal", "equal blank", "no zero", "ignore", "labels", "soft"
 EXPLANATIONS = {
-    NO_ZERO: (
-        "masks with several grey values, none of them 0",
-        "Every pixel that is not 0 counts as inside, so all pixels of these do: write 0 for what is outside",
-    ),
-    IGNORE: (
-        "masks with both 1 and 255",
-        "Both count as inside. This is right if two conventions are mixed, but wrong if 255 marks pixels to ignore, "
-        "which masks cannot do",
-    ),
-    LABELS: (
-        "masks that look like label maps",
-        "Every pixel that is not 0 counts as inside. If the values are classes, write a mask for each class that is 0 "
-        "outside of it",
-    ),
-    SOFT: (
-        "masks with more than two grey values",
-        "Every pixel that is not 0 counts as inside. Soft edges come from resizing or JPEG",
-    ),
+    NO_ZERO: ("have several grey values but no 0", "write 0 for what is outside"),
+    IGNORE: ("hold both 1 and 255", "right if two conventions are mixed, wrong if 255 marks pixels to ignore"),
+    LABELS: ("look like label maps", "if the values are classes, write a mask for each class that is 0 outside of it"),
+    SOFT: ("have more than two grey values", "soft edges come from resizing or JPEG"),
 }
 
 Image.MAX_IMAGE_PIXELS = None  # the size is compared with target_size before a pixel is decoded
@@ -103,19 +84,14 @@ class Decoded(NamedTuple):
 
 
 def problems_error(problems, path):
-    """Make one error of all files that cannot be used: it names the first ones, and a file lists all.
+    """Make one DatasetError of all files that cannot be used: it names the first ones, and a file lists all.
 
     Parameters
     ----------
     problems : list of (blob name, sentence)
-        At least one.
+        At least one. The sentence names the file and says what is wrong and what to do.
     path : Path
-        The file with a line for each problem. It is written if there are several, and appears when it is whole,
-        because another run may write it too.
-
-    Returns
-    -------
-    DatasetError
+        Of the list, which is written if there are several; another run may write it too.
     """
     (_, first), *others = problems
     if not others:
@@ -177,18 +153,15 @@ def pair_images_and_masks(blobs, split_directory, url, problems_path):
         image, or a file that is out of place or is not an image by its name.
     """
     images, masks, problems = _sort_by_place(blobs, split_directory, url)
-    if not problems:
-        if not images:
-            raise DatasetError(f"{url(split_directory)} has no images: put them into its folder images/")
-        if not masks:
-            raise DatasetError(
-                f"{url(split_directory)} has no masks: put them into masks/class_0/, masks/class_1/, ..."
-            )
-        if len(masks) > MAX_CLASSES:
-            raise DatasetError(
-                f"{url(split_directory)} has {len(masks):,} folders in masks/: at most {MAX_CLASSES} classes can be "
-                "used; remove the others"
-            )
+    split = url(split_directory)
+    if not problems and not images:
+        raise DatasetError(f"{split} has no images: put them into its folder images/")
+    if not problems and not masks:
+        raise DatasetError(f"{split} has no masks: put them into masks/class_0/, masks/class_1/, ...")
+    if not problems and len(masks) > MAX_CLASSES:
+        raise DatasetError(
+            f"{split} has {len(masks):,} folders in masks/: at most {MAX_CLASSES} classes can be used; remove others"
+        )
     for class_folder, of_class in sorted(masks.items()):
         spare = {_composed(name): name for name in of_class.keys() - images.keys()}
         for name in sorted(images.keys() - of_class.keys()):
@@ -381,7 +354,7 @@ def explain_remarks(remarks, number_of_samples, url):
     Parameters
     ----------
     remarks : dict, kind -> (count, blob name, detail)
-        The remarks of all samples, added up: the number of each kind, and name and detail of the first by name.
+        The remarks of all samples, added up: how many there are of a kind, and the one with the smallest name.
     number_of_samples : int
     url : callable
         From a blob's name to its address.
@@ -389,7 +362,6 @@ def explain_remarks(remarks, number_of_samples, url):
     Returns
     -------
     list of str
-        Warnings.
 
     Raises
     ------
@@ -398,12 +370,13 @@ def explain_remarks(remarks, number_of_samples, url):
     """
     if EQUAL in remarks and remarks[EQUAL][0] + remarks.get(EQUAL_BLANK, (0,))[0] == number_of_samples:
         raise DatasetError(
-            f"all class folders hold the same masks, such as {url(remarks[EQUAL][1])}: write a mask for each class, "
-            "which is 0 outside of it (a label map with all classes in one file has to be split)"
+            f"all class folders hold the same masks, such as {url(remarks[EQUAL][1])}: write a mask for each class "
+            "that is 0 outside of it, also if they are label maps"
         )
     return [
-        f"{what}: {remarks[kind][0]:,}, such as {url(remarks[kind][1])} with {remarks[kind][2]}. {meaning}"
-        for kind, (what, meaning) in EXPLANATIONS.items()
+        f"masks that {look}: {remarks[kind][0]:,}, such as {url(remarks[kind][1])} with {remarks[kind][2]}. "
+        f"Every pixel that is not 0 counts as inside: {meaning}"
+        for kind, (look, meaning) in EXPLANATIONS.items()
         if kind in remarks
     ]
 
@@ -439,10 +412,10 @@ def decode_image(data, url, target_size, modes):
         image, bits = {"PNG": _open_png, "TIFF": _open_tiff}[expected](data, url)
         _check_orientation(image.getexif(), url)  # of a TIFF, also in its XMP: Pillow applies either
         _check_size(image.size, url, target_size)
-        if image.mode not in modes or not bits <= (IMAGE_BITS if modes == IMAGE_MODES else MASK_BITS):
-            has_depth = image.mode in ("1", "L") or max(bits) == 16
-            what = f"has {max(bits)}-bit pixels" if has_depth else REFUSED_MODES.get(image.mode, "is in colour")
-            raise _not_grey(url, what)
+        if image.mode not in modes and bits == 8:
+            raise _not_grey(url, REFUSED_MODES.get(image.mode, "is in colour"))
+        if bits > 8 or (bits < 8 and modes == IMAGE_MODES):
+            raise _not_grey(url, f"has {bits}-bit pixels")
         return _grey_values(image, url)
     except DatasetError:
         raise
@@ -454,7 +427,7 @@ def decode_image(data, url, target_size, modes):
 
 
 def _open_png(data, url):
-    """Open a PNG without its metadata, some of which Pillow refuses; returns the image and {bits of a channel}."""
+    """Open a PNG without its metadata, some of which Pillow refuses; returns it and the bits of a channel."""
     kept, position, kind = [PNG_SIGNATURE], len(PNG_SIGNATURE), None
     while kind != b"IEND" and position + 8 <= len(data):
         start = position
@@ -471,11 +444,11 @@ def _open_png(data, url):
             kept.append(data[start:position])
     file = io.BytesIO(b"".join(kept))
     Image.open(file, formats=["PNG"]).verify()
-    return Image.open(file, formats=["PNG"]), {data[24]}
+    return Image.open(file, formats=["PNG"]), data[24]
 
 
 def _open_tiff(data, url):
-    """Open the one page of a TIFF that is no thumbnail or transparency mask; returns it and {bits of a channel}."""
+    """Open the one page of a TIFF that is no thumbnail or transparency mask; returns it and the bits of a channel."""
     image = Image.open(io.BytesIO(data), formats=["TIFF"])
     whole = []
     for page in range(image.n_frames):
@@ -498,18 +471,19 @@ def _open_tiff(data, url):
             "programs disagree about its values: in ImageJ, choose Image > Lookup Tables > Invert LUT, check the "
             "values, and save it again; in Python, save an array of the type uint8, not bool"
         )
-    if 262 not in tags:
-        raise _not_grey(url, "does not say whether 0 is black: it has no photometric interpretation")
-    if 2 in tags.get(339, ()):
-        raise _not_grey(url, "has signed numbers: its sample format is 2")
-    if 0 in tags.get(338, ()):
-        raise _not_grey(url, "has a channel of unknown meaning")
-    if tags.get(266, 1) != 1:
-        raise _not_grey(url, f"has its bits in another order: its fill order is {tags[266]}")
+    for refused, what in (
+        (262 not in tags, "does not say whether 0 is black: it has no photometric interpretation"),
+        (2 in tags.get(339, ()), "has signed numbers: its sample format is 2"),
+        (3 in tags.get(339, ()), "has floating-point numbers: its sample format is 3"),
+        (0 in tags.get(338, ()), "has a channel of unknown meaning"),
+        (tags.get(266, 1) != 1, f"has its bits in another order: its fill order is {tags.get(266)}"),
+    ):
+        if refused:
+            raise _not_grey(url, what)
     height = tags[257]
     if len(tags.get(273, ())) > tags.get(277, 1) * math.ceil(height / min(tags.get(278, height), height)):
         raise DatasetError(f"{url} has more strips than its {height} rows need: save it again")
-    return image, set(tags.get(258, (1,)))
+    return image, max(tags.get(258, (1,)))
 
 
 def _grey_values(image, url):

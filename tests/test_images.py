@@ -505,9 +505,9 @@ def explained(decoded, number_of_samples=1):
 @pytest.mark.parametrize(
     "mask, words",
     [
-        (PIXELS, "more than two grey values: 1, such as gs://bucket/0/a.png with 256 grey values. Every pixel"),
-        (np.where(INSIDE, np.uint8(255), np.uint8(1)), "none of them 0: 1, such as gs://bucket/0/a.png with 2 grey"),
-        (1 + INSIDE.astype(np.uint8), "none of them 0: 1, such as gs://bucket/0/a.png with 2 grey values (1, 2)"),
+        (PIXELS, "have more than two grey values: 1, such as gs://bucket/0/a.png with 256 grey values. Every pixel"),
+        (np.where(INSIDE, np.uint8(255), np.uint8(1)), "no 0: 1, such as gs://bucket/0/a.png with 2 grey"),
+        (1 + INSIDE.astype(np.uint8), "no 0: 1, such as gs://bucket/0/a.png with 2 grey values (1, 2)"),
         (PIXELS % 4, "look like label maps: 1, such as gs://bucket/0/a.png with 4 grey values (0, 1, 2, 3)"),
         (np.where(INSIDE, np.uint8(255), PIXELS % 3), "look like label maps: 1, such as"),
         (np.where(INSIDE, np.uint8(255), PIXELS % 2), "both 1 and 255: 1, such as gs://bucket/0/a.png with 3 grey"),
