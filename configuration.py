@@ -31,7 +31,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, **options)
 
     def error(self, message):
-        known = re.findall(r"--[\w-]+", self.format_usage())
+        known = ["--help", *re.findall(r"--[\w-]+", self.format_usage())]
         given = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
         mistyped = [name for name in given if not any(argument.startswith(name) for argument in known)]
         if mistyped:

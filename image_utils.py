@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from errors import DatasetError, printable
 
@@ -35,20 +35,11 @@ LEFTOVER_ENDINGS = ("_$folder$", ":zone.identifier", "@synoeastream", "@synoreso
 FETCH_AHEAD = 512  # samples that may be fetched before they are decoded
 MAX_CLASSES = 100  # the counts of each take some 5 MB
 
-IMAGE_MODES = ("L",)  # Pillow's names
-MASK_MODES = ("L", "1", "LA", "P", "RGB", "RGBA")  # with colours that are all grey
-IMAGE_BITS, MASK_BITS = (8,), (1, 2, 4, 8)  # of a channel
-MODES_IN_WORDS = {
-    "1": "has 1-bit pixels",
-    "LA": "has transparency",
-    "P": "has a palette",
-    "PA": "has a palette, with transparency",
-    "RGBA": "is in colour, with transparency",
-    "F": "has floating-point numbers",
-}
+IMAGE_MODES = ("L",)  # as Pillow names them
+MASK_MODES = ("L", "1", "LA", "P", "RGB", "RGBA")
+REFUSED_MODES = {"LA": "has a second channel, such as transparency", "P": "has a palette"}  # the others are in colour
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-BEGINNINGS = {"PNG": (PNG_SIGNATURE,), "TIFF": tuple(TiffImagePlugin.PREFIXES)}
-OTHER_FORMATS = {  # by the first bytes of the file
+CONTENTS = {  # by the first bytes of a file
     PNG_SIGNATURE: "a PNG file",
     **dict.fromkeys(TiffImagePlugin.PREFIXES, "a TIFF file"),
     b"\xff\xd8\xff": "a JPEG file",
@@ -57,31 +48,15 @@ OTHER_FORMATS = {  # by the first bytes of the file
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself,",
 }
 
-# What a mask looks like whose pixels have several values besides 0.
-SOFT, LABELS, IGNORE, NO_ZERO = "soft edges", "label map", "ignore value", "no zero"
-# Samples in which the masks of all classes are equal; blank ones are 0 everywhere, or inside everywhere.
-EQUAL, EQUAL_BLANK = "equal masks", "equal blank masks"
+MAX_LABEL = 31  # a mask with no value above it, but 255, looks like a label map
+# Kinds of remarks: samples whose masks are equal in all classes (blank ones hold one value only), and doubtful masks.
+EQUAL, EQUAL_BLANK, NO_ZERO, IGNORE, LABELS, SOFT = "equal", "equal blank", "no zero", "ignore", "labels", "soft"
 EXPLANATIONS = {
-    SOFT: (
-        "masks with more than two grey values",
-        "Every pixel that is not 0 counts as inside the mask. Soft edges come from resizing or JPEG",
-    ),
-    LABELS: (
-        "masks that look like label maps",
-        "Every pixel that is not 0 counts as inside the class of the folder: if the values stand for classes, write a "
-        "mask for each class that is 0 outside of it",
-    ),
-    IGNORE: (
-        "masks with 1 and 255 in one file",
-        "Both count as inside the mask. That is right where two conventions are mixed; it is wrong where 255 stands "
-        "for pixels to ignore, which masks cannot say: write 0 or 1 there",
-    ),
-    NO_ZERO: (
-        "masks of several grey values, none of which is 0",
-        "Every pixel that is not 0 counts as inside the mask, so all pixels do: write 0 for what is outside",
-    ),
+    NO_ZERO: ("have several grey values but no 0", "write 0 for what is outside"),
+    IGNORE: ("hold both 1 and 255", "right if two conventions are mixed, wrong if 255 marks pixels to ignore"),
+    LABELS: ("look like label maps", "if the values are classes, write a mask for each class that is 0 outside of it"),
+    SOFT: ("have more than two grey values", "soft edges come from resizing or JPEG"),
 }
-MAX_LABEL = 31  # a mask of values up to here is more likely a label map than a picture with soft edges
 
 Image.MAX_IMAGE_PIXELS = None  # the size is compared with target_size before a pixel is decoded
 # Pillow's warnings do not name the file; our errors do.
@@ -98,43 +73,25 @@ class Sample(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A sample, as `decode_samples` reads it.
-
-    Attributes
-    ----------
-    sample : Sample
-    image : uint8 array, shape (height, width), 0 to 255; None if there are problems
-    masks : uint8 array, shape (height, width, classes), 0 or 1; None if there are problems
-    problems : list of (blob name, sentence)
-        The files that cannot be used. The sentence names the file and says what is wrong and what to do.
-    remarks : list of (kind, blob name, detail)
-        The masks that look doubtful, for `explain_remarks`; all are str.
-    digest : bytes
-        16 bytes: blake2b over the contents of the image and of the masks, as they were read.
-    """
+    """A sample, as `decode_samples` reads it."""
 
     sample: Sample
-    image: np.ndarray | None
-    masks: np.ndarray | None
-    problems: list
-    remarks: list
-    digest: bytes
+    image: np.ndarray | None  # uint8, shape (height, width), 0 to 255; None if there are problems
+    masks: np.ndarray | None  # uint8, shape (height, width, classes), 0 or 1; None if there are problems
+    problems: list  # (blob name, sentence) of the files that cannot be used
+    remarks: list  # (kind, blob name, detail), for `explain_remarks`
+    digest: bytes  # 16 bytes: blake2b over the contents of the image and of the masks, as they were read
 
 
 def problems_error(problems, path):
-    """Make one error of all files that cannot be used: it names the first ones, and a file lists all.
+    """Make one DatasetError of all files that cannot be used: it names the first ones, and a file lists all.
 
     Parameters
     ----------
     problems : list of (blob name, sentence)
-        At least one.
+        At least one. The sentence names the file and says what is wrong and what to do.
     path : Path
-        The file with a line for each problem. It is written if there are several, and appears when it is whole,
-        because another run may write it too.
-
-    Returns
-    -------
-    DatasetError
+        Of the list, which is written if there are several; another run may write it too.
     """
     (_, first), *others = problems
     if not others:
@@ -196,18 +153,15 @@ def pair_images_and_masks(blobs, split_directory, url, problems_path):
         image, or a file that is out of place or is not an image by its name.
     """
     images, masks, problems = _sort_by_place(blobs, split_directory, url)
-    if not problems:
-        if not images:
-            raise DatasetError(f"{url(split_directory)} has no images: put them into its folder images/")
-        if not masks:
-            raise DatasetError(
-                f"{url(split_directory)} has no masks: put them into masks/class_0/, masks/class_1/, ..."
-            )
-        if len(masks) > MAX_CLASSES:
-            raise DatasetError(
-                f"{url(split_directory)} has {len(masks):,} folders in masks/: at most {MAX_CLASSES} classes can be "
-                "used; remove the others"
-            )
+    split = url(split_directory)
+    if not problems and not images:
+        raise DatasetError(f"{split} has no images: put them into its folder images/")
+    if not problems and not masks:
+        raise DatasetError(f"{split} has no masks: put them into masks/class_0/, masks/class_1/, ...")
+    if not problems and len(masks) > MAX_CLASSES:
+        raise DatasetError(
+            f"{split} has {len(masks):,} folders in masks/: at most {MAX_CLASSES} classes can be used; remove others"
+        )
     for class_folder, of_class in sorted(masks.items()):
         spare = {_composed(name): name for name in of_class.keys() - images.keys()}
         for name in sorted(images.keys() - of_class.keys()):
@@ -376,7 +330,8 @@ def _remarks(sample, masks):
     for blob, mask in zip(sample.masks, masks, strict=True):
         if ((mask != 0) & (mask != mask.max())).any():
             values = np.unique(mask).tolist()
-            remarks.append((_looks_like(values), blob.name, _values_in_words(values)))
+            listed = f" ({', '.join(map(str, values))})" if len(values) <= 8 else ""
+            remarks.append((_looks_like(values), blob.name, f"{len(values)} grey values{listed}"))
     if len(masks) > 1 and all(np.array_equal(mask, masks[0]) for mask in masks[1:]):
         kind = EQUAL_BLANK if (masks[0] == masks[0][0, 0]).all() else EQUAL
         remarks.append((kind, sample.masks[0].name, ""))
@@ -384,18 +339,13 @@ def _remarks(sample, masks):
 
 
 def _looks_like(values):
-    """The kind of a mask with these sorted grey values, of which at least two are not 0."""
-    labels = [value for value in values if value != 255]
-    if values[0] > 0 and (len(values) == 2 or labels[-1] <= MAX_LABEL):
+    """The kind of a mask with these grey values, sorted, of which at least two are not 0."""
+    labels = all(value <= MAX_LABEL or value == 255 for value in values)
+    if values[0] > 0 and (labels or len(values) == 2):
         return NO_ZERO
     if values == [0, 1, 255]:
         return IGNORE
-    return LABELS if labels[-1] <= MAX_LABEL else SOFT
-
-
-def _values_in_words(values):
-    listed = f": {', '.join(map(str, values[:-1]))} and {values[-1]}" if len(values) <= 8 else ""
-    return f"{len(values)} grey values{listed}"
+    return LABELS if labels else SOFT
 
 
 def explain_remarks(remarks, number_of_samples, url):
@@ -404,7 +354,7 @@ def explain_remarks(remarks, number_of_samples, url):
     Parameters
     ----------
     remarks : dict, kind -> (count, blob name, detail)
-        The remarks of all samples, added up: the number of each kind, and name and detail of the first by name.
+        The remarks of all samples, added up: how many there are of a kind, and the one with the smallest name.
     number_of_samples : int
     url : callable
         From a blob's name to its address.
@@ -412,7 +362,6 @@ def explain_remarks(remarks, number_of_samples, url):
     Returns
     -------
     list of str
-        Warnings.
 
     Raises
     ------
@@ -421,12 +370,13 @@ def explain_remarks(remarks, number_of_samples, url):
     """
     if EQUAL in remarks and remarks[EQUAL][0] + remarks.get(EQUAL_BLANK, (0,))[0] == number_of_samples:
         raise DatasetError(
-            f"all class folders hold the same masks, such as {url(remarks[EQUAL][1])}: write a mask for each class, "
-            "which is 0 outside of it (a label map with all classes in one file has to be split)"
+            f"all class folders hold the same masks, such as {url(remarks[EQUAL][1])}: write a mask for each class "
+            "that is 0 outside of it, also if they are label maps"
         )
     return [
-        f"{what}: {remarks[kind][0]:,}, such as {url(remarks[kind][1])} with {remarks[kind][2]}. {meaning}"
-        for kind, (what, meaning) in EXPLANATIONS.items()
+        f"masks that {look}: {remarks[kind][0]:,}, such as {url(remarks[kind][1])} with {remarks[kind][2]}. "
+        f"Every pixel that is not 0 counts as inside: {meaning}"
+        for kind, (look, meaning) in EXPLANATIONS.items()
         if kind in remarks
     ]
 
@@ -455,24 +405,29 @@ def decode_image(data, url, target_size, modes):
         The file is damaged, or is not such an image of target_size.
     """
     expected = FORMATS[_suffix(url)]
+    found = next((what for beginning, what in CONTENTS.items() if data.startswith(beginning)), "no PNG or TIFF file")
+    if found != f"a {expected} file":
+        raise DatasetError(f"{url} is {found} by its content: rename or convert it, or upload it again")
     try:
-        if not data.startswith(BEGINNINGS[expected]):
-            raise _of_another_format(data, url)
         image, bits = {"PNG": _open_png, "TIFF": _open_tiff}[expected](data, url)
-        _check_orientation(image.getexif(), url)  # also in XMP: Pillow applies either
+        _check_orientation(image.getexif(), url)  # of a TIFF, also in its XMP: Pillow applies either
         _check_size(image.size, url, target_size)
-        if image.mode not in modes or not bits <= set(IMAGE_BITS if modes == IMAGE_MODES else MASK_BITS):
-            raise _not_grey(url, _mode_in_words(image.mode, bits))
+        if image.mode not in modes and bits == 8:
+            raise _not_grey(url, REFUSED_MODES.get(image.mode, "is in colour"))
+        if bits > 8 or (bits < 8 and modes == IMAGE_MODES):
+            raise _not_grey(url, f"has {bits}-bit pixels")
         return _grey_values(image, url)
     except DatasetError:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
-        reason = re.sub(r"<_io.BytesIO.*?>", "it", str(error))[:300] or type(error).__name__
+        reason = str(error)[:300] or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is damaged, or of a kind that Pillow does not read"
         raise DatasetError(f"{url} cannot be decoded as {expected} ({reason}): save it again") from error
 
 
 def _open_png(data, url):
-    """Open a PNG without its metadata, some of which Pillow refuses; returns the image and {bits of a channel}."""
+    """Open a PNG without its metadata, some of which Pillow refuses; returns it and the bits of a channel."""
     kept, position, kind = [PNG_SIGNATURE], len(PNG_SIGNATURE), None
     while kind != b"IEND" and position + 8 <= len(data):
         start = position
@@ -489,11 +444,11 @@ def _open_png(data, url):
             kept.append(data[start:position])
     file = io.BytesIO(b"".join(kept))
     Image.open(file, formats=["PNG"]).verify()
-    return Image.open(file, formats=["PNG"]), {kept[1][16]}
+    return Image.open(file, formats=["PNG"]), data[24]
 
 
 def _open_tiff(data, url):
-    """Open the one page of a TIFF that is no thumbnail or transparency mask; returns it and {bits of a channel}."""
+    """Open the one page of a TIFF that is no thumbnail or transparency mask; returns it and the bits of a channel."""
     image = Image.open(io.BytesIO(data), formats=["TIFF"])
     whole = []
     for page in range(image.n_frames):
@@ -516,16 +471,19 @@ def _open_tiff(data, url):
             "programs disagree about its values: in ImageJ, choose Image > Lookup Tables > Invert LUT, check the "
             "values, and save it again; in Python, save an array of the type uint8, not bool"
         )
-    if 262 not in tags:
-        raise _not_grey(url, "does not say whether 0 is black: it has no photometric interpretation")
-    if 2 in tags.get(339, ()):
-        raise _not_grey(url, "has signed numbers: its sample format is 2")
-    if tags.get(266, 1) != 1:
-        raise _not_grey(url, f"has its bits in another order: its fill order is {tags[266]}")
+    for refused, what in (
+        (262 not in tags, "does not say whether 0 is black: it has no photometric interpretation"),
+        (2 in tags.get(339, ()), "has signed numbers: its sample format is 2"),
+        (3 in tags.get(339, ()), "has floating-point numbers: its sample format is 3"),
+        (0 in tags.get(338, ()), "has a channel of unknown meaning"),
+        (tags.get(266, 1) != 1, f"has its bits in another order: its fill order is {tags.get(266)}"),
+    ):
+        if refused:
+            raise _not_grey(url, what)
     height = tags[257]
     if len(tags.get(273, ())) > tags.get(277, 1) * math.ceil(height / min(tags.get(278, height), height)):
         raise DatasetError(f"{url} has more strips than its {height} rows need: save it again")
-    return image, set(tags.get(258, (1,)))
+    return image, max(tags.get(258, (1,)))
 
 
 def _grey_values(image, url):
@@ -558,25 +516,12 @@ def _check_orientation(exif, url):
         )
 
 
-def _mode_in_words(mode, bits):
-    if mode == "L" or (max(bits) > 8 and mode != "F"):
-        return f"has {max(bits)}-bit pixels"
-    return MODES_IN_WORDS.get(mode, "is in colour")
-
-
 def _not_grey(url, what):
     return DatasetError(f"{url} is not 8-bit greyscale (it {what}): convert it")
 
 
-def _of_another_format(data, url):
-    for beginning, what in OTHER_FORMATS.items():
-        if data.startswith(beginning):
-            return DatasetError(f"{url} is {what} by its content: rename or convert it")
-    return ValueError("it does not begin like such a file")
-
-
 def _suffix(name):
-    return "." + name.rpartition(".")[2].lower()
+    return os.path.splitext(name)[1].lower()
 
 
 def _composed(name):

@@ -1,14 +1,17 @@
 """Fixtures for several test files. Templates are made once and shared by all workers of pytest-xdist."""
 
+import contextlib
 import fcntl
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import helpers
 import pytest
 import yaml
 from chaos_proxy import ChaosProxy
@@ -28,6 +31,17 @@ from helpers import (
     thresholds,
     write_split,
 )
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """End what a test started, also if it failed or took too long."""
+    yield
+    while helpers.started:
+        process = helpers.started.pop()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Helpers for several test files: the tool as a process, buckets, tiny datasets, and checks of results and errors."""
 
+import csv
 import io
 import json
 import os
@@ -37,16 +38,53 @@ TRAIN_CONFIG = {
 }
 
 
-def run_tool(*arguments, cwd, script=SCRIPT, timeout=300, **environment):
-    """Run the script as a user does; returns subprocess.CompletedProcess with text output."""
-    return subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, **{name: str(value) for name, value in environment.items()}},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+# Starts the tool as its own last lines do, with other values in place of some of its modules' settings.
+WITH_SETTINGS = """
+import importlib, json, os, sys
+root, settings, sys.argv[1:] = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
+sys.path.insert(0, root)
+import terminal
+terminal.prepare()
+for name, value in settings.items():
+    module, _, attribute = name.rpartition(".")
+    module = importlib.import_module(module)
+    getattr(module, attribute)  # an error if there is no such setting
+    setattr(module, attribute, value)
+import train_segmentation_model_prediction_thresholds as script
+code = script.main()
+sys.stdout.flush()
+os._exit(code)
+"""
+started = []  # processes, which a fixture ends after each test
+
+
+def start_program(*command, cwd, environment=None, signals="--default-signal=HUP", **options):
+    """Start a process in a group of its own, with pipes, in text mode; returns subprocess.Popen.
+
+    `environment` is added to this process's. `signals` goes to env(1); SIGHUP is not ignored, even where it is here.
+    """
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True} | options
+    environment = {**os.environ, **{name: str(value) for name, value in (environment or {}).items()}}
+    process = subprocess.Popen(["env", signals, *map(str, command)], cwd=cwd, env=environment, **options)
+    started.append(process)
+    return process
+
+
+def start(*given, cwd, settings=None, script=SCRIPT, **options):
+    """Start the tool as a user does, or with settings: {"chunks.CHUNK_PIXELS": 2**14}; else as `start_program`."""
+    command = [script] if settings is None else ["-c", WITH_SETTINGS, script.parent, json.dumps(settings)]
+    return start_program(sys.executable, *command, *given, cwd=cwd, **options)
+
+
+def finish(process, timeout=300):
+    """Wait for a process; returns subprocess.CompletedProcess."""
+    out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_tool(*given, cwd, settings=None, script=SCRIPT, timeout=300, **environment):
+    """`start` and `finish` in one."""
+    return finish(start(*given, cwd=cwd, settings=settings, script=script, environment=environment), timeout)
 
 
 def arguments(bucket, dataset="dataset-tiny/validation", model=MODEL_ID, **others):
@@ -61,26 +99,12 @@ def run_here(patch, *given, code=0):
 
     with patch.context() as patch:
         patch.setattr(sys, "argv", [str(SCRIPT), *map(str, given)])
-        patch.setattr(script, "last_words", [], raising=False)  # for signals, which only a process of its own gets
         assert script.main() == code
 
 
 def published(process):
     """Where a run has put its YAML, as it says."""
     return re.search(r"(?m)^Result: (.+)$", process.stdout)[1]
-
-
-def start(*given, cwd, script=SCRIPT, **options):
-    """Start the script; `environment=` is added to this process's, other options go to Popen."""
-    environment = {**os.environ, **{name: str(value) for name, value in options.pop("environment", {}).items()}}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    return subprocess.Popen([sys.executable, script, *map(str, given)], cwd=cwd, env=environment, **options)
-
-
-def finish(process):
-    """Wait for a process; returns subprocess.CompletedProcess."""
-    out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def wait_until(condition, process):
@@ -91,25 +115,12 @@ def wait_until(condition, process):
         time.sleep(0.003)
 
 
-def shortened(path, **constants):
-    """Change constants at the top of a copied module."""
-    text = path.read_text()
-    for name, value in constants.items():
-        text, changed = re.subn(rf"(?m)^{name} = \S+", f"{name} = {value}", text)
-        assert changed == 1
-    path.write_text(text)
-
-
-def tf_config(task=("worker", 1), **cluster):
-    return json.dumps({"cluster": cluster, "task": dict(zip(("type", "index"), task, strict=True))})
-
-
 def results(bucket, model=MODEL_ID):
     """All results in a directory bucket, oldest first."""
     return [yaml.safe_load(path.read_text()) for path in sorted(Path(bucket, "models", model).glob("*.yaml"))[1:]]
 
 
-ENDINGS = (".yaml", ".png", "_slices.png", "_curves.csv")  # of the files of a result
+ENDINGS = (".yaml", ".png", "_slices.png", "_curves.csv", "_stacks.csv")  # of the files of a result
 
 
 def thresholds(result):
@@ -168,11 +179,11 @@ def whole_results(bucket):
     """Check that all that is new in a bucket is whole; returns the content of the YAML files, oldest first."""
     contents = bucket.contents()
     for name, data in contents.items():
-        assert re.fullmatch(rf"{MODEL}/model_thresholds_\d{{8}}T\d{{6}}Z(\.yaml|\.png|_slices\.png|_curves\.csv)", name)
+        assert re.fullmatch(rf"{MODEL}/model_thresholds_\d{{8}}T\d{{6}}Z({'|'.join(map(re.escape, ENDINGS))})", name)
         if name.endswith(".png"):
             Image.open(io.BytesIO(data)).verify()
         if name.endswith(".csv"):
-            assert data.endswith(b"\n") and len({line.count(b",") for line in data.splitlines()}) == 1
+            assert len({len(row) for row in csv.reader(io.StringIO(data.decode()))}) == 1
     found = []
     for name in sorted(contents):
         if name.endswith(".yaml"):
