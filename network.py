@@ -38,7 +38,7 @@ def versions():
 
 
 def is_out_of_memory(error):
-    return isinstance(error, MemoryError) or bool(_re.search("memory|exhausted", str(error), _re.I))
+    return isinstance(error, MemoryError) or bool(_re.search("memory|exhausted|OOM", str(error), _re.I))
 
 
 ADDRESS_SPACE_OF_TENSORFLOW = 2_500_000_000

@@ -19,13 +19,12 @@ from helpers import (
     SPLIT,
     arguments,
     assert_one_error_line,
-    blobs_and_masks,
     finish,
     results,
     run_tool,
     start,
+    start_program,
     wait_until,
-    write_split,
 )
 from PIL import Image
 
@@ -64,10 +63,10 @@ network.build_network = hungry
 
 
 class Cluster:
-    """A scheduler, and workers in folders of their own. Everything that it starts ends with it."""
+    """A scheduler, and workers in folders of their own."""
 
     def __init__(self, folder, scheme="tcp", **environment):
-        self.folder, self.processes = folder, []
+        self.folder = folder
         self.address = f"{scheme}://127.0.0.1:{free_port()}"
         self.environment = {"PYTHONPATH": ROOT, **environment}
         ttl = {"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "5s"}
@@ -84,29 +83,19 @@ class Cluster:
 
     def _start(self, *command, **environment):
         kind, folder, *given = command
-        log = open(folder / f"{kind}.log", "a")  # noqa: SIM115
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dask", kind, *given],
-            cwd=folder,
-            env={**os.environ, **{k: str(v) for k, v in (self.environment | environment).items()}},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # a nanny and its worker end together
-        )
-        self.processes.append(process)
-        return process
-
-    def close(self):
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with open(folder / f"{kind}.log", "a") as log:
+            return start_program(
+                *(sys.executable, "-m", "dask", kind, *given),
+                cwd=folder,
+                environment=self.environment | environment,
+                stdout=log,
+                stderr=log,
+            )
 
 
 @pytest.fixture
 def cluster(tmp_path):
-    with contextlib.closing(Cluster(tmp_path)) as cluster:
-        yield cluster
+    return Cluster(tmp_path)
 
 
 def command(cluster, bucket, folder, settings=None, **given):
@@ -306,9 +295,9 @@ def test_a_worker_with_other_code(cluster, bucket, tmp_path):
 
 
 def test_a_scheduler_without_the_code(bucket, tmp_path):
-    with contextlib.closing(Cluster(tmp_path, PYTHONPATH="")) as cluster:
-        cluster.worker()
-        process = finish(command(cluster, bucket, tmp_path / "command"))
+    cluster = Cluster(tmp_path, PYTHONPATH="")
+    cluster.worker()
+    process = finish(command(cluster, bucket, tmp_path / "command"))
     assert_one_error_line(process, CLUSTER, cluster.address, "No module named 'chunks'", "PYTHONPATH")
 
 
@@ -350,8 +339,19 @@ def test_an_interruption_stops_the_workers_within_the_chunk(cluster, bucket, tmp
 def certificate(folder, name, authority=None):
     """Make a key and a certificate with openssl, signed by an authority or by itself."""
     key, cert = folder / f"{name}.key", folder / f"{name}.pem"
-    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"]
-    make += ["-subj", f"/CN={name}", "-keyout", key, "-out", cert]
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "1",
+    ]
+    make += ["-days", "1", "-subj", f"/CN={name}", "-keyout", key, "-out", cert]
     if authority:
         make += ["-CA", folder / f"{authority}.pem", "-CAkey", folder / f"{authority}.key"]
     subprocess.run(make, check=True, capture_output=True)
@@ -366,13 +366,13 @@ def test_over_tls(bucket, tmp_path, alone):
         tls |= {f"DASK_DISTRIBUTED__COMM__TLS__{role}__{kind}": path for kind, path in own.items()}
     tls["DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION"] = "true"
     given = arguments(bucket, batch_size=4)
-    with contextlib.closing(Cluster(tmp_path, "tls", **tls)) as cluster:
-        cluster.worker()
-        named = {"DASK_SCHEDULER_ADDRESS": cluster.address}
-        process = run_tool(*given, cwd=tmp_path, settings=SETTINGS, **named)
-        assert_one_error_line(process, CLUSTER, cluster.address, "no certificate")
-        process = start(*given, cwd=tmp_path, settings=SETTINGS, environment=named | tls)
-        same(process, bucket, alone)
+    cluster = Cluster(tmp_path, "tls", **tls)
+    cluster.worker()
+    named = {"DASK_SCHEDULER_ADDRESS": cluster.address}
+    process = run_tool(*given, cwd=tmp_path, settings=SETTINGS, **named)
+    assert_one_error_line(process, CLUSTER, cluster.address, "no certificate")
+    process = start(*given, cwd=tmp_path, settings=SETTINGS, environment=named | tls)
+    same(process, bucket, alone)
 
 
 def test_dask_is_imported_only_where_a_scheduler_is_named(tiny_bucket, tmp_path):
