@@ -5,6 +5,7 @@ them thread-safe; they raise `BucketError`:
 
     list(prefix) -> list[Blob]     all blobs below the folder `prefix`, sorted by name; with `skip`, without those for
                                    which skip(name below the folder) is true, which are not checked either
+    folders(prefix) -> list[str]   the names of the folders directly below a folder, sorted; [] if there is none
     stat(name) -> Blob             one blob; BlobNotFoundError
     read(blob) -> bytes            its content, checked
     fetch(blob) -> Path            its content, checked, as a local file that is not to be changed
@@ -13,8 +14,11 @@ them thread-safe; they raise `BucketError`:
     create(name, data)             make an object, completely or not at all; FileExistsError if there is one with this
                                    name and other content
     url(name) -> str               its address, for messages
+    address                        gs://... or the absolute path of the directory
     on_bytes                       assign a callable: it is called, in any thread, with the number of bytes downloaded,
                                    and with a negative number for bytes that must be downloaded again
+    on_retry                       assign a callable: it is called, in any thread, with a sentence when a request fails
+                                   for the first time and is tried again; `terminal.warn` if none is assigned
     threads                        the number of reads in parallel that is worth while
 
 Google Cloud Storage is asked for objects.get, objects.list and objects.create only, so roles/storage.objectViewer and
@@ -22,9 +26,10 @@ roles/storage.objectCreator on the bucket suffice. google-cloud-storage makes al
 fetches the content, because it needs less than half of the processor time.
 """
 
+# ruff: noqa: E402  the libraries read some settings when they are imported
+
 import base64
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -32,35 +37,80 @@ import logging
 import math
 import mimetypes
 import os
-import random
 import re
 import shutil
 import ssl
+import stat
+import threading
 import time
 import uuid
 import warnings
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from blobs import Blob, checked_name, explained, folder_prefix
-from directory_bucket import DirectoryBucket
-from errors import BlobNotFoundError, BucketError, printable
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # these two, or else gcsfs and google-cloud-storage ask
+os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"  # for the bucket itself, which needs buckets.get
+os.environ["NETRC"] = os.devnull  # a password from ~/.netrc would take the place of our token
+warnings.filterwarnings("ignore", module="google")  # about quota projects, and future versions of Python
 
-RETRY_SECONDS = 120  # no attempt at a request begins later than this after the first failed one
-SOCKET_SECONDS = 30  # longest wait for a connection, or for the next bytes of an answer
+import aiohttp
+import google.auth
+import google_crc32c
+import requests
+from fsspec.asyn import get_loop, sync
+from gcsfs import GCSFileSystem
+from gcsfs.retry import ChecksumError, HttpError
+from google.api_core.exceptions import GoogleAPICallError, RetryError, from_http_status
+from google.api_core.retry import Retry
+from google.auth.credentials import AnonymousCredentials
+from google.auth.exceptions import GoogleAuthError, InvalidOperation, TransportError
+from google.auth.transport.requests import Request
+from google.cloud import storage
+from requests.exceptions import ChunkedEncodingError, JSONDecodeError
+from urllib3.exceptions import LocationParseError
+from urllib3.util import parse_url
+
+import terminal
+from errors import BlobNotFoundError, BucketError, first_line, printable
+
+for library in ("google", "urllib3", "gcsfs"):  # failures are tried again, and reported if that fails too
+    logging.getLogger(library).setLevel(logging.CRITICAL)
+
+RETRY_SECONDS = 120  # stop trying again this long after a request began
+SOCKET_SECONDS = 20  # longest wait for a connection, or for the next bytes of an answer
 UPLOAD_SPEED = 70_000  # bytes/s; an upload that is slower on average fails
-BACKOFF_SECONDS = 0.25, 16  # the first pause between attempts, which doubles each time, and the longest
 STRAY_SECONDS = 24 * 3600  # a partial file this old was left behind by a killed run
-PAGE_SIZE = 1000  # the largest number of objects that one answer lists
 MOST_FOLDERS = 500  # that are listed one by one; a dataset has a folder per class, unless by mistake
 ROOM_TO_SPARE = 500_000_000  # bytes for the counts and results, besides the files to fetch
 BLOCK = 4096  # bytes; a file takes a whole number of blocks on the disk
 
 _LEVELS = 2  # of folders, which are listed in parallel: <split>/images, <split>/masks/<class>
-_FIELDS = "kind,nextPageToken,prefixes,items(name,size,generation,crc32c,md5Hash,contentEncoding)"
+_FIELDS = "kind,nextPageToken,prefixes,items(name,size,generation,crc32c,contentEncoding)"
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
-_LOGIN = "run on a VM with a service account, or run 'gcloud auth application-default login' first"
+_KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 _ROLES = {"get": "objectViewer", "list": "objectViewer", "create": "objectCreator"}
+_WEB_PAGE = r"(?i)<html|<!doctype html"
+# What passes: of a network, or of a server that is not ready. And what else the libraries raise for a failed request.
+_PASSING = (
+    *(requests.ConnectionError, requests.Timeout, ChunkedEncodingError, JSONDecodeError, TransportError),
+    *(aiohttp.ClientError, ChecksumError, ConnectionError, TimeoutError),
+)
+_FAILURES = (*_PASSING, requests.RequestException, GoogleAPICallError, GoogleAuthError, RetryError)
+# Advice for what cannot get better by waiting, by what the error says.
+_HOPELESS = (
+    (
+        r"CERTIFICATE_VERIFY_FAILED",
+        "name the file of your network's certificates in REQUESTS_CA_BUNDLE; check the clock",
+    ),
+    (r"Tunnel connection failed: 407|^(\w+: )?407\b", "the proxy wants http://user:password@host:port in HTTPS_PROXY"),
+    (
+        r"Tunnel connection failed: 4|^ClientHttpProxyError: 4",
+        "the proxy refuses this address: ask the person who manages it",
+    ),
+    (r"(?i)content-encoding", "a proxy or filter has packed the answer: ask the person who manages the network"),
+    (_WEB_PAGE, "a web filter, or the login page of a network, answers instead of Google: ask who manages the network"),
+)
 # Advice for refusals that have another cause than missing roles on the bucket, by their reason or message.
 _REFUSALS = (
     (r"billing|accountDisabled", "this is a matter of billing: ask the person who pays for the project"),
@@ -68,20 +118,42 @@ _REFUSALS = (
     (r"\bscope", "the VM's access scopes are too narrow: give it the scope cloud-platform"),
     (r"serviceusage", "the account needs roles/serviceusage.serviceUsageConsumer on the project that pays"),
     (r"KMS", "this is about the key that encrypts the bucket: ask the person who manages it"),
+    (r"requester pays", "name the project that pays in GOOGLE_CLOUD_PROJECT"),
 )
-_jitter = random.Random()  # not the global generator, which the user may have seeded
+# Control characters, and parts that are empty, "." or "..".
+_UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f]|(?:^|/)\.{0,2}(?:/|\Z)")
 
 
-class _TransientError(Exception):
-    """An attempt failed, and the next one may succeed."""
+class Blob(NamedTuple):
+    """One object of a bucket.
 
+    Attributes
+    ----------
+    name : str
+        Its path below the bucket (and its folder), "/"-separated.
+    size : int
+        Bytes.
+    generation : int
+        The number that Google Cloud Storage gives to this content of the object; 0 in a directory.
+    checksum : str
+        The content's crc32c in base64. Empty in a directory, and in listings without checksums, such as those of
+        buckets with a customer-managed encryption key.
+    mtime, ctime : int
+        When the content of the file was changed, and when anything about it was, in nanoseconds since 1970; 0 in Google
+        Cloud Storage.
+    """
 
-class _StatusError(Exception):
-    """The server answered a request for content with another status than 200."""
+    name: str
+    size: int
+    generation: int = 0
+    checksum: str = ""
+    mtime: int = 0
+    ctime: int = 0
 
-    def __init__(self, code):
-        super().__init__(f"the status {code}")
-        self.code = code
+    @property
+    def version(self):
+        """A text that changes when the content may have changed; in a directory also when only `ctime` changes."""
+        return f"{self.size}:{self.generation}:{self.checksum}:{self.mtime}:{self.ctime}"
 
 
 def open_bucket(gcp_bucket: str, cache_directory: Path):
@@ -102,11 +174,14 @@ def open_bucket(gcp_bucket: str, cache_directory: Path):
     Raises
     ------
     BucketError
-        The address is malformed, the directory cannot be used, or there are no credentials.
+        The address is malformed, the directory cannot be used, there are no credentials, or the environment names a
+        proxy or certificates that cannot be used.
     """
     if gcp_bucket.startswith("gs://"):
         return _GoogleBucket(gcp_bucket, Path(cache_directory))
-    return DirectoryBucket(gcp_bucket)
+    if not gcp_bucket or "://" in gcp_bucket:
+        raise BucketError(f"'{_shown(gcp_bucket)}' is no bucket: write gs://name[/folder], or the path of a directory")
+    return _DirectoryBucket(gcp_bucket)
 
 
 def sweep(folder):
@@ -120,81 +195,77 @@ def sweep(folder):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _ignore(_):
-    pass
-
-
 class _GoogleBucket:
     threads = 32
 
     def __init__(self, gcp_bucket, cache):
-        self.address = gcp_bucket
         self._bucket, _, folder = gcp_bucket.removeprefix("gs://").partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", self._bucket):
-            raise BucketError(f"{printable(gcp_bucket)}: no bucket can have this name; write gs://name[/folder]")
-        self._folder = folder_prefix(folder, printable(gcp_bucket))
-        self._cache, self.on_bytes = cache, _ignore
+            raise BucketError(f"{_shown(gcp_bucket)}: no bucket can have this name; write gs://name[/folder]")
+        self._folder = _folder_prefix(folder, printable(gcp_bucket))
+        self.address = f"gs://{self._bucket}/{self._folder}".rstrip("/")
+        self.on_bytes, self.on_retry = lambda number: None, terminal.warn
+        self._cache = cache
         self._payer = None  # the project to charge, once the bucket has asked for one
-        try:
-            self._client, self._credentials = _connect()
-        except BucketError:
-            raise
-        except Exception as error:  # of google.auth, or of any type for an odd credentials file
-            raise BucketError(f"{self.url('')}: no Google credentials ({printable(error)[:300]}); {_LOGIN}") from error
+        self._has_told, self._lock = False, threading.Lock()
+        emulator = os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
+        self._emulator = ""  # for messages
+        if emulator:
+            emulator = emulator if "://" in emulator else f"http://{emulator}"
+            server = _checked_server(emulator, "STORAGE_EMULATOR_HOST")
+            self._emulator = f" (at {server}, which STORAGE_EMULATOR_HOST names)"
+        self._client, self._credentials = _connect(self.url(""), emulator)
+        self._gcsfs = _open_gcsfs(self._client.api_endpoint, self._credentials, self._tell)
 
     def url(self, name):
         return printable(f"gs://{self._bucket}/{self._folder}{name}")
 
     def list(self, prefix, skip=None):
-        root = self._folder + folder_prefix(prefix, self.url(""))
+        root = self._folder + _folder_prefix(prefix, self.url(""))
 
-        def wanted(name):
+        def is_wanted(name):
             return not (skip and skip(name.removeprefix(root).rstrip("/")))
 
         def list_folder(folder, levels):
-            blobs, folders, token = self._list_page(folder, levels, wanted)
-            while token and len(folders) <= MOST_FOLDERS:
-                page, more, token = self._list_page(folder, levels, wanted, token)
-                blobs, folders = blobs + page, folders | more
+            found, folders = self._list_folder(folder, "/" if levels else None)
             if len(folders) > MOST_FOLDERS:
-                return list_folder(folder, 0)  # all of them in one chain of pages
-            return blobs, [(subfolder, levels - 1) for subfolder in folders]
+                found, folders = self._list_folder(folder, None)
+            # The console makes an object with "/" at the end of its name for each folder.
+            blobs = [self._blob(each) for each in found if not each.name.endswith("/") and is_wanted(each.name)]
+            return blobs, [pool.submit(list_folder, name, levels - 1) for name in folders if is_wanted(name)]
 
         # Each page names the next, so the pages of a folder come one after the other; folders are listed in parallel.
-        pool, blobs = ThreadPoolExecutor(self.threads), []
-        try:
-            pending = {pool.submit(list_folder, root, _LEVELS)}
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for found, folders in (future.result() for future in done):
-                    blobs += found
-                    pending |= {pool.submit(list_folder, *folder) for folder in folders}
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        blobs = []
+        with ThreadPoolExecutor(self.threads) as pool:
+            listings = [pool.submit(list_folder, root, _LEVELS)]
+            for listing in listings:
+                found, more = listing.result()
+                blobs.extend(found)
+                listings.extend(more)
+        if not blobs:
+            self._refuse_backslashes(root)
         return sorted(blobs)
 
     def folders(self, prefix):
-        return []
+        root = self._folder + _folder_prefix(prefix, self.url(""))
+        _, folders = self._list_folder(root, "/")
+        return sorted(name.removeprefix(root).rstrip("/") for name in folders)
 
     def stat(self, name):
-        path = self._folder + checked_name(name, self.url(""))
-
-        def ask(bucket, seconds):
-            found = bucket.get_blob(path, timeout=seconds, retry=None)
-            return found and self._blob(found)
-
-        blob = self._ask("get", name, ask)
-        if blob is None:
-            self._list_page(self._folder, 0, lambda name: False)  # raises an error if the bucket is missing
+        path = self._folder + _checked_name(name, self.url(""))
+        options = {"timeout": SOCKET_SECONDS, "retry": self._retry()}
+        found = self._ask("get", name, lambda bucket: bucket.get_blob(path, **options))
+        if found is None:
+            self._refuse_backslashes(path)  # or raises an error if the bucket is missing
             raise BlobNotFoundError(f"{self.url(name)}: there is no such object")
-        return blob
+        return self._blob(found)
 
     def read(self, blob):
-        with self._cache_explained():
+        with _disk_errors_named(self._cached(blob), "cannot be read"):
             return self.fetch(blob).read_bytes()
 
     def is_here(self, blob):
-        return self._path(blob).exists()
+        return self._cached(blob).exists()
 
     def check_room(self, blobs):
         needed = sum(math.ceil(blob.size / BLOCK) * BLOCK for blob in blobs if not self.is_here(blob))
@@ -209,7 +280,7 @@ class _GoogleBucket:
             )
 
     def fetch(self, blob):
-        path = self._path(blob)
+        path = self._cached(blob)
         if not blob.checksum:
             listed, blob = blob, self.stat(blob.name)
             if blob.generation != listed.generation:
@@ -218,314 +289,438 @@ class _GoogleBucket:
                 raise BucketError(f"{self.url(blob.name)}: has no checksum; upload it again without your own key")
         if _is_intact(path, blob):
             return path
-        with self._cache_explained():
+        with _disk_errors_named(path, "what is fetched cannot be kept here; make room, or delete what is in the way"):
             self._cache.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
             try:
-                self._download(blob, partial)
+                self._ask("get", blob.name, lambda bucket: self._retry()(self._download)(bucket, blob, partial))
                 os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
         return path
 
     def create(self, name, data):
-        path = self._folder + checked_name(name, self.url(""))
-        content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        path = self._folder + _checked_name(name, self.url(""))
 
-        def upload(bucket, seconds):
+        def upload(bucket):
             bucket.blob(path).upload_from_string(
                 data,
-                content_type,
+                mimetypes.guess_type(name)[0] or "application/octet-stream",
                 if_generation_match=0,
                 checksum="crc32c",  # the server compares it before it stores the object
-                timeout=seconds,
+                timeout=SOCKET_SECONDS + len(data) / UPLOAD_SPEED,  # sending all of the data counts as one wait
                 retry=None,
             )
-            return True
 
         clash = None
         try:
-            # Sending all of the data counts as one wait, so the limit grows with its size.
-            if not self._ask("create", name, upload, SOCKET_SECONDS + len(data) / UPLOAD_SPEED):
-                raise self._no_bucket()
+            self._ask("create", name, self._retry()(upload))
         except FileExistsError as error:
             clash = error  # with an earlier attempt at this upload, if its answer was lost, or with another object
-        held = self.stat(name)
-        kind = held.checksum.partition(":")[0]
-        if (held.size, held.checksum) != (len(data), f"{kind}:{_checksum(kind, [data])}"):
+        if self.stat(name).checksum != _base64(google_crc32c.Checksum(data)):
             raise clash or BucketError(f"{self.url(name)}: holds other content than was sent; upload it again")
 
-    def _path(self, blob):
+    def _cached(self, blob):
         # A hash, so that no object name can lead to a place outside the cache.
         key = json.dumps([self._bucket, self._folder + blob.name, blob.version])
         return self._cache / hashlib.sha256(key.encode()).hexdigest()
 
-    def _no_bucket(self):
-        return BucketError(f"gs://{self._bucket}: there is no such bucket; check its name")
-
     def _has_changed(self, blob):
         return BucketError(f"{self.url(blob.name)}: changed in the bucket during the run; run again")
 
-    def _cache_explained(self):
-        trouble = "what is fetched cannot be kept here; make room, make the folder writable, or run elsewhere"
-        return explained(self._cache, trouble)
-
     def _blob(self, found):
         """Make a `Blob` of google-cloud-storage's."""
-        if not found.name.startswith(self._folder):
-            raise ValueError("an object of another folder")
-        name = checked_name(found.name[len(self._folder) :], self.url(""))
+        name = _checked_name(found.name[len(self._folder) :], self.url(""))
         if found.content_encoding == "gzip":  # its size and checksum are those of the compressed bytes
             raise BucketError(f"{self.url(name)}: is stored gzip-encoded; upload it without 'gsutil cp -z' or '-j'")
-        checksum = f"crc32c:{found.crc32c}" if found.crc32c else f"md5:{found.md5_hash}" if found.md5_hash else ""
-        return Blob(name, int(found.size), int(found.generation), checksum)
+        return Blob(name, int(found.size), int(found.generation), found.crc32c or "")
 
-    def _list_page(self, folder, levels, wanted, token=None):
-        """List one page of a folder. Returns its blobs, its subfolders if levels > 0, and the next page's token."""
+    def _list_folder(self, folder, delimiter):
+        """Return the objects of google-cloud-storage below a folder and, with the delimiter "/", its subfolders."""
 
-        def ask(bucket, seconds):
-            pages = self._client.list_blobs(
-                bucket, prefix=folder, delimiter="/" if levels else None, page_token=token, page_size=PAGE_SIZE,
-                fields=_FIELDS, timeout=seconds, retry=None,
-            )  # fmt: skip
-            page = next(pages.pages)
-            if page.raw_page["kind"] != "storage#objects":
-                raise ValueError("no listing")
-            # The console makes an object with "/" at the end of its name for each folder.
-            blobs = [self._blob(found) for found in page if not found.name.endswith("/") and wanted(found.name)]
-            return blobs, {name for name in pages.prefixes if wanted(name)}, pages.next_page_token
+        def ask(bucket):
+            found = self._client.list_blobs(
+                bucket, prefix=folder, delimiter=delimiter, fields=_FIELDS, timeout=SOCKET_SECONDS, retry=self._retry()
+            )
+            return list(found), found.prefixes
 
-        answer = self._ask("list", folder.removeprefix(self._folder), ask)
-        if answer is None:
-            raise self._no_bucket()
-        return answer
+        return self._ask("list", folder.removeprefix(self._folder), ask)
 
-    @functools.cached_property
-    def _gcsfs(self):
-        """gcsfs without its own retries, which would take minutes and hide the cause of the error."""
-        import aiohttp
-        import requests
-        from fsspec.asyn import get_loop, sync
-        from gcsfs import GCSFileSystem
+    def _refuse_backslashes(self, path):
+        """Raise an error if there are objects that a program on Windows has uploaded with "\\" for "/"."""
+        for wrong in (path.replace("/", "\\"), "\\".join(path.rsplit("/", 1))):
+            names = [found.name for found in self._list_folder(wrong, "/")[0] if "\\" in found.name]
+            if names:
+                name = printable(names[0])
+                raise BlobNotFoundError(f"gs://{self._bucket}: '{name}' has '\\' in its name; upload it again with '/'")
 
-        async def once(request, ask):
-            with _one_attempt():
-                answer = await ask(request)
-            if answer.status != 200:
-                answer.release()
-                raise _StatusError(answer.status)
-            answer.content = _Content(answer.content)
-            return answer
-
-        async def connector():
-            place = os.environ.get("REQUESTS_CA_BUNDLE") or requests.certs.where()
-            context = ssl.create_default_context(**{"capath" if os.path.isdir(place) else "cafile": place})
-            return aiohttp.TCPConnector(ssl=context, limit=self.threads)
-
-        session = {
-            "connector": sync(get_loop(), connector),
-            "headers": {"Accept-Encoding": "identity"},
-            # Only if the environment names a proxy: aiohttp then reads the environment and a file for every request.
-            "trust_env": bool(requests.utils.get_environ_proxies(self._client.api_endpoint)),
-            "middlewares": (once,),
-        }
-        return GCSFileSystem(
-            token=self._credentials, endpoint_url=self._client.api_endpoint, session_kwargs=session,
-            requests_timeout=aiohttp.ClientTimeout(sock_connect=SOCKET_SECONDS, sock_read=SOCKET_SECONDS),
-            consistency="none", skip_instance_cache=True,
-        )  # fmt: skip
-
-    def _download(self, blob, path):
-        from fsspec.callbacks import Callback
-        from gcsfs.retry import HttpError
-
-        def ask(bucket, seconds):
-            received = 0
-
-            def count(_, value):
-                nonlocal received
-                if value > blob.size:
-                    raise _TransientError("more bytes than the object has")
-                self.on_bytes(value - received)
-                received = value
-
-            try:
-                with self._cache_explained():
-                    self._gcsfs.get_file(
-                        f"{self._bucket}/{self._folder}{blob.name}", str(path), generation=blob.generation,
-                        userProject=bucket.user_project, callback=Callback(hooks={"count": count}), concurrency=1,
-                    )  # fmt: skip
-                if not _is_intact(path, blob):
-                    raise _TransientError("content that does not match its checksum")
-            except BaseException as error:
-                self.on_bytes(-received)
-                if not isinstance(error, (_StatusError, HttpError)):
-                    raise
-                if error.code == 404:
-                    raise self._has_changed(blob) from None
-                if 400 <= error.code < 500:
-                    self.stat(blob.name)  # its error has a reason; and it renews a refused token
-                raise _TransientError(str(error)) from error
-
-        self._ask("get", blob.name, ask)
-
-    def _ask(self, permission, name, ask, longest=0):
-        """Return what `ask` returns for the bucket and the seconds that it may take; None if there is no object."""
-        from google.api_core.exceptions import NotFound
-
-        def attempt(left):
-            try:
-                bucket = self._client.bucket(self._bucket, user_project=self._payer)
-                return ask(bucket, max(SOCKET_SECONDS, min(longest, left)))
-            except (BucketError, _TransientError):
-                raise
-            except NotFound:
-                return None
-            except Exception as error:
-                raise self._meant(error, permission, name) from error
-
-        return _persistently(self.url(name), attempt)
-
-    def _meant(self, error, permission, name):
-        """Return the exception to raise for one that the libraries raised."""
-        import requests
-        from google.api_core.exceptions import GoogleAPICallError
-        from google.auth.exceptions import GoogleAuthError, InvalidOperation, TransportError
-
-        url, cause = self.url(name), error
-        while inner := cause.__cause__ or cause.__context__:  # the libraries wrap the reason several times
-            cause = inner
-        said = f"{type(cause).__name__}: {printable(cause)[:300]}"
-        if isinstance(error, GoogleAPICallError):
-            return self._refused(error, permission, url)
-        if isinstance(error, InvalidOperation):  # anonymous credentials, for an emulator, cannot be renewed
-            return BucketError(f"{url}: the credentials are refused; {_LOGIN}")
-        if isinstance(error, TransportError) or getattr(error, "retryable", False):
-            return _TransientError(f"no access token, {said}")
-        if isinstance(error, GoogleAuthError):
-            return BucketError(f"{url}: no access token, {printable(error.args[0] if error.args else error)}; {_LOGIN}")
-        if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
-            return BucketError(f"{url}: {said}; check HTTPS_PROXY and STORAGE_EMULATOR_HOST")
-        if isinstance(error, OSError):
-            return _TransientError(said)
-        return _TransientError(f"an answer that is not in the manner of Google Cloud Storage ({said})")
-
-    def _refused(self, error, permission, url):
-        """Return the exception to raise for an HTTP status and the JSON that came with it."""
-        status = error.code
+    def _download(self, bucket, blob, path):
+        """Let gcsfs download a file, which repeats what fails some six times, in half a minute."""
+        received = _Received(self.on_bytes)
         try:
-            answer = error.response.json()["error"]
-            message = printable(answer["message"])[:300]
-            reason = " ".join(str(item.get("reason")) for item in answer.get("errors", ()))
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-            message, reason = "not in the manner of Google Cloud Storage", ""
-        said, about = f"{status}: {message}", f"{reason} {message}"
-        if status in (408, 429) or not 400 <= status < 500 or (status == 403 and "ratelimit" in reason.lower()):
-            return _TransientError(said)
+            self._gcsfs.get_file(
+                f"{self._bucket}/{self._folder}{blob.name}", str(path), generation=blob.generation,
+                userProject=bucket.user_project, callback=received, concurrency=1,
+            )  # fmt: skip
+            if not _is_intact(path, blob):
+                with open(path, errors="replace") as file:
+                    page = re.search(_WEB_PAGE, file.read(1000))
+                raise ChecksumError(page[0] if page else "content that does not match its checksum")
+        except Exception as error:
+            received.set_size(None)
+            if answer := _answer_to_gcsfs(error):
+                raise (self._has_changed(blob) if answer.code == 404 else answer) from error
+            raise
+
+    def _retry(self):
+        return Retry(_is_transient, initial=0.25, maximum=16, timeout=RETRY_SECONDS, on_error=self._tell)
+
+    def _tell(self, error):
+        with self._lock:
+            has_told, self._has_told = self._has_told, True
+        if not has_told:
+            self.on_retry(f"{self.url('')}{self._emulator}: {_said(error)}; trying again for {RETRY_SECONDS} s")
+
+    def _ask(self, permission, name, call):
+        """Return what `call` returns for the bucket; raise one line for what the libraries raise."""
+        payer, project = self._payer, os.environ.get("GOOGLE_CLOUD_PROJECT")
+        try:
+            return call(self._client.bucket(self._bucket, user_project=payer))
+        except _FAILURES as error:
+            if payer or not project or "requester pays" not in str(error):
+                raise self._explained(error, permission, name) from error
+        self._payer = project  # only from now on, because it needs a permission on the project
+        return self._ask(permission, name, call)
+
+    def _explained(self, error, permission, name):
+        """Return the exception to raise for one that the libraries raised."""
+        url, gave_up = self.url(name) + self._emulator, isinstance(error, RetryError)
+        error = error.cause if gave_up else error
+        said, status = _said(error), error.code if isinstance(error, GoogleAPICallError) else None
         if status == 412:
-            return FileExistsError(f"{url}: exists already, with other content")
-        if "requester pays" in message:
-            project = os.environ.get("GOOGLE_CLOUD_PROJECT")
-            if not project:
-                return BucketError(f"{url}: {said}; name the project that pays in GOOGLE_CLOUD_PROJECT")
-            self._payer = project  # only from now on, because it needs a permission on the project
-            return _TransientError(said)
-        if status == 401:
-            return BucketError(f"{url}: the credentials are refused ({said}); {_LOGIN}")
-        if status == 403:
-            for pattern, advice in _REFUSALS:
-                if re.search(pattern, about):
-                    return BucketError(f"{url}: the request is refused ({said}); {advice}")
-        if status == 403 and reason in ("", "forbidden", "insufficientPermissions"):
+            return FileExistsError(f"{self.url(name)}: exists already, with other content")
+        if status == 404:
+            return BucketError(f"gs://{self._bucket}{self._emulator}: there is no such bucket; check its name")
+        if advice := _advice(error):
+            return BucketError(f"{url}: {said}; {advice}")
+        if gave_up:
+            return BucketError(
+                f"{url}: gave up after trying again for {RETRY_SECONDS} s; the last error: {said}; check the network, "
+                "then run again"
+            )
+        if status == 401 or isinstance(error, InvalidOperation):  # the latter: anonymous credentials, for an emulator
+            return BucketError(f"{url}: the credentials are refused ({said}); {_login_advice()}")
+        if isinstance(error, GoogleAuthError):
+            return BucketError(f"{url}: {said}; {_login_advice()}")
+        if status == 403 and re.search("(?i)does not have|permission|^403: forbidden", said):
             return BucketError(
                 f"{url}: the permission storage.objects.{permission} is missing ({said}); grant the account "
                 f"roles/storage.{_ROLES[permission]} on the bucket"
             )
-        return BucketError(f"{url}: the bucket refuses the request ({said}); check --gcp-bucket")
+        if status:
+            return BucketError(f"{url}: the bucket refuses the request ({said}); check --gcp-bucket")
+        return BucketError(f"{url}: {said}; check the settings of the network (HTTPS_PROXY, STORAGE_EMULATOR_HOST)")
 
 
-def _connect():
+class _Received:
+    """Tells of the bytes that gcsfs has received: its callback for one file."""
+
+    def __init__(self, on_bytes):
+        self._on_bytes, self._number = on_bytes, 0
+
+    def set_size(self, size):
+        """Begin an attempt, so what an earlier one has received does not count."""
+        self._on_bytes(-self._number)
+        self._number = 0
+
+    def relative_update(self, number):
+        self._on_bytes(number)
+        self._number += number
+
+
+def _connect(url, emulator):
     """Return google-cloud-storage's client and its credentials; the environment determines both."""
-    os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"  # or else both ask for the bucket itself,
-    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # which needs buckets.get
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about quota projects, and about future versions of Python
-        import google.auth
-        from google.auth.credentials import AnonymousCredentials
-        from google.cloud import storage
-
-        for library in ("google", "urllib3", "gcsfs"):  # failures are tried again, and reported if that fails too
-            logging.getLogger(library).setLevel(logging.CRITICAL)
-        options, emulator = {}, os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
-        if emulator:
-            credentials = AnonymousCredentials()
-            options["api_endpoint"] = emulator if "://" in emulator else f"http://{emulator}"
-        else:
-            credentials, _ = google.auth.default(scopes=[_SCOPE])
-            credentials.with_non_blocking_refresh()
-        return storage.Client(project=None, credentials=credentials, client_options=options), credentials
-
-
-@contextlib.contextmanager
-def _one_attempt():
-    """Replace the errors of aiohttp, after which gcsfs would try again, by one after which it does not."""
-    import aiohttp
-
+    key_file = os.environ.get(_KEY_FILE)
+    if key_file and not emulator and not os.path.isfile(key_file):
+        raise BucketError(f"{_KEY_FILE} is not the path of a file; it must not hold the credentials themselves")
     try:
-        yield
-    except aiohttp.ClientError as error:
-        raise _TransientError(f"{type(error).__name__}: {error}") from error
+        credentials = AnonymousCredentials() if emulator else google.auth.default(scopes=[_SCOPE])[0]
+        options = {"api_endpoint": emulator} if emulator else {}
+        return storage.Client(project=None, credentials=credentials, client_options=options), credentials
+    except Exception as error:  # of google.auth, or of any type for an odd credentials file
+        raise BucketError(f"{url}: no Google credentials ({_shown(first_line(error))}); {_login_advice()}") from error
 
 
-class _Content:
-    """The stream of an answer's content; an error while it is read ends the attempt."""
+def _open_gcsfs(endpoint, credentials, on_failure):
+    """Return the file system of gcsfs, with the proxy and the certificates that requests uses too.
 
-    def __init__(self, stream):
-        self._stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-    async def read(self, size):
-        with _one_attempt():
-            return await self._stream.read(size)
-
-
-def _persistently(url, attempt):
-    """Call `attempt` until it raises no `_TransientError`; give up RETRY_SECONDS after the first of these.
-
-    `attempt` is called with the number of seconds that are left, and its result is returned.
+    `on_failure` is called with the exception of any request that gets no answer.
     """
-    deadline, (pause, longest) = math.inf, BACKOFF_SECONDS
-    for count in itertools.count(1):
-        try:
-            return attempt(deadline - time.monotonic())
-        except _TransientError as error:
-            deadline = min(deadline, time.monotonic() + RETRY_SECONDS)
-            wait_seconds = pause * _jitter.uniform(0.5, 1)
-            if time.monotonic() + wait_seconds > deadline:
-                raise BucketError(
-                    f"{url}: gave up after {count} attempts, having tried again for {RETRY_SECONDS} s; the last error: "
-                    f"{printable(error)}; check the network, then run again"
-                ) from error
-        time.sleep(wait_seconds)
-        pause = min(2 * pause, longest)
+    settings = requests.Session().merge_environment_settings(endpoint, {}, None, None, None)
+    proxy = requests.utils.select_proxy(endpoint, settings["proxies"])
+    if proxy:
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
+        _checked_server(proxy, "the proxy of HTTPS_PROXY, HTTP_PROXY or ALL_PROXY")
+    place = requests.certs.where() if settings["verify"] is True else settings["verify"]
+    try:
+        certificates = ssl.create_default_context(**{"capath" if os.path.isdir(place) else "cafile": place})
+    except OSError as error:
+        names = "REQUESTS_CA_BUNDLE (or CURL_CA_BUNDLE)"
+        raise BucketError(f"{names}: {printable(place)}: no certificates can be read ({_said(error)})") from error
+
+    async def connector():
+        return aiohttp.TCPConnector(ssl=certificates)
+
+    async def tell(session, context, request):
+        on_failure(request.exception)
+
+    async def renew_token(session, context, request):  # gcsfs keeps a token as long as its time has not come
+        if request.response.status == 401 and request.headers.get("Authorization") == f"Bearer {credentials.token}":
+            credentials.refresh(Request())
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_exception.append(tell)
+    trace.on_request_end.append(renew_token)
+    session = {
+        "connector": sync(get_loop(), connector),
+        "headers": {"Accept-Encoding": "identity"},
+        "proxy": proxy,
+        "trace_configs": [trace],
+    }
+    return GCSFileSystem(
+        token=credentials, endpoint_url=endpoint, session_kwargs=session, consistency="none", skip_instance_cache=True,
+        requests_timeout=aiohttp.ClientTimeout(sock_connect=SOCKET_SECONDS, sock_read=SOCKET_SECONDS),
+    )  # fmt: skip
 
 
-def _checksum(kind, chunks):
-    """Return the checksum of some bytes in base64; `kind` is "md5" or "crc32c"."""
-    import google_crc32c
+def _checked_server(address, what):
+    """Return host and port of an address that is to be http[s]://[user:password@]host[:port].
 
-    checksum = hashlib.md5(usedforsecurity=False) if kind == "md5" else google_crc32c.Checksum()
-    for chunk in chunks:
-        checksum.update(chunk)
+    Of another one nothing is shown: any part of it may be a part of a password.
+    """
+    with contextlib.suppress(LocationParseError):
+        scheme, _, host, _, path, query, fragment = parse = parse_url(address)
+        if host and scheme in ("http", "https") and path in (None, "/") and not (query or fragment):
+            return parse.netloc
+    raise BucketError(
+        f"{what} cannot be used: write http://host:port or http://user:password@host:port, with %2F for '/' and so on; "
+        "SOCKS is not supported"
+    )
+
+
+def _answer_to_gcsfs(error):
+    """Return Google's own exception for the status that gcsfs has made an exception of; None if there is no status."""
+    if isinstance(error, ValueError):  # the message has "invalid" in it, or, then the cause, "requester pays"
+        return from_http_status(400, str(error.__cause__ or error))
+    if isinstance(error, HttpError):
+        return from_http_status(int(error.code), str(error.message))
+    if isinstance(error, FileNotFoundError) and error.errno is None:
+        return from_http_status(404, "there is no such object")
+    if isinstance(error, OSError) and str(error).startswith("Forbidden: "):
+        return from_http_status(403, str(error).partition("\n")[2])
+    return None
+
+
+def _is_transient(error):
+    """Whether a request that failed may succeed when it is tried again."""
+    if isinstance(error, GoogleAPICallError):
+        is_limit = "ratelimit" in f"{error.errors}{error.message}".lower().replace(" ", "")
+        return error.code in (408, 429) or error.code >= 500 or (error.code == 403 and is_limit)
+    return isinstance(error, _PASSING) and not _advice(error)
+
+
+def _advice(error):
+    """Return what to do about an error that does not get better by waiting; None if it is another one."""
+    is_answer = isinstance(error, GoogleAPICallError)
+    if is_answer and (error.code in (408, 429) or error.code >= 500):
+        return None
+    table = (*_HOPELESS, *_REFUSALS) if is_answer else _HOPELESS
+    text = f"{_said(error)} {error} {getattr(error, 'doc', '')[:1000]} {getattr(error, 'errors', '')}"
+    return next((advice for pattern, advice in table if re.search(pattern, text)), None)
+
+
+def _said(error):
+    """Return what an error says about its cause, in a few words that may be shown."""
+    said = "no access token, " if isinstance(error, GoogleAuthError) else ""
+    if isinstance(error, GoogleAPICallError):
+        said += f"{error.code}: {_message(error)}"
+    else:
+        while inner := error.__cause__ or error.__context__:  # the libraries wrap the reason several times
+            error = inner
+        said += f"{type(error).__name__}: {_message(error)}".rstrip(": ")
+    return "the answer is a web page" if re.search(_WEB_PAGE, said) else _shown(said)[:300]
+
+
+def _message(error):
+    """The message of a server's answer if there is one, else what the library says, without what may hold a token."""
+    with contextlib.suppress(AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
+        answer = json.loads(error.args[1]) if isinstance(error, GoogleAuthError) else error.response.json()
+        return answer["error"]["message"]
+    return error.args[0] if isinstance(error, (GoogleAPICallError, GoogleAuthError)) and error.args else error
+
+
+def _login_advice():
+    if path := os.environ.get(_KEY_FILE):
+        file = f"the file that {_KEY_FILE} names, {printable(path)}"
+        return f"is the key in {file}, deleted, or this machine's clock wrong? Make a new key, or unset the variable"
+    return "run on a VM with a service account, or run 'gcloud auth application-default login' first"
+
+
+def _shown(text):
+    """The text in printable characters, without the user and the password of an address."""
+    return printable(re.sub(r"//[^/\s]*@", "//", str(text)))
+
+
+def _base64(checksum):
     return base64.b64encode(checksum.digest()).decode()
 
 
 def _is_intact(path, blob):
-    kind, _, value = blob.checksum.partition(":")
+    checksum = google_crc32c.Checksum()
     try:
         with open(path, "rb") as file:
-            return _checksum(kind, iter(lambda: file.read(1 << 20), b"")) == value
+            for _ in checksum.consume(file, 1 << 20):
+                pass
     except OSError:
         return False
+    return _base64(checksum) == blob.checksum
+
+
+class _DirectoryBucket:
+    """A directory, which may also be a mounted bucket, exFAT, or a shared folder of a virtual machine.
+
+    A file is refused if its size or mtime has changed since it was listed. Its inode number and its ctime do not count:
+    on these, they change without a reason, and the latter also when a backup links the file. In `Blob.version`
+    the ctime does count: there a change without a reason costs no more than to read the file again.
+    """
+
+    threads = 8
+
+    def __init__(self, gcp_bucket):
+        self._root = Path(gcp_bucket)
+        self.address = os.path.abspath(gcp_bucket)
+        self.on_bytes, self.on_retry = lambda number: None, terminal.warn  # nothing is downloaded
+        with _disk_errors_named(gcp_bucket, "cannot be used as a bucket; name a directory or gs://name[/folder]"):
+            os.scandir(gcp_bucket).close()
+
+    def url(self, name):
+        return printable(self._root / name)
+
+    def list(self, prefix, skip=None):
+        root, blobs = _folder_prefix(prefix, self.url("")), []
+        top = os.path.join(self._root, root)
+        for folder, subfolders, files in os.walk(top, onerror=self._refuse, followlinks=True):
+            below = f"{folder[len(top) :]}/".lstrip("/")
+            wanted = {name for name in subfolders + files if not (skip and skip(below + name))}
+            subfolders[:] = [name for name in subfolders if name in wanted and not _is_circle(Path(folder, name))]
+            blobs.extend(self.stat(root + below + name) for name in files if name in wanted)
+        return sorted(blobs)
+
+    def folders(self, prefix):
+        top = self._root / _folder_prefix(prefix, self.url(""))
+        _, folders, _ = next(os.walk(top, onerror=self._refuse), (top, [], []))
+        return sorted(folders)
+
+    def stat(self, name):
+        path = self._root / _checked_name(name, self.url(""))
+        with _disk_errors_named(path, "cannot be read"):
+            try:
+                return self._blob(name, os.stat(path))
+            except (FileNotFoundError, NotADirectoryError):
+                raise BlobNotFoundError(f"{self.url(name)}: there is no such file") from None
+
+    def read(self, blob):
+        path = self._root / blob.name
+        with _disk_errors_named(path, "cannot be read"), open(path, "rb") as file:
+            data = file.read()
+            self._refuse_changed(blob, os.fstat(file.fileno()))
+        return data
+
+    def is_here(self, blob):
+        return True
+
+    def check_room(self, blobs):
+        pass
+
+    def fetch(self, blob):
+        path = self._root / blob.name
+        with _disk_errors_named(path, "cannot be read"):
+            self._refuse_changed(blob, os.stat(path))
+        return path
+
+    def create(self, name, data):
+        path = self._root / _checked_name(name, self.url(""))
+        with _disk_errors_named(path, "cannot be written; check the permissions and the room on the disk"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _create_file(path, data)
+            except FileExistsError:
+                if path.read_bytes() != data:
+                    raise FileExistsError(f"{self.url(name)}: exists already, with other content") from None
+
+    def _blob(self, name, found):
+        if not stat.S_ISREG(found.st_mode):
+            raise BlobNotFoundError(f"{self.url(name)}: is not a regular file")
+        return Blob(name, found.st_size, mtime=found.st_mtime_ns, ctime=found.st_ctime_ns)
+
+    def _refuse(self, error):
+        """Raise an error for a folder that cannot be listed; one that is missing is empty, as in the cloud."""
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise BucketError(f"{printable(error.filename)}: cannot be listed ({error.strerror})") from error
+
+    def _refuse_changed(self, blob, found):
+        if (found.st_size, found.st_mtime_ns) != (blob.size, blob.mtime):
+            raise BucketError(f"{self.url(blob.name)}: changed in the bucket during the run; run again")
+
+
+def _is_circle(folder):
+    """Whether a folder is a link to one that contains it."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
+def _create_file(path, data):
+    """Create a complete file in one step; FileExistsError if the name is taken."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with open(partial, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            raise
+        except OSError:  # exFAT and gcsfuse have no hard links. So an empty file takes the name, which only one
+            open(path, "xb").close()  # process can make, and the complete file then replaces it.
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _checked_name(name, place):
+    """Return the name if it is safe; raises BucketError, which begins with the bucket `place`, if it is not."""
+    if not name.isascii() and re.search(r"[\ud800-\udfff]", name):
+        raise BucketError(f"{place}: '{printable(name)}' is not UTF-8 as a name; rename it")
+    if _UNSAFE_NAME.search(name):
+        raise BucketError(
+            f"{place}: '{printable(name)}' is refused as a name (control characters, or parts that are empty, '.' or "
+            "'..'); rename it"
+        )
+    return name
+
+
+def _folder_prefix(prefix, place):
+    """What the names in the folder `prefix` begin with; raises BucketError like `_checked_name`."""
+    prefix = prefix.strip("/")
+    return _checked_name(prefix, place) + "/" if prefix else ""
+
+
+@contextlib.contextmanager
+def _disk_errors_named(place, trouble):
+    """Raise BucketError instead of OSError, with the `place` on the disk and what the `trouble` is."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise BucketError(f"{printable(place)}: {trouble} ({error.strerror or error})") from error

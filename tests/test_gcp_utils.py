@@ -28,9 +28,8 @@ from chaos_proxy import ChaosProxy, operation
 from fake_gcs import answering, listing_stub
 
 import gcp_utils
-from blobs import Blob
 from errors import BlobNotFoundError, BucketError
-from gcp_utils import open_bucket, sweep
+from gcp_utils import Blob, open_bucket, sweep
 
 ROOT = Path(__file__).parent.parent
 IN_THE_BUCKET = {
@@ -94,7 +93,6 @@ def brief(monkeypatch):
     """Patience that a test can wait for."""
     monkeypatch.setattr(gcp_utils, "RETRY_SECONDS", 0.6)
     monkeypatch.setattr(gcp_utils, "SOCKET_SECONDS", 0.8)
-    monkeypatch.setattr(gcp_utils, "BACKOFF_SECONDS", (0.1, 16))
 
 
 @contextlib.contextmanager
@@ -502,7 +500,6 @@ def test_fetching_killed_at_any_moment_leaves_whole_files_and_swept_ones_only(pr
 def test_everything_works_on_a_bad_network(bucket_name, many, server, tmp_path, monkeypatch):
     """Every kind of fault, on 30 % of the requests; and each was met."""
     told = []
-    monkeypatch.setattr(gcp_utils, "BACKOFF_SECONDS", (0.05, 1))
     with ChaosProxy(server, rate=0.3, delay=0.1, seed=2) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
         bucket = open_bucket(f"gs://{bucket_name}", tmp_path / "cache")
