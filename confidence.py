@@ -7,8 +7,8 @@ other parts. docs/confidence.md says what is assumed and how it was checked.
 import functools
 import math
 import re
-from dataclasses import dataclass
-from fractions import Fraction
+import unicodedata
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,9 @@ REPLICATES = 2000  # of the bootstrap
 SEED = 20200321
 FEWEST_BLOCKS = 5  # with fewer, no interval covers what it promises
 MOST_BLOCKS = 256  # so that the memory for their counts does not grow with the number of images
+END = 0.01  # how close to 0 and 1 the metrics of single stacks are told apart
+ROUNDING = 1e-9  # 10 * (1 - 0.9) is less than 1 in float64
+NO_STACK = "images of no named stack"
 RUNS = 20  # number of runs of neighbouring slices, if there are too few stacks
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -28,30 +31,14 @@ RUNS = 20  # number of runs of neighbouring slices, if there are too few stacks
 
 @dataclass(frozen=True)
 class Blocks:
-    """Which block each image belongs to.
+    """Which block each image belongs to."""
 
-    Attributes
-    ----------
-    labels : int64 array, shape (images,)
-        The block of each image, 0 to number - 1; every block has at least one image.
-    number : int
-        At most MOST_BLOCKS.
-    kind : str
-        What the blocks are: "stacks", "groups of stacks" or "runs of neighbouring slices".
-    names : list of str, length number
-        The stack's name; for runs "stack_1 run 3", for groups "stack_1 to stack_9".
-    speaks_of : str
-        What intervals from these blocks apply to, as the end of a sentence "Intervals ... speak of ...".
-    warnings : list of str
-        Sentences about names of stacks and images that do not fit together.
-    """
-
-    labels: np.ndarray
-    number: int
-    kind: str
-    names: list
-    speaks_of: str
-    warnings: list
+    labels: np.ndarray  # (images,) int64: the block of each image, 0 to number - 1; every block has an image
+    number: int  # at most MOST_BLOCKS
+    kind: str  # "stacks", "groups of stacks" or "runs of neighbouring slices"
+    names: list  # of each block: the stack's name, "stack_1 to stack_9" or "stack_1 run 3"
+    speaks_of: str  # what intervals from these blocks apply to: the end of "Intervals ... speak of ..."
+    warnings: list  # sentences about names of stacks and images that do not fit together
 
 
 def blocks_of(names, stacks, all_names=None):
@@ -66,11 +53,10 @@ def blocks_of(names, stacks, all_names=None):
     ----------
     names : sequence of str
         The names of all images used, in any order. A name begins with the name of its stack.
-    stacks : list of str, or anything
-        What `dataset_config.dataset_split` names for this split. Stacks without images are ignored, and so is
-        everything that is not a text. Images that belong to none of the stacks count as one more stack, because nothing
-        tells them apart.
-
+    stacks : list of str
+        What `dataset_config.dataset_split` names for this split. A folder before a stack's name, the ending of a file
+        after it, and another case or Unicode form than the images' are ignored where no other stack is meant then.
+        Images that belong to none of the stacks count as one more stack, because nothing tells them apart.
     all_names : sequence of str, optional
         The names of all images of the split, where `names` are a subset of them: a stack without an image is warned of
         only if it has none in the whole split.
@@ -79,45 +65,116 @@ def blocks_of(names, stacks, all_names=None):
     -------
     Blocks
     """
-    stacks = stacks if isinstance(stacks, (list, tuple)) else []
-    stacks = {stack for stack in stacks if isinstance(stack, str) and stack}
-    lengths = sorted({len(stack) for stack in stacks}, reverse=True)  # the longest name that fits is the stack's
+    stacks = sorted({stack for stack in stacks if stack})
+    fitting = _stacks_that_fit(names, stacks)
     images_of = {}
-    for image, name in enumerate(names):
-        beginnings = (name[:length] for length in lengths)
-        stack = next((stack for stack in beginnings if stack in stacks and _ends_a_word(stack, name)), None)
-        images_of.setdefault(stack, []).append(image)
+    for image, found in enumerate(fitting):
+        images_of.setdefault(found[0] if found else None, []).append(image)
+    everywhere = fitting if all_names is None else _stacks_that_fit(all_names, stacks)
+    with_images = {stack for found in everywhere for stack in found[:1]}
+    warnings = _warnings(
+        absent=[stack for stack in stacks if stack not in with_images],
+        strangers=[names[image] for image in images_of.get(None, [])] if stacks else [],
+        ambiguous=[(name, found) for name, found in zip(names, fitting, strict=True) if len(found) > 1],
+    )
 
     ordered = sorted(images_of, key=lambda stack: (stack is None, natural_order(stack or "")))
-    labels = np.zeros(len(names), np.int64)
-    if len(ordered) >= FEWEST_BLOCKS:
-        number = min(len(ordered), MOST_BLOCKS)
-        for rank, stack in enumerate(ordered):
-            labels[images_of[stack]] = rank * number // len(ordered)
-        kind = "stacks" if number == len(ordered) else "groups of stacks"
-        names = [str(name) for name in range(number)]
-        return Blocks(labels, number, kind, names, f"further stacks of the same kind as these {len(ordered)}", [])
+    if len(ordered) < FEWEST_BLOCKS:
+        return _runs(names, images_of, ordered, stacks, warnings)
+    number = min(len(ordered), MOST_BLOCKS)
+    labels, members = np.zeros(len(names), np.int64), [[] for _ in range(number)]
+    for rank, stack in enumerate(ordered):
+        block = rank * number // len(ordered)
+        labels[images_of[stack]] = block
+        members[block].append(stack or NO_STACK)
+    return Blocks(
+        labels=labels,
+        number=number,
+        kind="stacks" if number == len(ordered) else "groups of stacks",
+        names=[here[0] if len(here) == 1 else f"{here[0]} to {here[-1]}" for here in members],
+        speaks_of=f"further stacks of the same kind as these {len(ordered)}",
+        warnings=warnings,
+    )
 
+
+def _runs(names, images_of, ordered, stacks, warnings):
+    """Blocks that are runs of neighbouring slices of the stacks in `ordered`; `images_of` holds their images."""
     slices_of = {stack: {} for stack in ordered}
     for stack, images in images_of.items():
         for image in images:
             slices_of[stack].setdefault(_slice_of(names[image]), []).append(image)
-    number = 0
-    runs = _runs_per_stack([len(slices_of[stack]) for stack in ordered])
-    for stack, runs_here in zip(ordered, runs, strict=True):
+    labels, run_names = np.zeros(len(names), np.int64), []
+    for stack, runs in zip(ordered, _runs_per_stack([len(slices_of[stack]) for stack in ordered]), strict=True):
         slices = sorted(slices_of[stack], key=natural_order)
         for rank, slice_ in enumerate(slices):
-            labels[slices_of[stack][slice_]] = number + rank * runs_here // len(slices)
-        number += runs_here
+            labels[slices_of[stack][slice_]] = len(run_names) + rank * runs // len(slices)
+        run_names += [f"{stack or NO_STACK} run {run + 1}" for run in range(runs)]
     if ordered == [None]:
-        of = "images like these, taken in the order of their names, as no stacks are named"
+        why = "none of the stacks that are named has an image" if stacks else "no stacks are named"
+        of = f"images that lie between these in the order of their names, as {why}"
     elif len(ordered) == 1:
-        of = "slices of this one stack, not of others"
+        of = "slices that lie between these, of this one stack, not of others"
     else:
-        of = f"slices of these {len(ordered)} stacks, not of others"
-    return Blocks(
-        labels, number, "runs of neighbouring slices", [str(name) for name in range(number)], f"further {of}", []
-    )
+        of = f"slices that lie between these, of these {len(ordered)} stacks, not of others"
+    return Blocks(labels, len(run_names), "runs of neighbouring slices", run_names, of, warnings)
+
+
+def _stacks_that_fit(names, stacks):
+    """For each name of an image, the stacks with whose name it begins, the longest first.
+
+    Where no name fits as it is written, plain names are compared, but not those that several stacks have.
+    """
+    plain = [_plain(stack) for stack in stacks]
+    alike = {name: stack for name, stack in zip(plain, stacks, strict=True) if name and plain.count(name) == 1}
+    written = {stack: stack for stack in stacks}
+    lengths, plain_lengths = (sorted({len(name) for name in known}, reverse=True) for known in (written, alike))
+
+    def fitting(name, known, lengths):
+        beginnings = (name[:length] for length in lengths)
+        return [known[beginning] for beginning in beginnings if beginning in known and _ends_a_word(beginning, name)]
+
+    return [fitting(name, written, lengths) or fitting(_plain(name), alike, plain_lengths) for name in names]
+
+
+def _plain(name):
+    """A name without folder and ending, and without differences of case and Unicode form."""
+    name = re.sub(r"\.(tiff?|png)$", "", re.split(r"[/\\]", name)[-1], flags=re.IGNORECASE)
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _warnings(absent, strangers, ambiguous):
+    """Sentences about names that do not fit together, each with what it means for the intervals.
+
+    `absent` are stacks without an image, `strangers` images of no named stack, and `ambiguous` pairs of an image and
+    the several stacks that fit it.
+    """
+    sentences = []
+    if absent:
+        sentences.append(
+            f"dataset_split names {_number(absent, 'stack')} without an image ({_examples(absent)}): the intervals "
+            "rest on the other stacks only; check the names"
+        )
+    if strangers:
+        sentences.append(
+            f"{_number(strangers, 'image')} ({_examples(strangers)}) begin with the name of no stack in dataset_split: "
+            "for the intervals they count as one more stack, which is too little if they come from several, and too "
+            "much if they belong to stacks that are named; check the names"
+        )
+    if ambiguous:
+        several = [f"{name} fits {' and '.join(stacks)}" for name, stacks in ambiguous]
+        sentences.append(
+            f"{_number(ambiguous, 'image')} begin with the names of several stacks in dataset_split "
+            f"({_examples(several)}): for the intervals the longest name counts; check the names"
+        )
+    return sentences
+
+
+def _number(things, name):
+    return f"{len(things):,} {name}{'s' * (len(things) > 1)}"
+
+
+def _examples(names):
+    return ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3)
 
 
 def natural_order(text):
@@ -143,9 +200,90 @@ def _runs_per_stack(slices):
     """The number of runs to cut each stack into: in proportion to its slices, at least 1; RUNS in all if possible."""
     runs = [1] * len(slices)
     while sum(runs) < min(RUNS, sum(slices)):
-        longest = max(range(len(slices)), key=lambda i: Fraction(slices[i], runs[i]))
+        longest = max(range(len(slices)), key=lambda i: slices[i] / runs[i])
         runs[longest] += 1
     return runs
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Counts of the blocks
+
+
+def _coarse(thresholds, block_histograms):
+    """Indices of the coarse thresholds, those at which the blocks were counted, in the list of thresholds."""
+    number = block_histograms.shape[-1] - 1
+    return np.arange(number) * -(-len(thresholds) // number)
+
+
+def _counts_at(histogram, block_histograms, coarse, points):
+    """The counts of each block at some thresholds.
+
+    Between two coarse thresholds, the pixels of a block are assumed to be spread as those of all blocks together are,
+    inside and outside the class separately. So the blocks add up to the counts of all images exactly.
+
+    Parameters
+    ----------
+    histogram, block_histograms
+        As in `assess`.
+    coarse, points : increasing int arrays, shapes (C,) and (P,)
+        Indices into the list of thresholds: of the coarse thresholds, and of those at which to count.
+
+    Returns
+    -------
+    float64 array, shape (4, blocks, P)
+        True positives, false positives, false negatives and true negatives.
+    """
+    ends = np.append(coarse, histogram.shape[1] - 1)
+    left = np.searchsorted(coarse, points, side="right") - 1  # the last coarse threshold up to the point
+    below = np.cumsum(histogram, axis=1)
+    before, between = below[:, points] - below[:, ends[left]], below[:, ends[left + 1]] - below[:, ends[left]]
+    part = np.divide(before, between, out=np.zeros(between.shape), where=between > 0)
+    below = np.cumsum(block_histograms, axis=2, dtype=np.float64)
+    negative = below[:, :, left] + part * block_histograms[:, :, left + 1]  # bin left + 1 is that above the threshold
+    positive = below[:, :, -1:] - negative
+    return np.stack([positive[:, 1], positive[:, 0], negative[:, 1], negative[:, 0]])
+
+
+def _best_columns(values, counts, metric, thresholds, points, low, high):
+    """The columns in which each row's metric is best, as in the training.
+
+    Parameters
+    ----------
+    values : float64 array, shape (rows, P)
+        The metric of the counts.
+    counts : float64 array, shape (4, rows, P)
+    thresholds, low, high
+        As in `assess`.
+    points : increasing int array, shape (P,)
+        Indices of the columns into the list of thresholds.
+
+    Returns
+    -------
+    first, last : int arrays, shape (rows,)
+        The widest stretch of best columns whose point is from `low` to `high` and where the metric's constraint holds;
+        if it holds nowhere, of those that come closest to its level. Of equally wide stretches, the first.
+    """
+    within = np.flatnonzero((points >= low) & (points <= high))
+    choice = values[:, within]
+    if metric.constraint is not None:
+        counts = counts[:, :, within]
+        allowed = metric.allowed(*counts)
+        nowhere = ~allowed.any(axis=1)
+        choice = np.where(allowed, choice, -np.inf)
+        choice[nowhere] = metric.constraint(*counts[:, nowhere])
+    row, column = np.nonzero(choice == choice.max(axis=1, keepdims=True))
+    starts = np.flatnonzero(np.diff(row, prepend=-1) | (np.diff(column, prepend=-2) != 1))
+    ends = np.append(starts[1:], len(row)) - 1
+    first, last = within[column[starts]], within[column[ends]]
+    width = thresholds[points[last]].astype(np.float64) - thresholds[points[first]]
+    order = np.lexsort((first, -width, row[starts]))
+    widest = order[np.searchsorted(row[starts][order], np.arange(len(values)))]
+    return first[widest], last[widest]
+
+
+def _middle(thresholds, first, last):
+    """Indices of the thresholds in the middle between two others."""
+    return np.searchsorted(thresholds, (thresholds[first].astype(np.float64) + thresholds[last]) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -154,67 +292,30 @@ def _runs_per_stack(slices):
 
 @dataclass(frozen=True)
 class Confidence:
-    """What the blocks say about one class. Intervals have the level LEVEL, and each contains its value.
+    """What the blocks say about one class.
 
-    Attributes
-    ----------
-    blocks : int
-        Number of blocks that the intervals rest on: those that contain pixels inside the class and outside it.
-    worth : float or None
-        How many blocks with equally many pixels of the class they are worth (Kish); None without such a block.
-    reason : str or None
-        Why there are no intervals and no expected metric; None if there are.
-    x_interval : (float, float) or None
-        Of the trained threshold; both limits are in the list of thresholds.
-    metric_interval : (float, float) or None
-        Of the class metric at the trained threshold.
-    expected_metric : float or None
-        The class metric at the trained threshold, corrected because the threshold was chosen on the same images.
-    gain : float or None
-        The class metric at the trained threshold minus the class metric at 0.5; None if 0.5 does not meet the metric's
-        constraint.
-    gain_interval : (float, float) or None
-    gain_unclear : bool
-        Whether the gain's interval contains 0: then the threshold is not shown to be better than 0.5.
-    next_stack_interval : (float, float) or None
-        The range for the class metric of one new stack at the trained threshold.
-    why_no_next_stack : str or None
-        Why there is no such range; None if there is.
-    constraint_value : float or None
-        The metric of the constraint at the trained threshold; None if the metric has no constraint.
-    constraint_interval : (float, float) or None
-        Of the constraint's metric at the trained threshold.
-    band_low, band_high : float64 arrays, shape (C,), or None
-        The limits of the class metric at every coarse threshold; None if there are no intervals.
+    Intervals are pairs of floats with the level LEVEL. All but the range for the next stack contain their value.
     """
 
-    blocks: int
-    worth: float | None
-    reason: str | None
-    x_interval: tuple | None
-    metric_interval: tuple | None
-    expected_metric: float | None
-    gain: float | None
-    gain_interval: tuple | None
-    gain_unclear: bool
-    next_stack_interval: tuple | None
-    why_no_next_stack: str | None
-    constraint_value: float | None
-    constraint_interval: tuple | None
-    band_low: np.ndarray | None
-    band_high: np.ndarray | None
+    blocks: int  # those that contain pixels inside the class and outside it; intervals rest on them
+    worth: float | None  # how many blocks with equally many pixels of the class they are worth; None if none has any
+    gain: float | None  # metric at x minus metric at 0.5; None if 0.5 does not meet the metric's constraint
+    constraint_value: float | None  # the constraint's metric at x; None if the metric has no constraint
+    next_stack_interval: tuple | None  # the range for the metric of one new stack at x
+    why_no_next_stack: str | None  # None if there is such a range
+    reason: str | None  # why all of the following is None; None if it is not
+    x_interval: tuple | None = None  # of the trained threshold x; both limits are in the list of thresholds
+    metric_interval: tuple | None = None  # of the class metric at x
+    expected_metric: float | None = None  # metric at x, corrected because x was chosen on the same images
+    gain_interval: tuple | None = None
+    gain_unclear: bool = False  # whether the gain's interval contains 0: x is not shown to be better than 0.5
+    constraint_interval: tuple | None = None
+    band_low: np.ndarray | None = None  # (C,) float64: the limits of the metric at every coarse threshold
+    band_high: np.ndarray | None = None
 
 
 def assess(thresholds, histogram, block_histograms, metric, index, low, high, kind="stacks"):
     """Intervals of a trained threshold, its metric and its gain over 0.5, and what to expect on new images.
-
-    A bootstrap over blocks (Efron, 1979): each replicate draws as many blocks as there are, with replacement, adds up
-    their counts, and chooses a threshold. The intervals of threshold and gain and the band are percentiles, with tails
-    that are widened for few blocks (Hesterberg, "What Teachers Should Know About the Bootstrap", The American
-    Statistician 69, 2015). The best metric of a replicate minus the metric of all images at that threshold is the
-    optimism of a metric whose threshold was chosen on the same images (Efron, 1983). Its mean gives the expected
-    metric, and its spread the metric's interval. Replicates in which no pixel, or every pixel, is of the class say
-    nothing about its threshold and are left out.
 
     Parameters
     ----------
@@ -235,81 +336,89 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high, ki
     -------
     Confidence
     """
-    coarse = np.arange(block_histograms.shape[2] - 1) * _stride(thresholds, block_histograms)
     half = int(np.searchsorted(thresholds, 0.5))
     counts = confusion(histogram)
     full = metric(*counts)
-    at_x, at_half = float(full[index]), float(full[half])
-    gain = at_x - at_half if bool(metric.allowed(*(count[half : half + 1] for count in counts))[0]) else None
     blocks = int(block_histograms.any(axis=2).all(axis=1).sum())
-    if blocks < FEWEST_BLOCKS:
-        return Confidence(
-            blocks=blocks,
-            worth=None,
-            reason=_too_few(blocks, len(block_histograms)),
-            x_interval=None,
-            metric_interval=None,
-            expected_metric=None,
-            gain=gain,
-            gain_interval=None,
-            gain_unclear=False,
-            next_stack_interval=None,
-            why_no_next_stack="not yet",
-            constraint_value=None,
-            constraint_interval=None,
-            band_low=None,
-            band_high=None,
-        )
-
-    points = np.unique(np.concatenate([_points_to_try(coarse, index), [index, half]]))
-    x_column, half_column = np.searchsorted(points, [index, half])
-    values, chosen, chosen_values = _replicates(histogram, block_histograms, coarse, points, metric, low, high)
-    tail = _tail(blocks)
-
-    # A replicate's best compares with all images at that threshold as our metric compares with all possible images.
-    optimism = float(np.mean(chosen_values - full[chosen] - (values[:, x_column] - at_x)))
-    expected = at_x - max(optimism, 0.0)
-    metric_interval = _limits_of_the_best(chosen_values, full[chosen], at_x, expected, blocks, full.min() < 0)
-    x_low, x_high = _limits(chosen, tail, index)
-    gain_interval = None
-    if gain is not None:
-        gain_interval = _limits(values[:, x_column] - values[:, half_column], tail, gain)
-        gain_interval = (float(gain_interval[0]) - (at_x - expected), float(gain_interval[1]))
-
-    # Between the points, the distance of the band from the curve is interpolated, so that the band follows the curve.
-    limits = _limits(values.T, tail, full[points])
-    band_low, band_high = (full[coarse] + np.interp(coarse, points, limit - full[points]) for limit in limits)
-    return Confidence(
+    reason = _why_no_interval(metric, blocks, len(block_histograms), kind)
+    next_stack, why_no_next_stack = None, reason
+    if reason is None:
+        coarse = _coarse(thresholds, block_histograms)
+        at_x = _counts_at(histogram, block_histograms, coarse, np.array([index]))[..., 0]
+        next_stack, why_no_next_stack = _next_stack(at_x, metric, kind)
+    inside = block_histograms[:, 1].sum(axis=1).astype(np.float64)
+    said = Confidence(
         blocks=blocks,
-        worth=None,
-        reason=None,
-        x_interval=(float(thresholds[x_low]), float(thresholds[x_high])),
-        metric_interval=metric_interval,
-        expected_metric=expected,
-        gain=gain,
-        gain_interval=gain_interval,
-        gain_unclear=gain_interval is not None and gain_interval[0] <= 0,
-        next_stack_interval=None,
-        why_no_next_stack="not yet",
-        constraint_value=None,
-        constraint_interval=None,
-        band_low=band_low,
-        band_high=band_high,
+        worth=float(inside.sum() ** 2 / (inside**2).sum()) if inside.any() else None,
+        gain=float(full[index] - full[half]) if metric.allowed(*counts)[half] else None,
+        constraint_value=float(metric.constraint(*counts)[index]) if metric.constraint else None,
+        next_stack_interval=next_stack,
+        why_no_next_stack=why_no_next_stack,
+        reason=reason,
     )
+    if reason:
+        return said
+    return replace(said, **_intervals(thresholds, histogram, block_histograms, metric, index, low, high, said))
 
 
-def _too_few(blocks, of):
+def _why_no_interval(metric, blocks, of, kind):
+    if metric.name in ("precision", "recall"):
+        return (
+            f"{metric.name} alone is best at an end of the list of thresholds, whatever the images, so that no "
+            f"interval holds: use {metric.name}_at_{'recall' if metric.name == 'precision' else 'precision'}_<level>"
+        )
+    if blocks >= FEWEST_BLOCKS:
+        return None
     here = f"here {'is' if blocks == 1 else 'are'} {blocks}" + (f" of {of}" if blocks < of else "")
     return (
-        f"an interval needs {FEWEST_BLOCKS} blocks that contain pixels of the class and other pixels, {here}: use "
+        f"an interval needs {FEWEST_BLOCKS} {kind} that contain pixels of the class and other pixels, {here}: use "
         f"images of {FEWEST_BLOCKS} stacks with the class, or of {FEWEST_BLOCKS} slices for an interval that speaks "
         "only of their stacks"
     )
 
 
-def _stride(thresholds, block_histograms):
-    """The step in the list of thresholds from one coarse threshold to the next."""
-    return -(-len(thresholds) // (block_histograms.shape[2] - 1))
+def _intervals(thresholds, histogram, block_histograms, metric, index, low, high, said):
+    """The fields of Confidence that come from a bootstrap over blocks (Efron, 1979), as a dictionary.
+
+    Each replicate draws as many blocks as there are, with replacement, adds up their counts, and chooses a threshold.
+    A replicate's best metric compares with that of all images at its threshold as our metric compares with that of all
+    possible images. So the mean of the difference is the optimism of our metric (Efron, 1983), and its spread gives the
+    intervals of metric, gain and constraint. Those of the threshold and of the curve are percentiles.
+    """
+    half = int(np.searchsorted(thresholds, 0.5))
+    coarse = _coarse(thresholds, block_histograms)
+    points = np.unique(np.concatenate([_points_to_try(coarse, index), [index, half]]))
+    x_column, half_column = np.searchsorted(points, [index, half])
+    of_blocks = _counts_at(histogram, block_histograms, coarse, points)
+    values, first, last, chosen = _replicates(of_blocks, metric, thresholds, points, low, high)
+    counts = confusion(histogram)
+    full = metric(*counts)
+    best, of_all = metric(*chosen), full[points[first]]
+    optimism = max(float(np.mean(best - of_all - (values[:, x_column] - full[index]))), 0.0)
+
+    tail = _tail(said.worth)
+    gain_interval = constraint_interval = None
+    if said.gain is not None:
+        gains = best - values[:, half_column], of_all - full[half]
+        gain_interval = _interval(*gains, said.gain, optimism, said, (np.asarray, np.asarray))
+    if metric.constraint is not None:
+        reached = metric.constraint(*counts)
+        pair = metric.constraint(*chosen), reached[points[first]]
+        constraint_interval = _interval(*pair, reached[index], 0.0, said, _scale(reached))
+    x_low, x_high = _limits(_middle(thresholds, points[first], points[last]), tail, index)
+    # Between the points, the distance of the band from the curve is interpolated, so that the band follows the curve.
+    limits = _limits(values.T, tail, full[points])
+    band_low, band_high = (full[coarse] + np.interp(coarse, points, limit - full[points]) for limit in limits)
+    return {
+        "x_interval": (float(thresholds[x_low]), float(thresholds[x_high])),
+        "metric_interval": _interval(best, of_all, full[index], optimism, said, _scale(full)),
+        "expected_metric": float(full[index]) - optimism,
+        "gain_interval": gain_interval,
+        "gain_unclear": gain_interval is not None and gain_interval[0] <= 0 <= gain_interval[1],
+        "constraint_interval": constraint_interval,
+        "band_low": band_low,
+        "band_high": band_high,
+    }
 
 
 def _points_to_try(coarse, index):
@@ -335,108 +444,77 @@ def _weights(blocks):
     return np.bincount((rows + draws).ravel(), minlength=REPLICATES * blocks).reshape(REPLICATES, -1).astype(np.float64)
 
 
-def _replicates(histogram, block_histograms, coarse, points, metric, low, high):
-    """The metric of every replicate at some thresholds, and the threshold that it chooses.
+def _replicates(of_blocks, metric, thresholds, points, low, high):
+    """The metric of every replicate at some thresholds, and what it chooses among them.
+
+    Replicates in which no pixel, or every pixel, is of the class say nothing about its threshold and are left out.
 
     Parameters
     ----------
-    coarse : int array, shape (C,)
-        Positions of the coarse thresholds in the list of thresholds.
-    points : increasing int array, shape (P,)
-        Positions to evaluate. Between two coarse thresholds, the pixels of a block are assumed to be spread as those of
-        all blocks are, for each truth. So the blocks add up to the counts of all images exactly.
+    of_blocks : float64 array, shape (4, blocks, P)
+        From `_counts_at`.
+    metric, thresholds, points, low, high
+        As in `_best_columns`.
 
     Returns
     -------
     values : float64 array, shape (replicates, P)
-    chosen : int array, shape (replicates,)
-        Position of the threshold that a replicate chooses. As in the training, it is the middle of the widest stretch
-        of the best allowed thresholds, but widths are counted in positions. If no threshold meets the constraint, it is
-        chosen from those that come closest.
-    chosen_values : float64 array, shape (replicates,)
-        The replicate's metric at the lowest threshold of that stretch.
+    first, last : int arrays, shape (replicates,)
+        The columns that a replicate chooses: from `_best_columns`.
+    chosen : float64 array, shape (4, replicates)
+        Its counts in the first of these columns.
     """
-    weights = _weights(len(block_histograms))
-    tp, fp, fn, tn = confusion(block_histograms)
-    positives, negatives = weights @ (tp + fn)[:, 0].astype(np.float64), weights @ (fp + tn)[:, 0].astype(np.float64)
-    telling = (positives > 0) & (negatives > 0)
-    weights, positives, negatives = weights[telling], positives[telling, None], negatives[telling, None]
-
-    # `left`: the last coarse threshold up to the point. `part`: of the pixels between that one and the next coarse
-    # threshold, the part below the point.
-    left = np.searchsorted(coarse, points, side="right") - 1
-    ends = np.append(coarse, histogram.shape[1] - 1)
-    below = np.cumsum(histogram, axis=1)
-    inside, before = below[:, ends[left + 1]] - below[:, ends[left]], below[:, points] - below[:, ends[left]]
-    part = np.divide(before, inside, out=np.zeros(inside.shape), where=inside > 0)
-    between = np.flatnonzero(points > coarse[left])
-
-    def at_points(above, part):
-        """(replicates, P): pixels above each point, for one truth, from the blocks' pixels above coarse thresholds."""
-        above = np.pad(above, ((0, 0), (0, 1))).astype(np.float64)  # nothing is above the end of the list
-        drawn = chunk @ above[:, left]
-        drawn[:, between] -= part[between] * (drawn[:, between] - chunk @ above[:, left[between] + 1])
-        return drawn
-
-    inside_bounds = np.flatnonzero((points >= low) & (points <= high))
-    values = np.empty((len(points), len(weights))).T  # column by column, as `_limits` will read it
-    chosen, chosen_values = [], []
+    tp, fp, fn, tn = of_blocks[..., 0]
+    weights = _weights(len(tp))
+    inside, outside = weights @ (tp + fn), weights @ (fp + tn)
+    telling = (inside > 0) & (outside > 0)
+    weights, totals = weights[telling], np.stack([inside, outside])[:, telling, None]
+    values = np.empty((len(points), len(weights))).T  # column by column, as `_limits` reads it
+    parts = []
     for start in range(0, len(weights), 200):  # few enough for the arrays to fit into a processor's cache
         rows = slice(start, start + 200)
-        chunk = weights[rows]
-        tp_drawn, fp_drawn = at_points(tp, part[1]), at_points(fp, part[0])
-        counts = (tp_drawn, fp_drawn, positives[rows] - tp_drawn, negatives[rows] - fp_drawn)
+        positive = weights[rows] @ of_blocks[:2]
+        counts = np.concatenate([positive, totals[:, rows] - positive])
         values[rows] = metric(*counts)
-        choice = values[rows][:, inside_bounds]
-        if metric.constraint is not None:
-            within = [count[:, inside_bounds] for count in counts]
-            allowed = metric.allowed(*within)
-            choice = np.where(allowed, choice, -np.inf)
-            none = ~allowed.any(axis=1)
-            choice[none] = metric.constraint(*within)[none]
-        first, last = _widest_stretches(choice == choice.max(axis=1, keepdims=True), points[inside_bounds])
-        chosen.append((points[inside_bounds][first] + points[inside_bounds][last]) // 2)
-        chosen_values.append(values[rows][np.arange(len(chunk)), inside_bounds[first]])
-    return values, np.concatenate(chosen), np.concatenate(chosen_values)
+        first, last = _best_columns(values[rows], counts, metric, thresholds, points, low, high)
+        parts.append((first, last, counts[:, np.arange(len(first)), first]))
+    return values, *(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
 
 
-def _widest_stretches(best, positions):
-    """First and last column of the widest run of true values in each row; the first one if several are equally wide.
+def _scale(values, end=1e-6):
+    """Functions to and from a scale on which a metric spreads evenly, given many of its values.
 
-    Parameters
-    ----------
-    best : bool array, shape (rows, n), at least one true in each row
-    positions : increasing int array, shape (n,)
-        The positions of the columns, which give the widths.
-
-    Returns
-    -------
-    first, last : int arrays, shape (rows,)
+    It is the logit for a metric in [0, 1], and Fisher's z, the logit for that range, for one in [-1, 1]: no limit is
+    outside the range then. Values closer than `end` to an end of the range count as that close to it. Any other metric
+    stays as it is.
     """
-    row, column = np.nonzero(best)
-    starts = np.flatnonzero(np.diff(row, prepend=-1) | (np.diff(column, prepend=-2) != 1))
-    ends = np.append(starts[1:], len(row)) - 1
-    width = positions[column[ends]] - positions[column[starts]]
-    order = np.lexsort((column[starts], -width, row[starts]))
-    widest = order[np.searchsorted(row[starts][order], np.arange(len(best)))]
-    return column[starts[widest]], column[ends[widest]]
+    if values.min() < -1 or values.max() > 1:
+        return np.asarray, np.asarray
+    lowest = -1 if values.min() < 0 else 0
+    width = 1 - lowest
+    return (
+        lambda value: np.arctanh(np.clip(2 * (value - lowest) / width - 1, 2 * end - 1, 1 - 2 * end)),
+        lambda value: (np.tanh(value) + 1) / 2 * width + lowest,
+    )
 
 
-def _limits_of_the_best(best, of_all, metric, expected, blocks, signed):
-    """The interval of a metric whose threshold was chosen on the same images.
+def _interval(best, of_all, value, optimism, said, scale):
+    """The interval of a number at a threshold that was chosen on the same images.
 
-    Student's t with the spread of `best` around `of_all`, on the logit scale: there the distribution of a metric is
-    more symmetric, and no limit is outside [0, 1]. A metric in [-1, 1] takes Fisher's z, the logit for that range. The
-    lower limit is computed from the expected metric, the upper limit from the metric itself.
+    On its scale it goes from (value - optimism) - t s to value + t s. The spread s is the standard deviation of
+    best - of_all over the replicates, times sqrt(m / (m - 1)) for m blocks. Student's t has max(k - 1, 1) degrees of
+    freedom for blocks that are worth k.
 
     Parameters
     ----------
     best, of_all : float64 arrays, shape (replicates,)
-        Each replicate's metric at the threshold that it chose, and the metric of all images there.
-    metric, expected : float
-    blocks : int
-    signed : bool
-        Whether the metric lies in [-1, 1] instead of [0, 1].
+        Each replicate's number at the threshold that it chose, and that of all images there.
+    value, optimism : float
+        The number, and what it is to be lowered by to expect it on new images.
+    said : Confidence
+        Whose `blocks` and `worth` are used.
+    scale : (callable, callable)
+        To the scale and back, as from `_scale`.
 
     Returns
     -------
@@ -444,23 +522,52 @@ def _limits_of_the_best(best, of_all, metric, expected, blocks, signed):
     """
     from scipy.special import stdtrit
 
-    def stretched(value):
-        value = value if signed else 2 * value - 1
-        return np.arctanh(np.clip(value, -1 + 1e-6, 1 - 1e-6))
-
-    def back(value):
-        return float(np.tanh(value) if signed else (np.tanh(value) + 1) / 2)
-
-    spread = np.std(stretched(best) - stretched(of_all)) * math.sqrt(blocks / (blocks - 1))
-    reach = stdtrit(blocks - 1, (1 + LEVEL) / 2) * spread
-    return min(back(stretched(expected) - reach), expected), max(back(stretched(metric) + reach), metric)
+    there, back = scale
+    spread = np.std(there(best) - there(of_all)) * math.sqrt(said.blocks / (said.blocks - 1))
+    reach = stdtrit(max(said.worth - 1, 1), (1 + LEVEL) / 2) * spread
+    low, high = back(there(value - optimism) - reach), back(there(value) + reach)
+    return float(min(low, value - optimism)), float(max(high, value))
 
 
-def _tail(blocks):
-    """The probability in each tail, widened by Student's t and n / (n - 1), because percentiles are too narrow."""
+def _next_stack(counts, metric, kind):
+    """The range for the metric of one new stack, and why there is none: one of the two is None.
+
+    On the logit scale it is mean -+ t s sqrt(1 + 1 / m), with mean and standard deviation s of the metrics of the m
+    stacks that contain the class, and Student's t with m - 1 degrees of freedom. A metric closer than END to 0 or 1
+    counts as END or 1 - END, because a stack without any hit has no logit; a limit beyond is 0 or 1.
+
+    Parameters
+    ----------
+    counts : float64 array, shape (4, blocks)
+        At the trained threshold.
+    metric : models.ClassMetric
+    kind : str
+        Blocks.kind.
+    """
+    from scipy.special import stdtrit
+
+    if kind != "stacks":
+        return None, f"the images are divided into {kind}, which say nothing about one new stack"
+    own = metric(*counts[:, counts[0] + counts[2] > 0])
+    there, back = _scale(own, END)
+    scaled, m = there(own), len(own)
+    reach = stdtrit(m - 1, (1 + LEVEL) / 2) * scaled.std(ddof=1) * math.sqrt(1 + 1 / m)
+    limits = scaled.mean() + reach * np.array([-1, 1])
+    limits[limits <= there(-np.inf)], limits[limits >= there(np.inf)] = -np.inf, np.inf
+    low, high = back(limits).tolist()
+    return (low, high), None
+
+
+def _tail(worth):
+    """The probability in each tail for blocks that are worth `worth`: percentiles of few blocks are too narrow.
+
+    It is widened by Student's t and by sqrt(k / (k - 1)) (Hesterberg, "What Teachers Should Know About the Bootstrap",
+    The American Statistician 69, 2015).
+    """
     from scipy.special import ndtr, stdtrit  # not at the top: a first run imports scipy while the network runs
 
-    return float(ndtr(-math.sqrt(blocks / (blocks - 1)) * stdtrit(blocks - 1, (1 + LEVEL) / 2)))
+    k = max(worth, 2)
+    return float(ndtr(-math.sqrt(k / (k - 1)) * stdtrit(k - 1, (1 + LEVEL) / 2)))
 
 
 def _limits(replicates, tail, value):
@@ -490,7 +597,9 @@ class StackResult(NamedTuple):
 
 
 def stack_results(thresholds, histogram, block_histograms, blocks, metric, index, low, high):
-    """What each stack does at the trained threshold, and without it.
+    """What each stack does at the trained threshold, and what the others would give without it.
+
+    Thresholds are chosen among the trained one, 0.5 and the coarse ones.
 
     Parameters
     ----------
@@ -501,9 +610,54 @@ def stack_results(thresholds, histogram, block_histograms, blocks, metric, index
     Returns
     -------
     list of StackResult
-        Worst metric first; stacks without the class last.
+        The lowest metric first; stacks without the class last.
     """
-    return []
+    half = int(np.searchsorted(thresholds, 0.5))
+    coarse = _coarse(thresholds, block_histograms)
+    points = np.unique([*coarse, index, half])
+    x_column, half_column = np.searchsorted(points, [index, half])
+    of_blocks = _counts_at(histogram, block_histograms, coarse, points)
+    rest = of_blocks.sum(axis=1, keepdims=True) - of_blocks
+    own, own_x, own_best = _trained(of_blocks, metric, thresholds, points, x_column, low, high)
+    _, x_without, best_without = _trained(rest, metric, thresholds, points, x_column, low, high)
+    images, pixels = np.bincount(blocks.labels), block_histograms[:, 1].sum(axis=1)
+    stacks = []
+    for i, name in enumerate(blocks.names):
+        at = (float(own[i, x_column]), float(own[i, half_column])) if pixels[i] else (None, None)
+        stacks.append(
+            StackResult(name, int(images[i]), int(pixels[i]), *at, own_x[i], own_best[i], x_without[i], best_without[i])
+        )
+    return sorted(stacks, key=lambda stack: (stack.metric is None, stack.metric))
+
+
+def _trained(counts, metric, thresholds, points, x_column, low, high):
+    """The metric of each row, its best threshold, and the metric there.
+
+    Parameters
+    ----------
+    counts : float64 array, shape (4, rows, P)
+    metric, thresholds, points, low, high
+        As in `_best_columns`.
+    x_column : int
+        The column of the trained threshold, which is kept where it is one of the best.
+
+    Returns
+    -------
+    values : float64 array, shape (rows, P)
+    x, best : lists of float or None, length rows
+        None where the constraint holds nowhere, and where no pixel or every pixel is of the class.
+    """
+    values = metric(*counts)
+    first, last = _best_columns(values, counts, metric, thresholds, points, low, high)
+    rows = np.arange(len(values))
+    tp, fp, fn, tn = counts[:, rows, first]
+    valid = metric.allowed(tp, fp, fn, tn) & (tp + fn > 0) & (fp + tn > 0)
+    kept = (first <= x_column) & (x_column <= last)
+    x = thresholds[np.where(kept, points[x_column], _middle(thresholds, points[first], points[last]))]
+    return values, *(
+        [float(one) if ok else None for one, ok in zip(column, valid, strict=True)]
+        for column in (x, values[rows, first])
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -512,28 +666,14 @@ def stack_results(thresholds, histogram, block_histograms, blocks, metric, index
 
 @dataclass(frozen=True)
 class GuaranteedRecall:
-    """The threshold at which a new block of the same kind keeps at least `level` of its class pixels, on average.
-
-    Attributes
-    ----------
-    level : float
-    threshold : float or None
-        None if nothing can be guaranteed; `reason` says why.
-    precision : float or None
-        The precision of all images at that threshold.
-    recall : float or None
-        The recall of all images at that threshold.
-    blocks : int
-        Number of blocks that contain the class. The guarantee rests on them and is for new blocks that contain it.
-    reason : str or None
-    """
+    """The threshold at which a new block of the same kind keeps at least `level` of its class pixels, on average."""
 
     level: float
-    threshold: float | None
-    precision: float | None
-    recall: float | None
-    blocks: int
-    reason: str | None
+    threshold: float | None  # None if nothing can be guaranteed
+    precision: float | None  # of all images at that threshold
+    recall: float | None  # of all images at that threshold: what the guarantee costs on top of the level
+    blocks: int  # those that contain the class: the guarantee rests on them, and is for new blocks that contain it
+    reason: str | None  # why there is no threshold
 
 
 def guarantee_recall(thresholds, histogram, block_histograms, level, low, high, block_names):
@@ -556,28 +696,34 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high, 
     -------
     GuaranteedRecall
     """
-    # Exactly the decimal number that was asked for: with floats, 10 * (1 - 0.9) is less than 1.
-    level = float(level)
-    lost = 1 - Fraction(repr(level))
     tp, fp, fn, _ = confusion(block_histograms)
-    holding = tp[:, 0] + fn[:, 0] > 0
-    blocks = int(holding.sum())
+    holding = np.flatnonzero(tp[:, 0] + fn[:, 0])
+    blocks = len(holding)
 
     def none(reason):
         return GuaranteedRecall(level, None, None, None, blocks, reason)
 
-    allowance = float(lost * (blocks + 1) - 1)  # upper limit of the sum of the blocks' miss rates
+    allowance = (1 - level) * (blocks + 1) - 1 + ROUNDING  # upper limit of the sum of the blocks' miss rates
     if allowance < 0:
-        needed = math.ceil((1 - lost) / lost)
-        return none(f"a guaranteed recall of {level:g} needs {needed} blocks that contain the class, here are {blocks}")
-    missed = np.sum(fn[holding] / (tp + fn)[holding], axis=0)
-    coarse = np.arange(len(missed)) * _stride(thresholds, block_histograms)
-    kept = np.flatnonzero((missed <= allowance) & (coarse >= low) & (coarse <= high))
-    if not len(kept):
+        needed = math.ceil(level / (1 - level) - ROUNDING)
         return none(
-            f"the blocks miss too much for a guaranteed recall of {level:g} even at the lowest threshold allowed"
+            f"a recall of {level:g} needs {needed} stacks (or runs of slices) that contain the class, here are {blocks}"
         )
-    position = coarse[kept[-1]]
+    coarse = _coarse(thresholds, block_histograms)
+    within = np.flatnonzero((coarse >= low) & (coarse <= high))
+    missed = (fn[holding] / (tp + fn)[holding])[:, within]
+    if not len(within):
+        return none("no threshold at which blocks are counted lies within OPT_BOUNDS")
+    worst = int(np.argmax(missed[:, 0]))
+    if missed[worst, 0] > 1 - level + ROUNDING:
+        return none(
+            f"{block_names[holding[worst]]} misses {missed[worst, 0]:.1%} of its pixels of the class even at the "
+            f"lowest threshold, and the guarantee holds only where none misses more than {1 - level:.1%} there"
+        )
+    kept = np.flatnonzero(missed.sum(axis=0) <= allowance)
+    if not len(kept):
+        return none(f"even at the lowest threshold too much of the class is missed for a recall of {level:g}")
+    position = coarse[within[kept[-1]]]
     tp, fp, fn, _ = (int(count[position]) for count in confusion(histogram))
     precision = tp / (tp + fp) if tp + fp else 0.0
     return GuaranteedRecall(level, float(thresholds[position]), precision, tp / (tp + fn), blocks, None)

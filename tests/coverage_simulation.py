@@ -1,11 +1,11 @@
-"""Simulate how often the confidence intervals cover the truth.
+"""Simulate how often the intervals of confidence.py hold the truth.
 
-.venv/bin/python tests/coverage_simulation.py [--worlds 1000]
+.venv/bin/python tests/coverage_simulation.py [--worlds 400]
 
-The sandbox's network is run on every slice of its brain at five exposures. A stack consists of five neighbouring slices
-that the network was not trained on, at one exposure: near copies of each other. All these stacks are the population, so
-the truth is known. A world is a random sample of the stacks. A threshold is trained on it, and what confidence.py says
-about this threshold is compared with the pooled population.
+A world is a random sample of a population of stacks. A threshold is trained on it, and what confidence.py says about
+this threshold is compared with the population. Ten populations are synthetic, of 3,000 stacks each. One comes from
+`make sandbox`: its network is run on every slice of its brain at five exposures, and a stack consists of five
+neighbouring slices that the network was not trained on, at one exposure: near copies of each other.
 """
 
 import argparse
@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
+from scipy.special import ndtr  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,15 +30,85 @@ from build_sandbox import DATASET_ID, MODEL_ID, read_split  # noqa: E402
 import confidence  # noqa: E402
 from counts import confusion  # noqa: E402
 
-EXPOSURES = (0.92, 0.96, 1.0, 1.04, 1.08)
-SLICES = 5  # per stack
-# A shorter list of thresholds than the tool's, so that a world takes milliseconds: evenly spaced logits, with 0.5.
-THRESHOLDS = (1 / (1 + np.exp(-np.linspace(-14, 14, 401)))).astype(np.float32)
-STEP = 4  # every fourth threshold is coarse
+# A shorter list of thresholds than the tool's, so that a world takes milliseconds: denser around 0.5, which is in it.
+LOGITS = np.sinh(np.linspace(-3.33, 3.33, 201))
+THRESHOLDS = (1 / (1 + np.exp(-LOGITS))).astype(np.float32)
+STEP = 2  # every second threshold is coarse
+NUMBERS = (7, 12, 20, 50)  # of stacks in a world
+
+# Differences from the stacks of `synthetic_stacks` by default.
+POPULATIONS = {
+    "equal stacks": {},
+    "unequal sizes": {"pixels_spread": 1.2},
+    "rare cracks": {"part": 0.002, "part_spread": 1.5},
+    "rare cracks, small ones harder": {"part": 0.002, "part_spread": 1.5, "harder": 0.15},
+    "one in ten of another kind": {"other_kind": 0.1},
+    "flat curve": {"apart": 9.0, "width": 1.0, "wrong": 0.06},
+    "peaked curve": {"apart": 1.6, "width": 0.35, "shift": 0.18, "skill": 0.036},
+    "IoU about 0.1": {"apart": 1.2, "part": 0.03},
+    "IoU about 0.4": {"apart": 2.0},
+    "IoU about 0.98": {"apart": 12.0, "wrong": 0.01},
+}
+
+
+def synthetic_stacks(
+    number=3000,
+    pixels_spread=0.0,
+    part=0.2,
+    part_spread=0.0,
+    harder=0.0,
+    other_kind=0.0,
+    apart=3.0,
+    width=1.3,
+    shift=0.6,
+    skill=0.12,
+    wrong=0.03,
+):
+    """Histograms of stacks whose logits are normal, inside and outside the class.
+
+    Parameters
+    ----------
+    number : int
+    pixels_spread, part_spread : float
+        Standard deviations of the logarithms of a stack's 20,000 pixels, and of the part of them in the class.
+    part : float
+        Median part of the class.
+    harder : float
+        How much worse the network is on stacks with little of the class.
+    other_kind : float
+        Part of the stacks whose logits are lower by 3.
+    apart, width : float
+        Distance between the mean logits inside and outside, and the standard deviation around these.
+    shift, skill : float
+        Standard deviations, over stacks, of their mean logit and of the logarithm of the distance.
+    wrong : float
+        Median part of the class's pixels whose logits are as if outside, as errors in the masks make them.
+
+    Returns
+    -------
+    int64 array, shape (number, 1, 1, 2, len(THRESHOLDS) + 1)
+        Stacks of one slice, and one class.
+    """
+    rng = np.random.default_rng(1)
+    normal = rng.normal(0, 1, (5, number))
+    pixels = 20_000 * np.exp(pixels_spread * normal[0])
+    inside = pixels * np.minimum(part * np.exp(part_spread * normal[1]), 0.3)
+    middle = shift * normal[2] - 3 * (rng.random(number) < other_kind)
+    half_apart = apart / 2 * np.exp(skill * normal[3] + harder * normal[1])
+    as_outside = np.minimum(wrong * np.exp(0.5 * normal[4]), 0.5)[:, None]
+
+    def bins(mean):
+        below = np.pad(ndtr((LOGITS - mean[:, None]) / width), ((0, 0), (1, 0)))
+        return np.diff(below, axis=1, append=1)
+
+    of_outside, of_inside = bins(middle - half_apart), bins(middle + half_apart)
+    of_class = (1 - as_outside) * of_inside + as_outside * of_outside
+    expected = np.stack([(pixels - inside)[:, None] * of_outside, inside[:, None] * of_class], axis=1)
+    return rng.poisson(expected)[:, None, None]
 
 
 class Population(NamedTuple):
-    """Histograms of all slices. The last axes are (classes, 2, len(THRESHOLDS) + 1).
+    """Histograms of the sandbox's slices. The last axes are (classes, 2, len(THRESHOLDS) + 1).
 
     stacks : int64 array, shape (stacks, SLICES, ...)
     slices : int64 array, shape (exposures, slices, ...)
@@ -46,6 +117,10 @@ class Population(NamedTuple):
 
     stacks: np.ndarray
     slices: np.ndarray
+
+
+EXPOSURES = (0.92, 0.96, 1.0, 1.04, 1.08)
+SLICES = 5  # per stack of the sandbox
 
 
 def population(sandbox, exposures=EXPOSURES):
@@ -87,114 +162,120 @@ def trained(metric, histogram):
     return int(value.argmax())
 
 
-def judge(metric, blocks, truth):
+def judge(metric, blocks, stacks):
     """Compare what confidence.py says about one class in one world with the truth.
 
     Parameters
     ----------
     metric : models.ClassMetric
-    blocks : int64 array, shape (blocks, 2, len(THRESHOLDS) + 1)
-    truth : int64 array, shape (2, len(THRESHOLDS) + 1)
-        Histogram of the population.
+    blocks, stacks : int64 arrays, shapes (blocks, 2, len(THRESHOLDS) + 1) and (stacks, 2, len(THRESHOLDS) + 1)
+        Of the world and of the population.
 
     Returns
     -------
     dict of float
-        metric, threshold, gain: 1 if the interval contains the truth, 0 if not, NaN without an interval. width: of the
-        metric's interval. bias, expected bias: of the metric seen and of the expected metric.
+        metric, threshold, gain, constraint: 1 if the interval contains the truth, 0 if not, NaN without an interval.
+        next stack: the part of the population's stacks whose metric is in its range. worth: of the blocks. width: of
+        the metric's interval. bias, expected bias: of the metric seen and of the expected metric.
     """
-    histogram = blocks.sum(axis=0)
-    index = trained(metric, histogram)
-    half = int(np.searchsorted(THRESHOLDS, 0.5))
+    histogram, truth = blocks.sum(axis=0), stacks.sum(axis=0)
+    index, half, best = trained(metric, histogram), int(np.searchsorted(THRESHOLDS, 0.5)), trained(metric, truth)
     said = confidence.assess(THRESHOLDS, histogram, coarse(blocks), metric, index, 0, len(THRESHOLDS) - 1)
     true, sample = metric(*confusion(truth)), metric(*confusion(histogram))
-    best = trained(metric, truth)
     # Most of a world's deviation is chance and not an effect of choosing: it is also found at the population's best.
     chance = float(sample[best] - true[best])
+    with_class = np.add.reduceat(stacks[stacks[:, 1].any(axis=1)], [0, index + 1], axis=-1)
+    own = metric(*confusion(with_class))
+    reached = (metric.constraint or metric.value)(*confusion(truth))[index]
 
     def holds(interval, value):
-        return np.nan if interval is None else float(interval[0] <= value <= interval[1])
+        return np.nan if interval is None else np.mean((interval[0] <= value) & (value <= interval[1]))
 
     return {
         "metric": holds(said.metric_interval, true[index]),
-        "width": said.metric_interval[1] - said.metric_interval[0],
+        "next stack": holds(said.next_stack_interval, own),
         "threshold": holds(said.x_interval, THRESHOLDS[best]),
         "gain": holds(said.gain_interval, true[index] - true[half]),
+        "constraint": holds(said.constraint_interval, reached),
+        "worth": said.worth,
+        "width": said.metric_interval[1] - said.metric_interval[0],
         "bias": sample[index] - true[index] - chance,
         "expected bias": said.expected_metric - true[index] - chance,
     }
 
 
 def averages(judged):
-    return {key: float(np.nanmean([one[key] for one in judged])) for key in judged[0]}
+    """Mean and standard error of each number; `judged` holds a list of dictionaries, one a class, for each world."""
+    found = {}
+    for key in judged[0][0]:
+        of_worlds = np.array([np.mean([one[key] for one in world]) for world in judged], float)
+        found[key] = float(of_worlds.mean()), float(of_worlds.std() / np.sqrt(len(of_worlds)))
+    return found
 
 
-def worlds_of_stacks(pictures, metric, number, worlds, single_images=False):
-    """Averages over `worlds` worlds of `number` stacks, and over all classes.
+def worlds_of_stacks(stacks, metric, number, worlds, single_images=False):
+    """Averages over `worlds` worlds of `number` stacks with an interval. A block is a stack, or a single image.
 
-    A block is a stack, or a single image if `single_images`.
+    `stacks` is an int64 array, shape (stacks, slices, classes, 2, len(THRESHOLDS) + 1).
     """
     rng = np.random.default_rng(number)
-    stacks = pictures.stacks if single_images else pictures.stacks.sum(axis=1)
-    truth = pictures.stacks.sum(axis=(0, 1))
-    judged = []
-    for _ in range(worlds):
-        drawn = stacks[rng.integers(0, len(stacks), number)]
-        drawn = drawn.reshape(-1, *truth.shape)
-        judged += [judge(metric, drawn[:, c], truth[c]) for c in range(len(truth))]
+    whole, judged = stacks.sum(axis=1), []
+    while len(judged) < worlds:
+        drawn = rng.integers(0, len(stacks), number)
+        blocks = stacks[drawn].reshape(-1, *stacks.shape[2:]) if single_images else whole[drawn]
+        if blocks.any(axis=-1).all(axis=-1).sum(axis=0).min() >= confidence.FEWEST_BLOCKS:
+            judged.append([judge(metric, blocks[:, c], whole[:, c]) for c in range(whole.shape[1])])
     return averages(judged)
 
 
-def worlds_of_one_stack(pictures, metric, worlds, slices=40):
+def worlds_of_one_stack(slices, metric, worlds, number=40):
     """The same for worlds of one stack, where a block is a run of neighbouring slices.
 
-    The stack is every second of 80 neighbouring slices at one exposure. Returns two averages: the first compares with
-    all slices of the brain at all exposures, the second with the slices between those of the stack.
+    The stack is every second of 80 neighbouring slices at one exposure. Returns three averages, which compare with all
+    slices of the brain at all exposures, with the slices between those of the stack, and with the next 40 slices.
+    `slices` is that of a Population.
     """
-    rng = np.random.default_rng(slices)
-    exposures, length = pictures.slices.shape[:2]
-    everything = pictures.slices.sum(axis=(0, 1))
-    names = [f"stack_slice_{i:03d}.png" for i in range(slices)]
-    blocks = confidence.blocks_of(names, ["stack"])
-    elsewhere, same = [], []
+    rng = np.random.default_rng(number)
+    blocks = confidence.blocks_of([f"stack_slice_{i:03d}.png" for i in range(number)], ["stack"])
+    judged = [], [], []
     for _ in range(worlds):
-        start = rng.integers(0, length - 2 * slices + 1)
-        whole = pictures.slices[rng.integers(exposures), start : start + 2 * slices]
-        drawn = np.zeros((blocks.number, *whole.shape[1:]), np.int64)
-        np.add.at(drawn, blocks.labels, whole[::2])
-        for c in range(len(everything)):
-            elsewhere.append(judge(metric, drawn[:, c], everything[c]))
-            same.append(judge(metric, drawn[:, c], whole[1::2, c].sum(axis=0)))
-    return averages(elsewhere), averages(same)
+        exposure, start = rng.integers(len(slices)), rng.integers(slices.shape[1] - 3 * number + 1)
+        near = slices[exposure, start : start + 3 * number]
+        drawn = np.zeros((blocks.number, *near.shape[1:]), np.int64)
+        np.add.at(drawn, blocks.labels, near[: 2 * number : 2])
+        elsewhere = slices.reshape(-1, *near.shape[1:]), near[1 : 2 * number : 2], near[2 * number :]
+        for of_world, truth in zip(judged, elsewhere, strict=True):
+            of_world.append([judge(metric, drawn[:, c], truth[:, c]) for c in range(near.shape[1])])
+    return [averages(of_world) for of_world in judged]
 
 
 def print_table(pictures, metric, worlds):
-    print(f"\n{metric.name}, {worlds:,} worlds per row, three classes each\n")
-    print(
-        "| world | metric covered | mean width | covered with single images as blocks | threshold covered "
-        "| gain covered | bias of the metric seen | of the expected one |\n" + "| --- " * 8 + "|"
-    )
+    """Print what `worlds` worlds a row give; `pictures` is a Population."""
+    print(f"\n{metric.name}, {worlds} worlds a cell, with the standard error of the mean over worlds")
+    kinds = {name: synthetic_stacks(**kind) for name, kind in POPULATIONS.items()}
+    for name, stacks in {**kinds, "sandbox": pictures.stacks}.items():
+        for number in (*NUMBERS, 5) if name == "sandbox" else NUMBERS:
+            print_row(f"{name}, {number} stacks", worlds_of_stacks(stacks, metric, number, worlds))
+        if name == "sandbox":
+            single = worlds_of_stacks(stacks, metric, 10, worlds // 10, single_images=True)
+            print_row("sandbox, 10 stacks, single images as blocks", single)
+    where = "by all stacks", "by the slices between", "by the next 40 slices"
+    for name, said in zip(where, worlds_of_one_stack(pictures.slices, metric, worlds), strict=True):
+        print_row(f"one stack of 40 slices, judged {name}", said)
 
-    def row(name, said, single=""):
-        print(
-            f"| {name} | {said['metric']:.1%} | {said['width']:.3f} | {single} | {said['threshold']:.1%} | "
-            f"{said['gain']:.1%} | {said['bias']:+.4f} | {said['expected bias']:+.4f} |",
-            flush=True,
-        )
 
-    for number in (5, 10, 20, 50):
-        single = worlds_of_stacks(pictures, metric, number, worlds // 10, single_images=True)["metric"]
-        row(f"{number} stacks", worlds_of_stacks(pictures, metric, number, worlds), f"{single:.0%}")
-    elsewhere, same = worlds_of_one_stack(pictures, metric, worlds)
-    row("one stack of 40 slices, judged by all stacks", elsewhere)
-    row("the same, judged by the slices in between", same)
+def print_row(name, said):
+    percent = ("metric", "next stack", "threshold", "gain", "constraint")
+    cells = [f"{key} {said[key][0]:.1%} ± {said[key][1]:.1%}" for key in percent if np.isfinite(said[key][0])]
+    cells += [f"{key} {mean:.4g}" for key, (mean, _) in said.items() if key not in percent]
+    print(f"{name}: {', '.join(cells)}", flush=True)
 
 
 def main():
     import models
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worlds", type=int, default=1000, help="number of worlds per row (default: 1000)")
+    parser.add_argument("--worlds", type=int, default=400, help="number of worlds per row (default: 400)")
     parser.add_argument("--metric", default="iou_score", help="a class metric (default: iou_score)")
     options = parser.parse_args()
     print_table(population(ROOT / "sandbox"), models.class_metric(options.metric), options.worlds)
