@@ -1,11 +1,16 @@
 """The two figures of a result: the metric over all thresholds, and slices with hits, misses and false alarms.
 
-Matplotlib is imported where it is used, because the import takes a good part of a rerun's time. pyplot is not used: it
-looks for a screen. The same input gives the same bytes.
+The same input gives the same bytes on every machine. pyplot is not used: it looks for a screen.
 """
 
+import functools
+import importlib.util
 import io
+import logging
 import math
+import os
+import textwrap
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -14,31 +19,51 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from counts import BLOCK_THRESHOLDS, THRESHOLDS
-from results import threshold_text
+from models import class_metric
+from results import label, texts, threshold_text
 
-# Colours of Okabe and Ito, which colour-blind people can distinguish. Lightness and line style differ too, for print
-# without colour.
+# Colours of Okabe and Ito, which colour-blind people can distinguish. Line style differs too, for print without colour.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-OUTCOMES = {  # colour, and its opacity over the slice: higher for errors, which are often thin
-    "hit: predicted and in the mask": ((86, 180, 233), 0.6),
-    "miss: in the mask only": ((240, 228, 66), 0.8),
-    "false alarm: predicted only": ((213, 94, 0), 0.8),
+OUTCOMES = {  # colour, and its opacity over the slice; without colour, a false alarm is dark, a hit grey, a miss light
+    "hit: predicted and in the mask": ((86, 180, 233), 0.7),
+    "miss: in the mask only": ((240, 228, 66), 0.9),
+    "false alarm: predicted only": ((160, 44, 0), 0.85),
 }
-
-GREYS = 64  # times 4 is a palette of 256 colours: the greys, and the greys tinted by each of the three outcomes
+CHANGES = {  # what the trained threshold changes, opaque: none of the outcomes, then in their order
+    "false alarm gone": (0, 170, 80),
+    "new hit": (0, 220, 255),
+    "new miss": (255, 205, 60),
+    "new false alarm": (255, 0, 0),
+}
+GREYS = 62  # times 4 and the changes give the palette: the greys, and the greys tinted by each of the three outcomes
 SHOWN_PIXELS = 4_900_000  # at most, in all panels of slices together: keeps the file below 4 MB even for noisy images
 PANEL_SIDE = 384  # pixels; a panel of slices is at most this wide and high
+COLUMN = 190  # pixels; room for the numbers of a slice where a panel is narrower
+LINE, GAP = 20, 8  # pixels: the height of a line of text, and what lies between panels
+WHITE = GREYS - 1
 
-DPI = 150
+DPI = 200  # drawn for three classes side by side, 11 inches wide
+PRINTED_DPI = 300  # written into the file: printed at this resolution, these 11 inches are the 7.6 of a page
 STYLE = {
-    "font.family": ["DejaVu Sans"],  # matplotlib brings it along, so the figure is the same on every machine
     "font.size": 8,
-    "text.usetex": False,
     "text.parse_math": False,  # the name of a folder may have a $ in it
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
 }
+# Matplotlib brings DejaVu Sans along. It has no Chinese, Japanese or Korean characters: these are taken from one of
+# the following fonts where the machine has it.
+WIDE_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "Arial Unicode MS",
+    "PingFang SC",
+    "Microsoft YaHei",
+)
 
 
 class Slice(NamedTuple):
@@ -48,6 +73,41 @@ class Slice(NamedTuple):
     image: np.ndarray  # (height, width) uint8
     truth: np.ndarray  # (height, width, classes) bool
     prediction: np.ndarray  # (height, width, classes) bool
+    at_half: np.ndarray  # (height, width, classes) bool: the prediction at threshold 0.5
+
+
+def draw(results, counts, metric_name, title, note):
+    """Draw both figures. One that cannot be drawn, because of what else is installed or set here, costs a warning only.
+
+    Parameters
+    ----------
+    results, metric_name, title, note
+        As in `draw_curves`.
+    counts : counts.Counts
+
+    Returns
+    -------
+    files : dict of str to bytes
+        PNGs by the end of their names.
+    warnings : list of str
+    """
+    rows = [f"{result.title}, threshold {threshold_text(result.trained.x)}" for result in results]
+    chosen = slices(counts, [result.trained.index for result in results])
+    figures = {
+        ".png": lambda: draw_curves(results, metric_name, title, note),
+        "_slices.png": lambda: draw_slices(chosen, rows, f"{title}: best {metric_name}"),
+    }
+    files, problems = {}, []
+    for ending, make in figures.items():
+        try:
+            files[ending] = make()
+        except Exception as error:
+            problems.append(f"the figure model_thresholds_<timestamp>{ending} cannot be drawn: {error!r}")
+    return files, problems
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The curves
 
 
 def draw_curves(results, metric_name, title, note):
@@ -58,57 +118,86 @@ def draw_curves(results, metric_name, title, note):
     results : list of results.ClassResult, at least one
         Each has a panel.
     metric_name : str
-        For labels. Precision and recall are drawn too, but not twice if one of them is the metric.
+        Precision and recall are drawn too, and the level of a constraint.
     title : str
     note : str
-        A text below the panels: what the band and the intervals rest on.
+        A text below the panels: where the intervals come from.
 
     Returns
     -------
     bytes
         A PNG.
     """
-    import matplotlib
+    matplotlib = _matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with matplotlib.rc_context(STYLE):
-        figure = curves_figure(results, metric_name, title, note)
-        canvas = FigureCanvasAgg(figure)
+    with matplotlib.rc_context(STYLE | {"font.family": ["DejaVu Sans", *_wide_font("name")]}):
+        canvas = FigureCanvasAgg(curves_figure(results, metric_name, title, note))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box takes its place
             canvas.draw()
-        return _png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+    return _png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), dpi=(PRINTED_DPI, PRINTED_DPI))
+
+
+@functools.cache
+def _matplotlib():
+    """Import matplotlib with its own settings, whatever the user's matplotlibrc or MPLBACKEND says."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook sets one that may be missing here
+    os.environ["MATPLOTLIBRC"] = str(_data_folder())
+    logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # it complains of a home that cannot be written
+    import matplotlib
+
+    matplotlib.rcdefaults()
+    return matplotlib
+
+
+def _data_folder():
+    """The folder of matplotlib's own settings and fonts, found without importing matplotlib."""
+    return Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data"
 
 
 def curves_figure(results, metric_name, title, note):
-    """The matplotlib figure of `draw_curves`. Margins are set in inches: matplotlib's automatic ones are slow."""
+    """The matplotlib figure of `draw_curves`. Margins are set in inches: a constrained layout takes twice as long."""
     from matplotlib.figure import Figure
 
     columns = len(results) if len(results) <= 3 else min(4, math.ceil(math.sqrt(len(results))))
     rows = math.ceil(len(results) / columns)
     wide, high = (3.0, 2.1) if len(results) > 1 else (6.3, 3.2)
-    left, right, above, below, head = 0.68, 0.12, 0.82, 0.45, 0.35
+    left, right, above, below, head = 0.68, 0.12, 0.95, 0.4, 0.3
     width = columns * (left + wide + right)
-    lines = _wrapped(note, 7.5, width - left - right)
-    foot = (0.3 if columns > 2 else 0.48) + 0.14 * len(lines)
-    height = head + rows * (above + high + below) + foot
 
-    figure = Figure(figsize=(width, height), dpi=DPI)
+    figure = Figure(dpi=DPI)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    shared = _shown_range(results, metric_name)
+    entries = {}
+    for axes, result in zip(panels.flat, results, strict=False):
+        _draw_panel(axes, result, metric_name)
+        _set_range(axes, result, metric_name, shared)
+        _write_numbers(axes, result, metric_name, wide)
+        entries |= {entry.get_label(): entry for entry in axes.get_legend_handles_labels()[0]}
+    for axes in panels.flat[len(results) :]:
+        axes.remove()
+
+    lines = textwrap.wrap(note, int(15 * width))
+    entries_per_line = max(3, 2 * columns)
+    foot = 0.14 * len(lines) + 0.18 * math.ceil(len(entries) / entries_per_line) + 0.2
+    height = head + rows * (above + high + below) + foot
+    figure.set_size_inches(width, height)
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        top=1 - (head + above) / height,
+        bottom=(foot + below) / height,
+        wspace=(left + right) / wide,
+        hspace=(above + below) / high,
+    )
     figure.text(left / width, 1 - 0.12 / height, _shortened(title, 8, width - left - right), va="top")
     figure.text(left / width, 0.06 / height, "\n".join(lines), va="bottom", size=7.5)
-    for i, result in enumerate(results):
-        bottom = height - head - (i // columns + 1) * (above + high + below) + below
-        axes = figure.add_axes(
-            ((i % columns * (left + wide + right) + left) / width, bottom / height, wide / width, high / height)
-        )
-        _draw_panel(axes, result, metric_name, wide)
-    handles, labels = axes.get_legend_handles_labels()
     figure.legend(
-        handles,
-        labels,
+        handles=entries.values(),
         loc="lower center",
-        bbox_to_anchor=(0.5, 0.14 * len(lines) / height),
-        ncols=len(labels) if columns > 2 else 4,
+        bbox_to_anchor=(0.5, (0.14 * len(lines) + 0.04) / height),
+        ncols=entries_per_line,
         frameon=False,
         handlelength=2.6,
         columnspacing=1.6,
@@ -116,115 +205,128 @@ def curves_figure(results, metric_name, title, note):
     return figure
 
 
-def _draw_panel(axes, result, metric_name, wide):
+def _draw_panel(axes, result, metric_name):
+    """Draw the curves, points and ranges of a class."""
     trained, curve, confidence = result.trained, result.curve, result.confidence
-    # On a linear axis, a threshold close to 0 or 1 would lie on the frame: a logit axis spreads these thresholds.
-    spread = not 0.02 <= trained.x <= 0.98
-    position = _logit if spread else np.asarray
-    ends = _logit_ends(trained.x, confidence.x_interval) if spread else (0.0, 1.0)
+    metric, guaranteed = class_metric(metric_name), result.guaranteed_recall
+    position, (low, high) = _scale(result)
 
     def draw(values, **style):
         axes.plot(*_drawable(position(THRESHOLDS), values), **style)
 
-    draw(curve.metric, color=BLUE, lw=1.8, zorder=3, label=metric_name)
+    draw(curve.metric, color=BLUE, lw=1.8, zorder=3, label=label(metric_name))
     if confidence.band_low is not None:
+        band = confidence.band_low, confidence.band_high
         axes.fill_between(
-            position(BLOCK_THRESHOLDS),
-            confidence.band_low,
-            confidence.band_high,
-            color=BLUE,
-            alpha=0.25,
-            linewidth=0,
-            label="its 95 % confidence band",
+            position(BLOCK_THRESHOLDS), *band, color=BLUE, alpha=0.25, lw=0, label="its 95 % confidence band"
         )
-    axes.axvline(position(trained.x), color=VERMILLION, linewidth=1.1, label="trained threshold")
+    axes.axvline(position(trained.x), color=VERMILLION, lw=1.1, label="trained threshold")
     if confidence.x_interval is not None:
-        axes.axvspan(
-            *position(np.array(confidence.x_interval)),
-            color=VERMILLION,
-            alpha=0.15,
-            linewidth=0,
-            label="its 95 % interval",
-        )
-    axes.axvline(position(0.5), color="0.45", linewidth=0.9, linestyle=(0, (1, 1.5)), label="threshold 0.5")
+        limits = position(np.array(confidence.x_interval))
+        axes.axvspan(*limits, color=VERMILLION, alpha=0.15, lw=0, label="its 95 % interval")
+    axes.axvline(position(0.5), color="0.45", lw=0.9, ls=(0, (1, 1.5)), label="threshold 0.5")
     for name, color, style in (("precision", GREEN, (0, (5, 2))), ("recall", PURPLE, (0, (6, 1.5, 1, 1.5)))):
-        if name != metric_name:
-            draw(getattr(curve, name), color=color, lw=0.9, ls=style, label=name)
+        if name != label(metric_name):
+            weight = 1.5 if name == metric.constraint_name else 0.9
+            draw(getattr(curve, name), color=color, lw=weight, ls=style, label=name)
+    if metric.constraint:
+        wanted = f"{metric.constraint_name} asked for"
+        axes.axhline(float(metric.level), color="black", lw=0.9, ls=(0, (4, 2, 1, 2)), label=wanted)
+    if guaranteed and guaranteed.threshold is not None:
+        where = position(guaranteed.threshold)
+        axes.axvline(where, color=PURPLE, lw=1.1, ls=(0, (3, 1)), label=f"recall {guaranteed.level:g} guaranteed")
+    points = [(stack.own_x, stack.own_metric) for stack in result.stacks if stack.own_x is not None]
+    if points:
+        x, y = np.array(points).T
+        x = np.clip(position(x), low, high)
+        name = f"{result.kind.split()[0]}, each at its own best"
+        axes.plot(x, y, "o", color="black", alpha=0.6, mec="none", ms=2.4, zorder=3.5, label=name)
+    if confidence.next_stack_interval is not None:
+        middle, reach = np.mean(confidence.next_stack_interval), np.ptp(confidence.next_stack_interval) / 2
+        name = "next stack (95 % range)"
+        axes.errorbar(position(trained.x), middle, reach, fmt="none", color="black", capsize=3, lw=1, label=name)
     axes.plot(position(trained.x), trained.metric, "o", color=VERMILLION, mec="black", mew=0.6, ms=4.5, zorder=4)
+    axes.set_xlim(low, high)
 
-    margin = 0.02 * (ends[1] - ends[0])
-    axes.set_xlim(ends[0] - margin, ends[1] + margin)
-    bottom, top = _shown_range(result)
+
+def _scale(result):
+    """The function that gives the place of a threshold on the horizontal axis, and the limits of the axis.
+
+    On a linear axis, a threshold close to 0 or 1 would lie on the frame: a logit axis spreads these thresholds.
+    """
+    x, interval = result.trained.x, result.confidence.x_interval
+    if 0.02 <= x <= 0.98:
+        return np.asarray, (-0.02, 1.02)
+    shown = _logit([x, *(interval or ()), 1e-4, 1 - 1e-4])
+    first, last = _logit(THRESHOLDS[[0, -1]])
+    room = 0.08 * np.ptp(shown)
+    return _logit, (max(shown.min() - room, first - 0.5), min(shown.max() + room, last + 0.5))
+
+
+def _set_range(axes, result, metric_name, shared):
+    """Set range, ticks and labels of the axes. Panels share the vertical range, except where a curve would be flat."""
+    range_ = _shown_range([result], metric_name)
+    own = range_[1] - range_[0] < 0.2 * (shared[1] - shared[0])
+    bottom, top = range_ if own else shared
     margin = 0.02 * (top - bottom)
     axes.set_ylim(bottom - margin * (bottom > 0), top + margin)
     levels = np.linspace(bottom, top, 6)
     axes.set_yticks(levels, [f"{level:g}" for level in levels])
-    ticks = _logit_ticks(*ends) if spread else ["0", "0.25", "0.5", "0.75", "1"]
+    axes.set_ylabel(label(metric_name) + " (another scale)" * own)
+    position, limits = _scale(result)
+    spread = position is _logit
+    ticks = _logit_ticks(*limits) if spread else ["0", "0.25", "0.5", "0.75", "1"]
     axes.set_xticks(position(np.array(ticks, float)), ticks)
     axes.set_xlabel("threshold (logit scale)" if spread else "threshold", labelpad=2)
-    axes.set_ylabel(metric_name)
-
-    axes.annotate(
-        _shortened(result.title, 9, wide, bold=True),
-        (0, 1),
-        (0, 48),
-        "axes fraction",
-        "offset points",
-        size=9,
-        weight="bold",
-    )
-    axes.annotate(
-        "\n".join(_shortened(line, 7.5, wide) for line in _numbers(result, metric_name)),
-        (0, 1),
-        (0, 5.5),
-        "axes fraction",
-        "offset points",
-        size=7.5,
-    )
 
 
-def _numbers(result, metric_name):
-    """The lines of numbers above a panel."""
-    trained, curve, confidence = result.trained, result.curve, result.confidence
-
-    def interval(limits, form):
-        return f" [{', '.join(map(form, limits))}]" if limits else ""
-
-    expected = confidence.expected_metric
-    return (
-        f"threshold {threshold_text(trained.x)}{interval(confidence.x_interval, threshold_text)}",
-        f"{metric_name} {trained.metric:.4f}{interval(confidence.metric_interval, '{:.4f}'.format)}",
-        ("gain unknown" if confidence.gain is None else f"gain {confidence.gain:+.4f}")
-        + f"{interval(confidence.gain_interval, '{:+.4f}'.format)} over {trained.metric_at_half:.4f} at 0.5",
-        ("" if expected is None else f"{expected:.4f} expected on new images; ")
-        + f"{curve.tp[0] + curve.fn[0]:,} positives",
-    )
-
-
-def _shown_range(result):
-    """The range of the vertical axis: 0 to 1, or the lower or upper part of it where the metric lies in that part."""
-    low, high = result.confidence.metric_interval or (result.trained.metric,) * 2
-    highest = max(result.trained.metric, high)
-    lowest = min(np.median(result.curve.metric), low)
+def _shown_range(results, metric_name):
+    """The vertical range: 0 to 1, or the lower or upper part of it where all that matters lies in that part."""
+    matters = [level] if (level := class_metric(metric_name).level) else []
+    highest, lowest = list(matters), list(matters)
+    for result in results:
+        values = [result.trained.metric, *(stack.own_metric for stack in result.stacks if stack.own_x is not None)]
+        for limits in (result.confidence.metric_interval, result.confidence.next_stack_interval):
+            values += limits or ()
+        highest.append(max(values))
+        lowest.append(min(*values, np.median(result.curve.metric)))
 
     def room_for(span):
         steps = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1)
         return next(step for step in steps if step >= min(1.1 * span, 1))
 
-    return 1 - room_for(1 - lowest) if lowest > 0.9 else 0, room_for(highest)
+    return 1 - room_for(1 - min(lowest)) if min(lowest) > 0.9 else 0, room_for(max(highest))
+
+
+def _write_numbers(axes, result, metric_name, wide):
+    """Write name and numbers of a class above its panel, which is `wide` inches wide."""
+    trained, curve, confidence = result.trained, result.curve, result.confidence
+
+    def with_interval(*value):
+        text, interval = texts(*value)
+        return text if interval == "-" else f"{text} ({interval})"
+
+    expected, _ = texts(confidence.expected_metric, confidence.metric_interval)
+    _, next_stack = texts(None, confidence.next_stack_interval)
+    at_half, _ = texts(trained.metric_at_half, confidence.metric_interval)
+    gain = with_interval(confidence.gain, confidence.gain_interval, "{:+.{}f}".format)
+    unclear = ", unclear" * confidence.gain_unclear
+    lines = [
+        f"threshold {with_interval(trained.x, confidence.x_interval, threshold_text)}",
+        f"{label(metric_name)} {with_interval(trained.metric, confidence.metric_interval)}; {at_half} at 0.5",
+        f"gain {gain}{unclear}",
+        f"{expected} expected on new images; next stack {next_stack}",
+        f"{curve.tp[0] + curve.fn[0]:,} positives" + (f" in {result.worth}" if result.worth else ""),
+    ]
+    lines = "\n".join(_shortened(line, 7.5, wide) for line in lines)
+    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(_shortened(result.title, 9, wide, bold=True), (0, 1), (0, 54), **place, size=9, weight="bold")
+    axes.annotate(lines, (0, 1), (0, 5.5), **place, size=7.5)
 
 
 def _logit(thresholds):
     thresholds = np.asarray(thresholds, np.float64)
     return np.log(thresholds / (1 - thresholds))
-
-
-def _logit_ends(x, interval):
-    """The range of a logit axis: 0.0001 to 0.9999, or more where the threshold or its interval lies outside."""
-    shown = _logit([x, *(interval or ()), 1e-4, 1 - 1e-4])
-    first, last = _logit(THRESHOLDS[[0, -1]])
-    room = 0.06 * (shown.max() - shown.min())
-    return max(shown.min() - room, first), min(shown.max() + room, last)
 
 
 def _logit_ticks(low, high):
@@ -239,7 +341,7 @@ def _logit_ticks(low, high):
 def _drawable(x, y, columns=1500):
     """The curve with fewer points: the lowest and the highest value in each of `columns` columns of its panel.
 
-    So no peak is lost, because a panel has fewer pixels than that from left to right.
+    So no peak is lost, because a panel has hardly more pixels than that from left to right.
 
     Parameters
     ----------
@@ -256,8 +358,14 @@ def _drawable(x, y, columns=1500):
     return np.append(np.repeat(x[starts], 2), x[-1]), np.append(extremes, y[-1])
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The slices
+
+
 def slices(counts, indices):
-    """The slices in the counts, with the masks that the trained thresholds predict.
+    """The slices in the counts, each once, with the masks that the trained thresholds predict.
+
+    Slices without any pixel of a class, true or predicted, are left out where there are others.
 
     Parameters
     ----------
@@ -269,18 +377,25 @@ def slices(counts, indices):
     -------
     list of Slice
     """
-    shown = [(o.name, o.image, o.truth, o.bins) for o in counts.shown]
-    return [Slice(name, image, truth, bins > np.array(indices)) for name, image, truth, bins in shown]
+    half = int(np.searchsorted(THRESHOLDS, 0.5))
+    found = {
+        shown.name: Slice(shown.name, shown.image, shown.truth, shown.bins > np.array(indices), shown.bins > half)
+        for shown in counts.shown
+    }
+    telling = [one for one in found.values() if one.truth.any() or one.prediction.any()]
+    return telling or list(found.values())
 
 
 def draw_slices(slices, classes, title):
     """Draw slices side by side, with a row per class, and hits, misses and false alarms in colour.
 
+    What differs from the prediction at 0.5 has a colour of its own, and stands above the panel in numbers.
+
     Parameters
     ----------
     slices : list of Slice, at least one, all of the same shape
     classes : list of str, at least one
-        The name of each class.
+        What to write above the row of each class.
     title : str
 
     Returns
@@ -292,44 +407,65 @@ def draw_slices(slices, classes, title):
     side = min(PANEL_SIDE, math.isqrt(SHOWN_PIXELS // (len(slices) * len(classes))))
     shrink, grow = math.ceil(max(height, width) / side), max(side // max(height, width), 1)
     high, wide = (math.ceil(length / shrink) * grow for length in (height, width))
+    top, row, column = GAP + 4 * LINE + GAP, 2 * LINE + high + GAP, max(wide, COLUMN) + GAP
+    page = Image.new("P", (max(GAP + len(slices) * column, 900), top + len(classes) * row), WHITE)
+    page.putpalette(_palette())
 
-    gap, line = 8, 20
-    top = gap + 3 * line + gap  # title, legend, names of the slices
-    row = line + high + gap
-    # Wide enough for the text even if there are few slices.
-    size = max(len(slices) * (wide + gap) + gap, 900), top + len(classes) * row
-    page = Image.new("L", size, 255)
-    draw = ImageDraw.Draw(page)
-    regular, bold = _font(13), _font(13, bold=True)
+    room = page.width - 2 * GAP
+    _write(page, GAP, GAP, title, room, size=15)
+    _draw_legend(page)
+    for k, name in enumerate(classes):
+        _write(page, GAP, top + k * row, name, room, bold=True)
+    for i, shown in enumerate(slices):
+        x = GAP + i * column
+        _write(page, x, GAP + 3 * LINE, shown.name, column - GAP)
+        for k in range(len(classes)):
+            y = top + k * row + LINE
+            _write(page, x, y, change(shown, k), column - GAP, size=12)
+            panel = Image.fromarray(_panel(shown, k, shrink).repeat(grow, axis=0).repeat(grow, axis=1))
+            panel.putpalette(_palette())
+            page.paste(panel, (x, y + LINE))
+    return _png(page)
 
-    def write(x, y, text, font, room):
-        draw.text((x, y + line / 2), _cut(text, font, room), fill=0, font=font, anchor="lm")
 
-    write(gap, gap, title, _font(15), size[0] - 2 * gap)
-    legend = []
-    x = gap
-    for outcome in OUTCOMES:
-        legend.append((x, gap + line + 4))
-        write(x + 20, gap + line, outcome, regular, 400)
-        x += 20 + math.ceil(regular.getlength(outcome)) + 24
-    lefts = [gap + i * (wide + gap) for i in range(len(slices))]
-    tops = [top + i * row + line for i in range(len(classes))]
-    for x, shown in zip(lefts, slices, strict=True):
-        write(x, gap + 2 * line, shown.name, regular, wide)
-    for y, name in zip(tops, classes, strict=True):
-        write(gap, y - line, name, bold, size[0] - 2 * gap)
+def _draw_legend(page):
+    """Draw two lines: the outcomes, and below them what differs from the outcome at 0.5."""
+    outcomes = [(name, GREYS * (i + 1) + GREYS // 2) for i, name in enumerate(OUTCOMES)]
+    changes = [(name, 4 * GREYS + i) for i, name in enumerate(CHANGES)]
+    for y, before, entries in ((GAP + LINE, "", outcomes), (GAP + 2 * LINE, "changed from threshold 0.5:", changes)):
+        x = GAP + _write(page, GAP, y, before, 400) + GAP * bool(before)
+        for name, colour in entries:
+            ImageDraw.Draw(page).rectangle((x, y + 4, x + 11, y + 15), fill=colour)
+            x += 20 + _write(page, x + 20, y, name, 400) + 24
+    _write(page, x, y, "(in numbers: pixels more or fewer than at 0.5)", page.width - x)
 
-    canvas = np.array(page) // (256 // GREYS)
-    for i, (x, y) in enumerate(legend):
-        canvas[y : y + 12, x : x + 12] = (i + 1) * GREYS + GREYS // 2
-    for x, shown in zip(lefts, slices, strict=True):
-        image = np.asarray(Image.fromarray(shown.image).reduce(shrink)) // (256 // GREYS)
-        for i, y in enumerate(tops):
-            panel = image + GREYS * _outcomes(shown.truth[..., i], shown.prediction[..., i], shrink)
-            canvas[y : y + high, x : x + wide] = panel.repeat(grow, axis=0).repeat(grow, axis=1)
-    picture = Image.fromarray(canvas)
-    picture.putpalette(_palette())
-    return _png(picture)
+
+def _write(page, x, y, text, room, size=13, bold=False):
+    """Write a line of text, at most `room` pixels wide; returns its width."""
+    font = _font(size, bold, _is_wide(text))
+    text = _cut(text, font, room)
+    pen = ImageDraw.Draw(page)
+    pen.fontmode = "L"  # smooth: between black and white, the palette has greys only
+    pen.text((x, y + LINE / 2), text, fill=0, font=font, anchor="lm")
+    return math.ceil(font.getlength(text))
+
+
+def change(shown, k):
+    """What the trained threshold of class k changes on a slice, in numbers of pixels."""
+    truth, prediction, at_half = (masks[..., k] for masks in (shown.truth, shown.prediction, shown.at_half))
+    if not (truth | prediction | at_half).any():
+        return "none"
+    gained, lost = prediction & ~at_half, at_half & ~prediction
+    hits, false_alarms = (int((gained & of).sum()) - int((lost & of).sum()) for of in (truth, ~truth))
+    return f"hits {hits:+,}, false alarms {false_alarms:+,}" if hits or false_alarms else "as at 0.5"
+
+
+def _panel(shown, k, shrink):
+    """Indices into the palette for class k of a slice, shape (ceil(height / shrink), ceil(width / shrink))."""
+    grey = np.asarray(Image.fromarray(shown.image).reduce(shrink)).astype(np.uint16)
+    grey = (grey * WHITE + 127) // 255
+    outcome, before = (_outcomes(shown.truth[..., k], of[..., k], shrink) for of in (shown.prediction, shown.at_half))
+    return np.where(outcome == before, grey + GREYS * outcome, 4 * GREYS + outcome).astype(np.uint8)
 
 
 def _outcomes(truth, prediction, shrink):
@@ -358,27 +494,18 @@ def _outcomes(truth, prediction, shrink):
 
 
 def _palette():
-    """The palette, as a flat list: GREYS greys, then the same greys tinted by each of the OUTCOMES."""
+    """The palette, as a flat list: GREYS greys, the same greys tinted by each of the OUTCOMES, and the CHANGES."""
     greys = np.repeat(np.linspace(0, 255, GREYS)[:, None], 3, axis=1)
     tinted = [greys * (1 - opacity) + np.array(color) * opacity for color, opacity in OUTCOMES.values()]
-    return np.rint(np.concatenate([greys, *tinted])).astype(int).ravel().tolist()
+    return np.rint(np.concatenate([greys, *tinted, list(CHANGES.values())])).astype(int).ravel().tolist()
 
 
-def _wrapped(text, points, inches):
-    """The text broken into lines at most `inches` wide."""
-    lines = [""]
-    font = _font(points * DPI / 72)
-    for word in text.split():
-        line = f"{lines[-1]} {word}".strip()
-        if font.getlength(line) <= inches * DPI:
-            lines[-1] = line
-        else:
-            lines.append(word)
-    return [line for line in lines if line]
+# ---------------------------------------------------------------------------------------------------------------
+# Text
 
 
 def _shortened(text, points, inches, bold=False):
-    return _cut(text, _font(points * DPI / 72, bold), inches * DPI)
+    return _cut(text, _font(points * DPI / 72, bold, _is_wide(text)), 0.98 * inches * DPI)
 
 
 def _cut(text, font, room):
@@ -391,14 +518,29 @@ def _cut(text, font, room):
     return cut
 
 
-def _font(size, bold=False):
-    import matplotlib
-
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf")
+@functools.cache
+def _font(size, bold, wide):
+    """A font of `size` pixels; `wide`: one with Chinese characters where the machine has one."""
+    path = _data_folder() / "fonts" / "ttf" / f"DejaVuSans{'-Bold' * bold}.ttf"
+    if wide:
+        path = next(iter(_wide_font("fname")), path)
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
-def _png(image):
+def _is_wide(text):
+    return any(unicodedata.east_asian_width(c) in "WF" for c in text)
+
+
+def _wide_font(attribute):
+    """Name or file (`fname`) of the first of WIDE_FONTS that this machine has, in a list; an empty list without one."""
+    _matplotlib()
+    from matplotlib.font_manager import fontManager
+
+    there = {font.name: font for font in fontManager.ttflist}
+    return [getattr(there[name], attribute) for name in WIDE_FONTS if name in there][:1]
+
+
+def _png(image, **options):
     file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)  # up to four times faster than the default, up to 10 % larger
+    image.save(file, "PNG", compress_level=1, **options)  # faster than the default, and hardly larger
     return file.getvalue()

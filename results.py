@@ -1,15 +1,17 @@
-"""The result: the content of the YAML, the curves as data, the table, and publishing without overwriting."""
+"""The result: the content of the YAML, what the screen shows, tables as data, and publishing without overwriting."""
 
-import importlib.metadata
+import csv
+import io
 import math
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 import time
+import unicodedata
 import uuid
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +19,29 @@ from typing import NamedTuple
 import yaml
 
 import models
+import network
 import terminal
 from confidence import FEWEST_BLOCKS, LEVEL, REPLICATES, Confidence, GuaranteedRecall
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
-from errors import BucketError
+from errors import BucketError, printable
 
-LIBRARIES = ("tensorflow", "tf-keras", "segmentation-models", "numpy", "scipy", "pillow", "google-cloud-storage")
 CURVE_STEP = 2  # the file of the curves has a row for every second of BLOCK_THRESHOLDS; 0.5 is one of them
+LOWEST_IN_CURVES = 1e-6  # and none below, except where the trained threshold is near
+TABLE_WIDTH = 80
+UNEQUAL = (
+    0.8  # stacks that are worth less than this part of their number do not weigh the same: say what they are worth
+)
+
+# What the field calls a metric, on axes and in the table; the others go by their own names.
+LABELS = {
+    "iou_score": "IoU",
+    "f1_score": "F1",
+    "f2_score": "F2",
+    "binary_accuracy_tfkeras": "accuracy",
+    "binary_accuracy_sm": "accuracy",
+    "balanced_accuracy": "balanced acc.",
+    "matthews_corrcoef": "MCC",
+}
 
 
 class ClassResult(NamedTuple):
@@ -35,26 +53,24 @@ class ClassResult(NamedTuple):
     curve: models.ClassCurve
     confidence: Confidence
     guaranteed_recall: GuaranteedRecall | None  # None unless the metric asks for a recall
-    stacks: list
+    stacks: list  # of confidence.StackResult, worst first
+    kind: str = "stacks"  # of the blocks, as in confidence.Blocks
 
     @property
     def title(self):
         return f"{self.name} ({self.folder})"
 
-
-def what_intervals_rest_on(blocks):
-    """A sentence that says which blocks the intervals of a run rest on; `blocks` is a confidence.Blocks."""
-    if blocks.number < FEWEST_BLOCKS:
-        return f"No intervals: they would rest on {blocks.number} {blocks.kind} only, and {FEWEST_BLOCKS} are needed."
-    return f"Intervals rest on {blocks.number} {blocks.kind} and speak of {blocks.speaks_of}."
-
-
-def influence(r):
-    return []
+    @property
+    def worth(self):
+        """How many equal stacks these are worth, in words; None where they are worth about their number."""
+        number, worth = self.confidence.blocks, self.confidence.worth
+        if worth is None or worth >= UNEQUAL * number:
+            return None
+        return f"{number} {self.kind}, worth {worth:.1f}"
 
 
-def stacks_csv(r):
-    return b"x\n"
+# ---------------------------------------------------------------------------------------------------------------
+# The YAML
 
 
 def describe(arguments, inputs, counts, results, started, warnings):
@@ -70,11 +86,14 @@ def describe(arguments, inputs, counts, results, started, warnings):
     results : list of ClassResult
     started : float
         `time.monotonic()` at the beginning of the run, in seconds.
+    warnings : list of str
+        Every warning that the run has shown.
 
     Returns
     -------
     dict
     """
+    metric = arguments["optimizing_class_metric"].name
     return {
         "final_trained_prediction_thresholds": {result.name: result.trained.x for result in results},
         "metadata": {
@@ -95,16 +114,17 @@ def describe(arguments, inputs, counts, results, started, warnings):
             "num_pixels": int(counts.histogram[0].sum()),
             "subset_seed": inputs.seed,
             "class_folders": {result.name: result.folder for result in results},
+            "warnings": warnings,
             "thresholds_training_configuration": {
                 "opt_bounds": models.OPT_BOUNDS,
                 "opt_method": models.OPT_METHOD,
                 "opt_tol": models.OPT_TOL,
                 "opt_options": models.OPT_OPTIONS,
-                "opt_class_metric": arguments["optimizing_class_metric"].name,
+                "opt_class_metric": metric,
                 "opt_dataset_generator": arguments["dataset_directory"],
                 "opt_dataset_downsample_factor": arguments["dataset_downsample_factor"],
             },
-            "thresholds_training_output": {result.name: _describe_class(result) for result in results},
+            "thresholds_training_output": {result.name: _describe_class(result, metric) for result in results},
             "thresholds_training_history": {
                 result.name: {f"{n}_threshold_metric": list(point) for n, point in enumerate(result.trained.history)}
                 for result in results
@@ -127,30 +147,13 @@ def describe(arguments, inputs, counts, results, started, warnings):
                 "machine": platform.machine(),
                 "cpu_count": os.cpu_count(),
                 "python": platform.python_version(),
-                "gpu": None,
             },
-            "Lib_versions_info": versions(),
+            "Lib_versions_info": network.versions(),
         },
     }
 
 
-def git_hash():
-    """The commit of this file's checkout, or of the copy that was sent to a VM; None elsewhere.
-
-    It ends with `-dirty` if a tracked file was edited.
-    """
-    here = Path(__file__).resolve().parent
-
-    try:
-        if (here / ".git").exists():
-            describe = ["git", "-C", here, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-            return subprocess.run(describe, text=True, capture_output=True, check=True).stdout.strip()
-        return (here / ".git_hash").read_text().strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _describe_class(result):
+def _describe_class(result, metric_name):
     trained, confidence, guaranteed = result.trained, result.confidence, result.guaranteed_recall
     return {
         "x": trained.x,
@@ -162,15 +165,21 @@ def _describe_class(result):
         "metric": trained.metric,
         "metric_at_half": trained.metric_at_half,
         "gain": confidence.gain,
+        "gain_unclear": confidence.gain_unclear,
         "expected_metric": confidence.expected_metric,
         "x_confidence_interval": _plain(confidence.x_interval),
         "metric_confidence_interval": _plain(confidence.metric_interval),
         "gain_confidence_interval": _plain(confidence.gain_interval),
+        "next_stack_interval": _plain(confidence.next_stack_interval),
+        "why_no_next_stack": confidence.why_no_next_stack,
+        "constraint_value": confidence.constraint_value,
+        "constraint_confidence_interval": _plain(confidence.constraint_interval),
         "blocks": confidence.blocks,
+        "worth": confidence.worth,
         "why_no_interval": confidence.reason,
-        "guaranteed_recall": None if guaranteed is None else vars(guaranteed),
+        "guaranteed_recall": None if guaranteed is None else asdict(guaranteed),
         "equally_good_thresholds": list(trained.best_stretch),
-        "warnings": trained.warnings,
+        "warnings": warnings(result, metric_name),
     }
 
 
@@ -178,9 +187,170 @@ def _plain(limits):
     return None if limits is None else list(limits)
 
 
-def remarks(result):
+def git_hash():
+    """The commit of this file's checkout, or of the copy that was sent to a VM; None elsewhere.
+
+    It ends with `-dirty` if a tracked file was edited.
+    """
+    here = Path(__file__).resolve().parent
+    # A checkout of another user: whoever runs its Python trusts it already.
+    git = ["git", "-c", "safe.directory=*", "-C", here]
+    try:
+        if (here / ".git").exists():
+            command = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+            return subprocess.run(command, text=True, capture_output=True, check=True).stdout.strip()
+        return (here / ".git_hash").read_text().strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class PlainDumper(yaml.CSafeDumper):
+    """Writes equal values in full each time, because people find anchors and aliases hard to read."""
+
+    def ignore_aliases(self, data):
+        return True
+
+    def represent_text(self, text):  # libyaml refuses half of a surrogate pair, as in a message that is not UTF-8
+        return self.represent_str(text.encode(errors="backslashreplace").decode())
+
+
+PlainDumper.add_representer(str, PlainDumper.represent_text)
+
+
+def to_yaml(content):
+    """YAML of plain Python values, with escapes for characters that steer a terminal."""
+    return yaml.dump(content, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the screen shows
+
+
+def what_intervals_rest_on(blocks):
+    """A sentence that says where the intervals of a run come from; `blocks` is a confidence.Blocks."""
+    if blocks.number < FEWEST_BLOCKS:
+        return f"No intervals: they would come from {blocks.number} {blocks.kind} only, and {FEWEST_BLOCKS} are needed."
+    return (
+        f"The 95 % intervals are computed from how {blocks.number} {blocks.kind} differ. They hold for "
+        f"{blocks.speaks_of}."
+    )
+
+
+def label(metric_name):
+    """What axes and table call a metric: IoU for iou_score, precision for precision_at_recall_0.95."""
+    value = metric_name.partition("_at_")[0]
+    return LABELS.get(value, value)
+
+
+def table(results, metric_name):
+    """The lines of the table: two for each class, with values in the first and 95 % intervals in the second.
+
+    They have at most TABLE_WIDTH columns, unless a number needs an odd many digits.
+    """
+    rows = [
+        ("class", "threshold", label(metric_name), "expected", "next stack", "gain"),
+        ("(folder)", "95 % interval", "95 % interval", "", "95 % range", "over 0.5"),
+    ]
+    for result in results:
+        trained, confidence = result.trained, result.confidence
+        threshold, its_interval = texts(trained.x, confidence.x_interval, threshold_text)
+        value, interval = texts(trained.metric, confidence.metric_interval)
+        expected, _ = texts(confidence.expected_metric, confidence.metric_interval)
+        _, next_stack = texts(None, confidence.next_stack_interval)
+        gain, _ = texts(confidence.gain, confidence.gain_interval, "{:+.{}f}".format)
+        rows.append((result.name, threshold, value, expected, "", gain))
+        unclear = "(unclear)" * confidence.gain_unclear
+        rows.append((f"({printable(result.folder)})", its_interval, interval, "", next_stack, unclear))
+
+    others = sum(max(map(_width, column)) + 2 for column in list(zip(*rows, strict=True))[1:])
+    rows = [(_cut(first, max(TABLE_WIDTH - others, 9)), *cells) for first, *cells in rows]
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(_filled, row, widths)).rstrip() for row in rows]
+    for i, result in reversed(list(enumerate(results))):
+        if result.worth:
+            lines.insert(2 * i + 4, " " * (widths[0] + 2) + f"from {result.worth}")
+    reasons = dict.fromkeys(result.confidence.why_no_next_stack for result in results)
+    return [
+        "",
+        f"Best thresholds for {metric_name}:",
+        "",
+        *lines,
+        "",
+        "Intervals and expected values are for all pixels of new images together,",
+        "the range of the next stack is for one new stack on its own.",
+        *(f"No range for the next stack: {reason}" for reason in reasons if reason),
+        "",
+    ]
+
+
+def texts(value, limits, form="{:.{}f}".format):
+    """A value and its interval as two texts, with as many decimals as the interval carries; "-" for None.
+
+    Parameters
+    ----------
+    value : float or None
+    limits : (float, float) or None
+    form : callable
+        Takes a number and the number of decimals; gives a text.
+
+    Returns
+    -------
+    (str, str)
+    """
+    decimals = 4
+    if limits is not None and limits[0] < limits[1]:
+        decimals = min(max(1 - math.floor(math.log10(limits[1] - limits[0])), 2), 6)  # two digits of the width
+    return (
+        "-" if value is None else form(value, decimals),
+        "-" if limits is None else " to ".join(form(limit, decimals) for limit in limits),
+    )
+
+
+def threshold_text(threshold, decimals=5):
+    """A threshold in (0, 1) as text; near 0 or 1 with more decimals, which show the distance to it."""
+    if threshold < 0.001:
+        return f"{threshold:.3g}"
+    return f"{threshold:.{max(decimals, 1 - math.floor(math.log10(min(threshold, 1 - threshold))))}f}"
+
+
+def _width(text):
+    """How many columns of a terminal the text takes: Chinese characters take two, combining accents none."""
+    return sum((1 + (unicodedata.east_asian_width(c) in "WF")) * (not unicodedata.combining(c)) for c in text)
+
+
+def _filled(text, width):
+    return text + " " * (width - _width(text))
+
+
+def _cut(text, width):
+    """The text, without its middle if it takes more than `width` columns."""
+    short, length = text, len(text)
+    while _width(short) > width:
+        length -= 1
+        short = f"{text[: (length + 1) // 2]}...{text[len(text) - length // 2 :]}"
+    return short
+
+
+def about_split(dataset_directory):
+    """A list with a warning for a split on which, by its name, the network was trained; else an empty list."""
+    if dataset_directory.rpartition("/")[2].lower() not in ("train", "training"):
+        return []
+    return [
+        f"{dataset_directory}: the network was trained on these images. What it reaches here says nothing about other "
+        "images, and the thresholds may not suit them: take validation or test"
+    ]
+
+
+def remarks(result, metric_name):
     """Sentences that explain the numbers of a class in the table."""
-    sentences, guaranteed = [], result.guaranteed_recall
+    sentences, guaranteed, confidence = [], result.guaranteed_recall, result.confidence
+    if confidence.constraint_value is not None:
+        metric = models.class_metric(metric_name)
+        value, interval = texts(confidence.constraint_value, confidence.constraint_interval)
+        sentences.append(
+            f"{result.title}: {metric.constraint_name} is {value} at the trained threshold (95 % interval {interval}), "
+            f"and {float(metric.level):g} was asked for"
+        )
     if not result.trained.allowed_at_half:
         sentences.append(
             f"{result.title}: 0.5 does not reach the level that was asked for, so there is no gain over it"
@@ -188,8 +358,9 @@ def remarks(result):
     if guaranteed and guaranteed.threshold is not None:
         sentences.append(
             f"{result.title}: threshold {threshold_text(guaranteed.threshold)} guarantees recall "
-            f"{guaranteed.level:g} on average over new blocks that contain the class: precision "
-            f"{guaranteed.precision:.4f} here, from {guaranteed.blocks} blocks"
+            f"{guaranteed.level:g} on average over new {result.kind} with the class. The price: to be safe with "
+            f"{guaranteed.blocks} {result.kind} it keeps recall {guaranteed.recall:.3f} here, at precision "
+            f"{guaranteed.precision:.3f}"
         )
     return sentences
 
@@ -201,66 +372,58 @@ def warnings(result, metric_name):
     if confidence.reason:
         sentences.append(f"{result.title}: no interval can be given: {confidence.reason}")
     if confidence.gain_unclear:
-        low, high = confidence.gain_interval
+        _, interval = texts(None, confidence.gain_interval, "{:+.{}f}".format)
+        sentences.append(f"{result.title}: not shown to be better than 0.5 ({interval} in {label(metric_name)})")
+    metric = models.class_metric(metric_name)
+    if confidence.constraint_interval and confidence.constraint_interval[0] < metric.level:
         sentences.append(
-            f"{result.title}: 0.5 does as well on this evidence: the gain in {metric_name} lies between {low:+.4f} "
-            f"and {high:+.4f}"
+            f"{result.title}: new images may well miss the level: {metric.constraint_name} "
+            f"{float(metric.level):g} is reached on the images that chose the threshold, and about half of all such "
+            "thresholds miss it on others"
         )
     if guaranteed and guaranteed.threshold is None:
         sentences.append(f"{result.title}: no recall can be guaranteed: {guaranteed.reason}")
     return sentences
 
 
-def versions():
-    """Version by name of the libraries that the result depends on; None for one that is not installed."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # as may be TensorFlow, which a rerun does not need
-            found[name] = None
-    return found
-
-
-def table(results, metric_name):
-    """The lines of the table that is shown, with an empty line before and after."""
-    rows = [
-        ("class", "folder", "threshold", "95 % interval", metric_name, "95 % interval", "expected", "at 0.5", "gain")
-    ]
+def influence(results):
+    """A sentence for each class where one stack alone moves threshold or metric by more than half of its interval."""
+    sentences = []
     for result in results:
         trained, confidence = result.trained, result.confidence
-        gain = "-" if confidence.gain is None else f"{confidence.gain:+.4f}"
-        rows.append(
-            (
-                result.name,
-                result.folder,
-                threshold_text(trained.x),
-                _interval(confidence.x_interval, threshold_text),
-                f"{trained.metric:.4f}",
-                _interval(confidence.metric_interval, "{:.4f}".format),
-                "unknown" if confidence.expected_metric is None else f"{confidence.expected_metric:.4f}",
-                f"{trained.metric_at_half:.4f}",
-                gain + " (none)" * confidence.gain_unclear,
+        if confidence.reason:
+            continue
+        moved = [(_moved(stack, trained, confidence), i) for i, stack in enumerate(result.stacks)]
+        most, i = max(moved, default=(0, None))
+        if most > 0.5:
+            stack = result.stacks[i]
+            threshold, _ = texts(trained.x, confidence.x_interval, threshold_text)
+            threshold_without, _ = texts(stack.x_without, confidence.x_interval, threshold_text)
+            value, _ = texts(trained.metric, confidence.metric_interval)
+            value_without, _ = texts(stack.metric_without, confidence.metric_interval)
+            sentences.append(
+                f"{result.title}: much of this result comes from {printable(stack.stack)} alone: without it the "
+                f"threshold is {threshold_without} instead of {threshold}, and the metric {value_without} instead of "
+                f"{value}"
             )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return ["", *lines, ""]
+    return sentences
 
 
-def _interval(limits, text):
-    return " to ".join(map(text, limits)) if limits else "unknown"
+def _moved(stack, trained, confidence):
+    """How far a result moves without this stack: the larger of both shifts, in widths of their intervals."""
+    if stack.x_without is None:
+        return 0
+    shifts = abs(stack.x_without - trained.x), abs(stack.metric_without - trained.metric)
+    intervals = confidence.x_interval, confidence.metric_interval
+    return max(shift / max(high - low, 1e-9) for shift, (low, high) in zip(shifts, intervals, strict=True))
 
 
-def threshold_text(threshold):
-    """A threshold as text: five decimals, and near 0 or 1 as many as show three digits of the distance to it."""
-    if threshold < 0.001:
-        return f"{threshold:.3g}"
-    return f"{threshold:.{max(5, 2 - math.floor(math.log10(1 - threshold)))}f}"
+# ---------------------------------------------------------------------------------------------------------------
+# Tables as data
 
 
 def curves_csv(results):
-    """The curves as data: for each class a row per threshold, at some 1,000 thresholds and the trained one.
+    """The curves: for each class a row per threshold, at some 800 thresholds and the trained one.
 
     Parameters
     ----------
@@ -269,60 +432,66 @@ def curves_csv(results):
     Returns
     -------
     bytes
-        CSV with a header: class, threshold, the four counts, every metric of models.CLASS_METRICS, and the limits of
-        the 95 % band of the metric that was optimised (empty where there is none).
+        CSV with a header: class, folder, threshold, trained (1 in the row of the trained threshold, else 0), the four
+        counts, every metric of models.CLASS_METRICS, and the limits of the 95 % band of the metric that was optimised
+        (empty where there is none).
     """
-    lines = [",".join(["class", "threshold", "tp", "fp", "fn", "tn", *models.CLASS_METRICS, "band_low", "band_high"])]
+    header = ["class", "folder", "threshold", "trained", "tp", "fp", "fn", "tn"]
+    rows = [[*header, *models.CLASS_METRICS, "band_low", "band_high"]]
     for result in results:
-        limits = _band_limits(result.confidence)
-        limits[result.trained.index] = result.confidence.metric_interval
+        limits = _band_limits(result)
         indices = sorted(limits)
         counts = [count[indices] for count in (result.curve.tp, result.curve.fp, result.curve.fn, result.curve.tn)]
         metrics = [metric(*counts) for metric in models.CLASS_METRICS.values()]
-        # One format for a whole row takes less than half of the time that csv takes.
-        row = f"{result.name},%.12g,%d,%d,%d,%d{',%.12g' * len(metrics)},"
         columns = [column.tolist() for column in (THRESHOLDS[indices], *counts, *metrics)]
-        if result.confidence.metric_interval is None:
-            row += ","
-        else:
-            row += "%.12g,%.12g"
-            columns += zip(*(limits[index] for index in indices), strict=True)
-        lines += [row % values for values in zip(*columns, strict=True)]
-    return ("\n".join(lines) + "\n").encode()
+        for index, threshold, *numbers in zip(indices, *columns, strict=True):
+            trained = int(index == result.trained.index)
+            rows.append([result.name, result.folder, threshold, trained, *numbers, *(limits[index] or ("", ""))])
+    return _csv(rows)
 
 
-def _band_limits(confidence):
-    """(low, high) of the 95 % band by index into THRESHOLDS; None where there is no band."""
-    coarse = range(0, len(BLOCK_THRESHOLDS), CURVE_STEP)
-    if confidence.band_low is None:
-        return dict.fromkeys(j * BLOCK_STEP for j in coarse)
-    return {j * BLOCK_STEP: (confidence.band_low[j], confidence.band_high[j]) for j in coarse}
+def _band_limits(result):
+    """(low, high) of the 95 % band by index into THRESHOLDS, for all rows of a class; None where there is no band."""
+    trained, confidence = result.trained, result.confidence
+    lowest = min(LOWEST_IN_CURVES, trained.x / 10)
+    coarse = [j for j in range(0, len(BLOCK_THRESHOLDS), CURVE_STEP) if BLOCK_THRESHOLDS[j] >= lowest]
+    limits = dict.fromkeys(j * BLOCK_STEP for j in coarse)
+    if confidence.band_low is not None:
+        limits = {j * BLOCK_STEP: (float(confidence.band_low[j]), float(confidence.band_high[j])) for j in coarse}
+    return limits | {trained.index: confidence.metric_interval}
 
 
-class PlainDumper(yaml.SafeDumper):
-    """Writes equal values in full each time: people find anchors and aliases hard to read."""
+def stacks_csv(results):
+    """What each stack does at the trained threshold, and without it: a row for each class and stack, worst first.
 
-    def ignore_aliases(self, data):
-        return True
+    Parameters
+    ----------
+    results : list of ClassResult
+
+    Returns
+    -------
+    bytes
+        CSV with a header: class, folder, and the fields of confidence.StackResult; empty where undefined.
+    """
+    header = ["class", "folder", "stack", "images", "pixels", "metric", "metric_at_half", "own_x", "own_metric"]
+    rows = [[*header, "x_without", "metric_without"]]
+    for result in results:
+        rows += [[result.name, result.folder, *stack] for stack in result.stacks]
+    return _csv(rows)
 
 
-class FastDumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
-    """The same with libyaml, where PyYAML was built with it."""
+def _csv(rows):
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue().encode(errors="backslashreplace")
 
-    ignore_aliases = PlainDumper.ignore_aliases
 
-
-def to_yaml(content):
-    """YAML of plain Python values: with escapes for characters that UTF-8 does not have or that steer a terminal."""
-    options = {"sort_keys": False, "allow_unicode": True}
-    try:
-        return yaml.dump(content, Dumper=FastDumper, **options)
-    except UnicodeEncodeError:  # libyaml refuses half of a surrogate pair, as from a message that is not UTF-8
-        return yaml.dump(content, Dumper=PlainDumper, **options)
+# ---------------------------------------------------------------------------------------------------------------
+# Publishing
 
 
 def publish(bucket, model_id, description, files, folder):
-    """Upload the files, then the YAML, under a timestamp that no other result has.
+    """Upload the files, then the YAML, under a timestamp that no other result has: now, or the next free second.
 
     All of it is written to the disk before the first upload, and is left there if an upload fails. The YAML is uploaded
     last, so that there is never a YAML without its figures. A full disk is only a warning.
@@ -348,30 +517,31 @@ def publish(bucket, model_id, description, files, folder):
     BucketError
         Not all could be uploaded; the message says where the result is kept and how to upload it.
     """
-    created = datetime.now(UTC).replace(microsecond=0)
+    created = datetime.now(UTC)
     while True:
-        while datetime.now(UTC) < created:
-            time.sleep(0.05)
-        timestamp = created.strftime("%Y%m%dT%H%M%SZ")
+        timestamp = f"{created:%Y%m%dT%H%M%SZ}"
         description["metadata"]["created_datetime"] = timestamp
-        contents = {
-            f"model_thresholds_{timestamp}{ending}": content
-            for ending, content in {**files, ".yaml": to_yaml(description).encode()}.items()
-        }
-        staged = _stage(contents, timestamp, folder)
-        published = False
-        try:
-            for name, content in contents.items():
-                bucket.create(f"models/{model_id}/{name}", content)
-            published = True
-        except FileExistsError:  # another run took this second
-            created += timedelta(seconds=1)
-        except BucketError as error:
-            raise BucketError(_kept(error, staged, bucket, model_id)) from error
-        if staged:
-            shutil.rmtree(staged, ignore_errors=True)
-        if published:
-            return f"models/{model_id}/model_thresholds_{timestamp}.yaml"
+        stem = f"model_thresholds_{timestamp}"
+        files = {**files, ".yaml": to_yaml(description).encode()}
+        if _upload(bucket, model_id, {stem + ending: content for ending, content in files.items()}, folder):
+            return f"models/{model_id}/{stem}.yaml"
+        created += timedelta(seconds=1)
+
+
+def _upload(bucket, model_id, contents, folder):
+    """Create the files, in this order, in the model's folder; False if another run has taken one of their names."""
+    staged = _stage(contents, folder)
+    try:
+        for name, content in contents.items():
+            bucket.create(f"models/{model_id}/{name}", content)
+        free = True
+    except FileExistsError:
+        free = False
+    except BucketError as error:
+        raise BucketError(_kept(error, staged, bucket, model_id)) from error
+    if staged:
+        shutil.rmtree(staged, ignore_errors=True)
+    return free
 
 
 def _kept(error, staged, bucket, model_id):
@@ -382,12 +552,12 @@ def _kept(error, staged, bucket, model_id):
     return f"{error}; the result is kept in {staged}, upload it with: {copy} {staged}/* {target}"
 
 
-def _stage(contents, timestamp, folder):
+def _stage(contents, folder):
     """Write the files into a new folder in `folder` and return it; where that fails, warn and return None."""
     staged = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f"{timestamp}_", dir=folder))
+        (staged := folder / uuid.uuid4().hex).mkdir()
         for name, content in contents.items():
             (staged / name).write_bytes(content)
     except OSError as error:

@@ -1,7 +1,8 @@
 """The figures: everything is drawn at the right place, for any number of classes, any names and sizes."""
 
-import csv
+import hashlib
 import io
+import os
 import subprocess
 import sys
 import warnings
@@ -14,25 +15,13 @@ from PIL import Image
 
 import figures
 import models
+from confidence import Confidence, GuaranteedRecall, StackResult
 from counts import THRESHOLDS
-from results import ClassResult, curves_csv
+from results import ClassResult
 
 T = THRESHOLDS.astype(np.float64)
-ODD_NAMES = [
-    r"fibre $\alpha",
-    "$_{",
-    "100%_{}",
-    "crack\n\udcff\t",
-    "Größe Ω",
-    "裂纹",
-    "a" * 300,
-    "",
-    "^\\",
-    "$x$",
-]
-
-
-NOTE = "The intervals rest on 11 stacks and speak of further stacks of the same kind. " * 3
+ODD_NAMES = [r"fibre $\alpha", "$_{", "100%_{}", "crack\n\udcff\t", "Größe Ω", "裂纹", "a" * 300, "", "^\\", "$x$"]
+NOTE = "The 95 % intervals are computed from how 11 stacks differ. They hold for further stacks like these. " * 3
 
 
 def index_of(threshold):
@@ -43,27 +32,55 @@ def bump(centre, width, height):
     return height * np.exp(-(((T - centre) / width) ** 2))
 
 
-def result(name="class0", folder="class_0", centre=0.6, width=0.2, height=0.8, metric=None, x=None, **confidence):
-    """A ClassResult whose metric is a bump, or the one given, with the threshold at its peak, or at x."""
-    metric = bump(centre, width, height) if metric is None else metric
+def result(name="class0", folder="class_0", metric=None, x=None, guaranteed=None, stacks=(), warned=(), **confidence):
+    """A ClassResult whose metric is the one given, else a bump at 0.6, with the threshold at its peak, or at x."""
+    metric = bump(0.6, 0.2, 0.8) if metric is None else metric
     index = int(np.argmax(metric)) if x is None else index_of(x)
-    x, value, at_half = T[index], metric[index], metric[index_of(0.5)]
+    x, value, at_half = float(T[index]), float(metric[index]), float(metric[index_of(0.5)])
     at_blocks = metric[::64]
     pixels = np.full(len(T), 12345)
     curve = models.ClassCurve(
         tp=pixels, fp=pixels, fn=0 * pixels, tn=pixels, metric=metric, precision=T**0.5, recall=1 - T**3
     )
-    trained = SimpleNamespace(index=index, x=float(x), metric=float(value), metric_at_half=float(at_half))
+    trained = models.TrainedThreshold(
+        index=index, x=x, metric=value, metric_at_half=at_half, allowed_at_half=True, best_stretch=(x, x),
+        success=True, status=0, message="Solution found.", nfev=1, history=[(x, value)], warnings=list(warned),
+    )  # fmt: skip
     values = {
+        "blocks": 11,
+        "worth": 11.0,
+        "reason": None,
         "x_interval": (0.95 * x, x + 0.02 * (1 - x)),
-        "metric_interval": (0.9 * value, min(1.1 * value, 1)),
+        "metric_interval": (0.9 * value, min(1.1 * value, 1.0)),
         "expected_metric": 0.97 * value,
         "gain": value - at_half,
         "gain_interval": (value - at_half - 0.01, value - at_half + 0.02),
+        "gain_unclear": False,
+        "next_stack_interval": (0.6 * value, min(1.2 * value, 1.0)),
+        "why_no_next_stack": None,
+        "constraint_value": None,
+        "constraint_interval": None,
         "band_low": 0.9 * at_blocks,
         "band_high": np.minimum(1.1 * at_blocks, 1),
     }
-    return ClassResult(name, folder, trained, curve, SimpleNamespace(**{**values, **confidence}), None)
+    return ClassResult(name, folder, trained, curve, Confidence(**values | confidence), guaranteed, list(stacks))
+
+
+NOTHING = dict.fromkeys(
+    [
+        "x_interval",
+        "metric_interval",
+        "expected_metric",
+        "gain_interval",
+        "next_stack_interval",
+        "band_low",
+        "band_high",
+    ]
+) | {"reason": "too few stacks", "why_no_next_stack": "too few stacks"}
+
+
+def stack(name, own_x, own_metric, x_without=0.6, metric_without=0.8):
+    return StackResult(name, 5, 1000, own_metric, 0.5, own_x, own_metric, x_without, metric_without)
 
 
 def draw(results, metric_name="iou_score", title="title"):
@@ -76,11 +93,6 @@ def decode(png):
     return np.asarray(image.convert("RGB")).astype(int)
 
 
-def is_near(pixels, color):
-    """Which of the pixels have a colour given as #RRGGBB, give or take antialiasing."""
-    return np.abs(pixels - [int(color[i : i + 2], 16) for i in (1, 3, 5)]).sum(axis=1) < 30
-
-
 def panels(results, metric_name="iou_score"):
     """The figure and its panels' axes, laid out as in the PNG."""
     import matplotlib
@@ -90,11 +102,12 @@ def panels(results, metric_name="iou_score"):
     return figure, figure.axes
 
 
-def pixels_at(picture, figure, axes, x, y):
-    """The 3 x 3 pixels of the decoded PNG around a point in the coordinates of the axes."""
+def is_drawn(color, png, figure, axes, x, y):
+    """Which of the 3 x 3 pixels around a point, in coordinates of the axes, have a colour given as #RRGGBB."""
     column, up = axes.transData.transform((x, y))
-    row = len(picture) - up
-    return picture[round(row) - 1 : round(row) + 2, round(column) - 1 : round(column) + 2].reshape(-1, 3)
+    row = len(picture := decode(png)) - up
+    pixels = picture[round(row) - 1 : round(row) + 2, round(column) - 1 : round(column) + 2].reshape(-1, 3)
+    return np.abs(pixels - [int(color[i : i + 2], 16) for i in (1, 3, 5)]).sum(axis=1) < 30
 
 
 def line(axes, label):
@@ -104,62 +117,43 @@ def line(axes, label):
 # The curves
 
 
-@pytest.mark.parametrize(
-    ("classes", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 2, 2), (12, 3, 4), (14, 4, 4)]
-)
-def test_every_class_has_a_panel(classes, rows, columns):
-    results = [result(f"class{i}", f"folder {i}", centre=(i + 1) / 15) for i in range(classes)]
-    figure, axes = panels(results)
-    boxes = [one.get_position() for one in axes]
-    assert len(axes) == classes
-    assert len({round(box.x0, 6) for box in boxes}) == columns
-    assert len({round(box.y0, 6) for box in boxes}) == rows
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    for i, (one, box) in enumerate(zip(axes, boxes, strict=True)):
-        assert box.x0 > 0 and box.y0 > 0 and box.x1 < 1 and box.y1 < 1
-        assert line(one, "trained threshold").get_xdata()[0] == pytest.approx((i + 1) / 15, abs=1 / 65536)
-    picture = decode(draw(results))
-    assert np.abs(np.subtract(picture.shape[:2], (figure.bbox.height, figure.bbox.width))).max() <= 1
-
-
-@pytest.mark.parametrize("classes", [1, 2, 3, 12])
-def test_text_is_inside_the_page_and_does_not_overlap(classes):
+@pytest.mark.parametrize(("classes", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 2, 2), (12, 3, 4)])
+def test_every_class_has_a_panel_and_no_text_overlaps_another_or_the_edge(classes, rows, columns):
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    # Long names everywhere, and the widest tick labels.
-    results = [result("class10", "m" * 80, height=0.0007)] * classes
+    # Long names everywhere, the widest tick labels, and every entry of the legend.
+    guaranteed = GuaranteedRecall(0.95, 0.1, 0.2, 0.98, 30, None)
+    unclear = {"gain_interval": (-0.00029, 0.00071), "gain_unclear": True, "worth": 4.6}
+    metric = bump(0.6, 0.2, 0.0007)
+    results = [result("class10", "m" * 80, metric, None, guaranteed, [stack("a", 0.5, 0.0006)], **unclear)] * classes
     with matplotlib.rc_context(figures.STYLE):
-        figure = figures.curves_figure(results, "binary_accuracy_tfkeras", "long title " * 40, NOTE * 3)
+        figure = figures.curves_figure(results, "precision_at_recall_0.95", "long title " * 40, NOTE)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
         boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+    places = [axes.get_position() for axes in figure.axes]
+    assert len(places) == classes
+    assert len({round(place.x0, 6) for place in places}) == columns
+    assert len({round(place.y0, 6) for place in places}) == rows
     assert len(texts) > 15 * classes
-    page = figure.bbox
     for i, (text, box) in enumerate(zip(texts, boxes, strict=True)):
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1, text
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text
         assert not [texts[k] for k in range(i) if box.overlaps(boxes[k])], text
 
 
 def test_a_narrow_peak_is_drawn_at_its_place():
     # Spikes one threshold wide, which would be lost if points were left out to thin the curve.
-    high, low = index_of(47001 / 65536), index_of(20001 / 65536)
     metric = np.full(len(T), 0.1)
-    metric[high], metric[low] = 0.9, 0.7
-    shown = result(metric=metric)
+    metric[index_of(47001 / 65536)], metric[index_of(20001 / 65536)] = 0.9, 0.7
+    shown = result(metric=metric, next_stack_interval=None)
     figure, (axes,) = panels([shown])
-    x, y = line(axes, "iou_score").get_data()
-    assert y.max() == 0.9
-    assert x[np.argmax(y)] == pytest.approx(47001 / 65536, abs=1e-3)
-    assert y[np.abs(x - 20001 / 65536) < 1e-3].max() == 0.7
-    assert len(x) < 5000
-
-    picture = decode(draw([shown]))
-    assert is_near(pixels_at(picture, figure, axes, 47001 / 65536, 0.9), figures.VERMILLION).all()
-    assert is_near(pixels_at(picture, figure, axes, 20001 / 65536, 0.5), figures.BLUE).any()
-    assert not is_near(pixels_at(picture, figure, axes, 20001 / 65536 + 0.02, 0.5), figures.BLUE).any()
+    png = draw([shown])
+    assert is_drawn(figures.VERMILLION, png, figure, axes, 47001 / 65536, 0.9).all()
+    assert is_drawn(figures.BLUE, png, figure, axes, 20001 / 65536, 0.5).any()
+    assert not is_drawn(figures.BLUE, png, figure, axes, 20001 / 65536 + 0.02, 0.5).any()
 
 
 @pytest.mark.parametrize("centre", [0.5, 1e-4])
@@ -167,11 +161,10 @@ def test_the_drawn_curve_is_within_a_column_of_the_true_one(centre):
     metric = np.random.default_rng(0).random(len(T))
     metric[index_of(centre)] = 1.1  # the trained threshold, which decides the kind of axis
     _, (axes,) = panels([result(metric=metric)])
-    drawn_x, drawn_y = line(axes, "iou_score").get_data()
-    x = np.log(T / (1 - T)) if "logit" in axes.get_xlabel() else T
-    assert ("logit" in axes.get_xlabel()) == (centre < 0.02)
+    drawn_x, drawn_y = line(axes, "IoU").get_data()
+    x = np.log(T / (1 - T)) if centre < 0.02 else T
     column = np.ptp(axes.get_xlim()) / 400
-    assert drawn_x[0] <= x[0] + column and (np.diff(drawn_x) >= 0).all() and len(drawn_x) < 5000
+    assert (np.diff(drawn_x) >= 0).all() and len(drawn_x) < 5000
     seen = np.flatnonzero((x > axes.get_xlim()[0]) & (x < axes.get_xlim()[1]))
     order = seen[np.argsort(metric[seen])]
     for k in order[-50:]:  # peaks
@@ -183,43 +176,42 @@ def test_the_drawn_curve_is_within_a_column_of_the_true_one(centre):
 @pytest.mark.parametrize("x", [2.0**-40, 1e-9, 1e-5, 0.002, 0.998, 0.9999999, 1 - 2.0**-24])
 def test_the_axis_reaches_as_far_as_a_threshold_close_to_an_end(x):
     logit = np.log(T / (1 - T))
-    metric = 0.8 * np.exp(-(((logit - logit[index_of(x)]) / 0.3) ** 2))
-    shown = result(metric=metric)
+    shown = result(metric=0.8 * np.exp(-(((logit - logit[index_of(x)]) / 0.3) ** 2)), next_stack_interval=None)
     figure, (axes,) = panels([shown])
     at = line(axes, "trained threshold").get_xdata()[0]
-    column = axes.transData.transform((at, 0))[0]
     box = axes.get_window_extent()
+    column = axes.transData.transform((at, 0))[0]
     assert min(column - box.x0, box.x1 - column) > 5
     half = axes.transData.transform((line(axes, "threshold 0.5").get_xdata()[0], 0))[0]
     assert box.x0 < half < box.x1
-    picture = decode(draw([shown]))
-    assert is_near(pixels_at(picture, figure, axes, at, 0.8), figures.VERMILLION).all()
-    assert "logit" in axes.get_xlabel()
+    assert is_drawn(figures.VERMILLION, draw([shown]), figure, axes, at, 0.8).all()
     ticks = [label.get_text() for label in axes.get_xticklabels()]
-    assert 3 <= len(ticks) <= 8 and "0.5" in ticks
+    assert 3 <= len(ticks) <= 8 and "0.5" in ticks and "logit" in axes.get_xlabel()
     assert np.log(np.array(ticks, float) / (1 - np.array(ticks, float))) == pytest.approx(list(axes.get_xticks()))
 
 
 @pytest.mark.parametrize("height", [0.0004, 0.013, 0.15, 0.35, 0.93, 1.0])
-def test_the_curve_of_a_low_metric_fills_its_panel(height):
-    _, (axes,) = panels([result(height=height)])
+def test_a_curve_fills_its_panel(height):
+    _, (axes,) = panels([result(metric=bump(0.6, 0.2, height))])
     bottom, top = axes.get_ylim()
     assert (height - bottom) / (top - bottom) > 0.3
     assert top >= min(1.1 * height, 1)
     assert [float(label.get_text()) for label in axes.get_yticklabels()] == pytest.approx(list(axes.get_yticks()))
 
 
-def test_the_axis_of_a_metric_that_is_always_high_starts_above_0():
-    high = result(metric=0.97 + bump(0.4, 0.2, 0.02), metric_interval=(0.985, 0.995))
-    _, (axes,) = panels([high], "binary_accuracy_sm")
-    bottom, top = axes.get_ylim()
-    assert 0.9 < bottom < 0.97
-    assert top >= 1
+def test_panels_have_the_same_vertical_axis_except_where_a_curve_would_be_flat():
+    heights = 0.5, 0.9, 0.01
+    _, axes = panels([result(metric=bump(0.6, 0.2, height)) for height in heights])
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+    assert axes[2].get_ylim()[1] < 0.05
+    assert [one.get_ylabel() for one in axes] == ["IoU", "IoU", "IoU (another scale)"]
 
 
-def test_the_intervals_and_one_half_are_drawn():
-    shown = result(x_interval=(0.3, 0.9))
-    _, (axes,) = panels([shown])
+def test_what_belongs_to_the_intervals_is_drawn():
+    guaranteed = GuaranteedRecall(0.9, 0.2, 0.5, 0.97, 11, None)
+    stacks = [stack("a", 0.25, 0.4), stack("b", 0.75, 0.9), StackResult("c", 5, 0, *6 * [None])]
+    shown = result(guaranteed=guaranteed, stacks=stacks, x_interval=(0.3, 0.9), next_stack_interval=(0.35, 0.95))
+    figure, (axes,) = panels([shown], "precision_at_recall_0.9")
     low, high = axes.patches[0].get_extents().transformed(axes.transData.inverted()).intervalx
     assert (low, high) == pytest.approx((0.3, 0.9))
     band = axes.collections[0].get_paths()[0].vertices
@@ -227,60 +219,40 @@ def test_the_intervals_and_one_half_are_drawn():
     for y in (shown.confidence.band_low[at], shown.confidence.band_high[at]):
         assert np.isclose(band, (T[::64][at], y)).all(axis=1).any()
     assert line(axes, "threshold 0.5").get_xdata()[0] == 0.5
-    for name in ("precision", "recall"):
-        x, y = line(axes, name).get_data()
-        assert np.allclose(y, np.interp(x, T, getattr(shown.curve, name)), atol=0.03)
-    # An interval over the whole axis hides nothing.
-    wide = result(x_interval=(T[0], T[-1]))
-    figure, (axes,) = panels([wide])
-    picture = decode(draw([wide]))
-    assert is_near(pixels_at(picture, figure, axes, wide.trained.x, 0.8), figures.VERMILLION).all()
-    assert is_near(pixels_at(picture, figure, axes, 0.4, wide.curve.metric[index_of(0.4)]), figures.BLUE).any()
+    assert line(axes, "recall asked for").get_ydata()[0] == 0.9
+    assert line(axes, "recall 0.9 guaranteed").get_xdata()[0] == 0.2
+    assert np.transpose(line(axes, "stacks, each at its own best").get_data()).tolist() == [[0.25, 0.4], [0.75, 0.9]]
+    (bar,) = axes.containers[0].lines[2][0].get_segments()
+    assert bar == pytest.approx(np.array([[shown.trained.x, 0.35], [shown.trained.x, 0.95]]))
+    x, y = line(axes, "recall").get_data()
+    assert np.allclose(y, np.interp(x, T, shown.curve.recall), atol=0.03)
+    labels = [artist.get_label() for artist in axes.lines]
+    assert labels.count("precision") == 1  # the metric is not drawn twice
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"recall", "recall asked for", "next stack (95 % range)", "its 95 % interval"} < set(legend)
 
 
 def test_the_numbers_of_a_class_stand_above_its_panel():
-    shown = result("class7", "cracks", x=0.61234, x_interval=(0.6, 0.65), metric_interval=(0.25, 0.7875))
+    shown = result("class7", "cracks", x=0.61234, x_interval=(0.6, 0.65), metric_interval=(0.65, 0.7875), worth=4.61)
     figure, (axes,) = panels([shown], "f1_score")
-    shown_text = "\n".join(text.get_text() for text in axes.texts)
-    trained = shown.trained
+    text = "\n".join(text.get_text() for text in axes.texts)
     for part in [
         "class7 (cracks)",
-        "0.61234 [0.60000, 0.65000]",
-        f"f1_score {trained.metric:.4f} [0.2500, 0.7875]",
-        f"{0.97 * trained.metric:.4f} expected on new images",
-        f"gain {trained.metric - trained.metric_at_half:+.4f} [",
-        f"{trained.metric_at_half:.4f} at 0.5",
-        "12,345 positives",
+        "0.612 (0.600 to 0.650)",
+        "F1 0.80 (0.65 to 0.79)",
+        "0.77 expected on new images; next stack 0.48 to 0.96",
+        "12,345 positives in 11 stacks, worth 4.6",
     ]:
-        assert part in shown_text
-    assert axes.get_ylabel() == "f1_score" and axes.get_xlabel() == "threshold"
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert {"f1_score", "precision", "recall", "trained threshold", "threshold 0.5"} < set(legend)
+        assert part in text
+    assert axes.get_ylabel() == "F1" and axes.get_xlabel() == "threshold"
     assert NOTE.split() == next(text for text in figure.texts if "stacks" in text.get_text()).get_text().split()
 
 
 def test_without_an_interval_there_is_no_band():
-    nothing = dict.fromkeys(["x_interval", "metric_interval", "expected_metric", "gain_interval", "band_low"])
-    shown = result(**nothing)
-    figure, (axes,) = panels([shown])
-    assert not axes.patches and not axes.collections
+    figure, (axes,) = panels([result(**NOTHING)])
+    assert not axes.patches and not axes.collections and not axes.containers
     assert "[" not in "".join(text.get_text() for text in axes.texts)
     assert not any("95" in text.get_text() for text in figure.legends[0].get_texts())
-    assert decode(draw([shown])).size
-
-
-def test_without_an_interval_the_band_is_empty_in_the_curves_as_data():
-    without = result(name="class1", metric_interval=None, band_low=None)
-    rows = list(csv.DictReader(io.StringIO(curves_csv([result(), without]).decode())))
-    assert all((row["band_low"] == row["band_high"] == "") == (row["class"] == "class1") for row in rows)
-    assert not any(None in row or None in row.values() for row in rows)  # no field too many or too few
-
-
-@pytest.mark.parametrize("metric_name", ["precision", "recall"])
-def test_a_metric_is_not_drawn_twice(metric_name):
-    figure, (axes,) = panels([result()], metric_name)
-    assert [artist.get_label() for artist in axes.lines].count(metric_name) == 1
-    assert line(axes, metric_name).get_linewidth() > 1.5
 
 
 def test_names_are_drawn_literally():
@@ -295,29 +267,62 @@ def test_names_are_drawn_literally():
     assert not any(text.get_parse_math() for one in axes for text in one.texts)
 
 
-def test_the_users_matplotlib_settings_have_no_effect_and_do_not_change():
-    import matplotlib
-
-    expected = draw([result()])
-    with matplotlib.rc_context({"text.usetex": True, "font.size": 30, "font.family": "serif"}):
-        before = dict(matplotlib.rcParams)
-        assert draw([result()]) == expected
-        assert dict(matplotlib.rcParams) == before
+def draw_both():
+    """Hashes of both figures by the ends of their names, and the number of warnings."""
+    files, problems = figures.draw([result()], SimpleNamespace(shown=[shown_slice()]), "iou_score", "title", NOTE)
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, len(problems)
 
 
-def test_matplotlib_is_imported_late_and_pyplot_never():
-    code = (
-        "import sys, figures; assert not [m for m in sys.modules if m.startswith('matplotlib')]\n"
-        "import test_figures as t\n"
-        "t.draw([t.result()])\n"
-        "figures.draw_slices([t.marked()], ['class0'], 'title')\n"
-        "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+@pytest.mark.parametrize("place", ["config", "here"])
+def test_the_users_matplotlib_settings_change_nothing_or_cost_one_figure(tmp_path, place):
+    settings = {"config": tmp_path / "matplotlib", "here": tmp_path}[place]
+    settings.mkdir(exist_ok=True)
+    (settings / "matplotlibrc").write_bytes("# Größe\nfont.size: 30\naxes.facecolor: black".encode("latin-1"))
+    process = subprocess.run(
+        [sys.executable, "-c", "import test_figures; print(test_figures.draw_both())"],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{Path(__file__).parent}:{Path(figures.__file__).parent}",
+            "XDG_CONFIG_HOME": str(tmp_path),
+            "MPLBACKEND": "module://matplotlib_inline.backend_of_a_notebook",
+        },
+        capture_output=True,
+        text=True,
     )
-    here = Path(__file__).parent
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": f"{here}:{here.parent}"})
+    assert not process.stderr
+    files, problems = draw_both()
+    if place == "here":  # matplotlib reads this one first, whatever is set
+        del files[".png"]
+        problems = 1
+    assert process.stdout == f"{(files, problems)}\n"
 
 
 # The slices
+
+
+def shown_slice(name="slice_0", truth=True, probability=0.55):
+    """A counts.ShownSlice of 64 x 64 pixels and one class: a square with this probability, in the mask or not."""
+    square = np.zeros((64, 64, 1), bool)
+    square[10:20, 10:20] = True
+    bins = np.where(square, index_of(probability), 0).astype(np.int32)
+    return SimpleNamespace(
+        class_index=0,
+        name=name,
+        block=0,
+        pixels=100,
+        image=np.zeros((64, 64), np.uint8),
+        truth=square & truth,
+        bins=bins,
+    )
+
+
+def test_each_slice_is_shown_once_and_empty_ones_only_where_there_are_no_others():
+    one, empty = shown_slice("a"), shown_slice("b", truth=False, probability=0.01)
+    shown = figures.slices(SimpleNamespace(shown=[one, empty, one]), [index_of(0.6)])
+    assert [slice.name for slice in shown] == ["a"]
+    assert not shown[0].prediction.any() and shown[0].at_half.sum() == 100
+    assert [slice.name for slice in figures.slices(SimpleNamespace(shown=[empty, empty]), [index_of(0.6)])] == ["b"]
 
 
 def tint(outcome, grey):
@@ -332,12 +337,12 @@ def positions(picture, color):
 
 
 def marked(size=(256, 256), grey=12, name="slice_0"):
-    """A hit of 20 x 10 pixels, a miss of 5 x 10 right of it, a false alarm of 20 x 3 below it."""
+    """A hit of 20 x 10 pixels, a miss of 5 x 10 right of it, a false alarm of 20 x 3 below it; the same at 0.5."""
     truth, prediction = np.zeros((*size, 1), bool), np.zeros((*size, 1), bool)
     truth[50:70, 30:40] = prediction[50:70, 30:40] = True
     truth[50:55, 40:50] = True
     prediction[70:90, 30:33] = True
-    return figures.Slice(name, np.full(size, grey, np.uint8), truth, prediction)
+    return figures.Slice(name, np.full(size, grey, np.uint8), truth, prediction, prediction)
 
 
 def test_hits_misses_and_false_alarms_are_drawn_at_their_places():
@@ -352,40 +357,48 @@ def test_hits_misses_and_false_alarms_are_drawn_at_their_places():
     assert (picture[tuple(slice_corner - 1)] == 255).all()
 
 
+def test_what_changed_from_one_half_is_marked_and_counted():
+    shown = marked()
+    at_half = np.zeros_like(shown.truth)
+    at_half[50:60, 30:40] = True  # half of the hits
+    at_half[100:107, 30:40] = True  # false alarms that are gone
+    at_half[50:52, 40:50] = True  # hits that are misses now
+    shown = shown._replace(at_half=at_half)
+    picture = decode(figures.draw_slices([shown], ["class0"], "title"))
+    legend = 12 * 12
+    sizes = {name: len(positions(picture, color)) - legend for name, color in figures.CHANGES.items()}
+    assert sizes == {"false alarm gone": 70, "new hit": 100, "new miss": 20, "new false alarm": 60}
+    assert figures.change(shown, 0) == "hits +80, false alarms -10"
+    assert figures.change(marked(), 0) == "as at 0.5"
+
+
 def test_rows_are_classes_and_columns_are_slices():
     shape = 100, 80
     slices = []
     for i in range(3):
         mask = np.zeros((*shape, 2), bool)
         mask[:, :, i % 2] = True
-        slices.append(figures.Slice(f"slice {i}", np.full(shape, 40 * i, np.uint8), mask, np.ones_like(mask)))
+        slices.append(figures.Slice(f"slice {i}", np.full(shape, 40 * i, np.uint8), mask, *2 * [np.ones_like(mask)]))
     picture = decode(figures.draw_slices(slices, ["a", "b"], "title"))
-    means = []
+    place = {}
     for i in range(3):
         for outcome in (0, 2):
             found = positions(picture, tint(outcome, 40 * i))
             assert len(found) == 300 * 240  # enlarged three times
-            means.append((i, outcome, *found.mean(axis=0)))
-    row = {(i, outcome): y for i, outcome, y, _ in means}
-    column = {(i, outcome): x for i, outcome, _, x in means}
-    assert row[0, 0] == row[1, 2] == row[2, 0] < row[0, 2] == row[1, 0] == row[2, 2]
-    assert column[0, 0] == column[0, 2] < column[1, 0] == column[1, 2] < column[2, 0] == column[2, 2]
+            place[i, outcome] = found.mean(axis=0)
+    rows, columns = ({key: means[axis] for key, means in place.items()} for axis in (0, 1))
+    assert rows[0, 0] == rows[1, 2] == rows[2, 0] < rows[0, 2] == rows[1, 0] == rows[2, 2]
+    assert columns[0, 0] == columns[0, 2] < columns[1, 0] == columns[1, 2] < columns[2, 0] == columns[2, 2]
 
 
-def test_the_grey_values_of_the_image_are_visible_under_the_colours():
-    ramp = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
-    empty = np.zeros((256, 256, 1), bool)
-    plain = decode(figures.draw_slices([figures.Slice("s", ramp, empty, empty)], ["a"], "title"))
-    found = next(
-        plain[-9, left : left + 256]
-        for left in range(20)
-        if np.abs(plain[-9, left : left + 256, 0] - ramp[0]).max() < 5
-    )
-    assert (found.min(axis=1) == found.max(axis=1)).all()
-    covered = decode(figures.draw_slices([figures.Slice("s", ramp, ~empty, ~empty)], ["a"], "title"))
-    left = next(i for i in range(20) if (covered[-9, i] != 255).any())
-    assert (np.diff(covered[-9, left : left + 256].sum(axis=1)) >= 0).all()
-    assert np.ptp(covered[-9, left : left + 256].sum(axis=1)) > 100
+def test_without_colour_a_false_alarm_is_darker_than_a_hit_and_a_miss_lighter():
+    def lightness(color):
+        return np.array(color) @ [0.299, 0.587, 0.114]
+
+    hit, miss, false_alarm = ([lightness(tint(i, grey)) for grey in range(256)] for i in range(3))
+    assert max(false_alarm) + 8 < min(hit) and max(hit) + 4 < min(miss)
+    of_changes = {name: lightness(color) for name, color in figures.CHANGES.items()}
+    assert of_changes["new false alarm"] + 50 < of_changes["new hit"] < of_changes["new miss"] - 30
 
 
 def test_cracks_one_pixel_wide_have_no_gaps_in_large_slices():
@@ -393,7 +406,7 @@ def test_cracks_one_pixel_wide_have_no_gaps_in_large_slices():
     truth[777] = True
     truth[np.arange(2048), np.arange(2048)] = True
     truth[1500, 3] = True
-    shown = figures.Slice("s", np.full((2048, 2048), 12, np.uint8), truth, np.zeros_like(truth))
+    shown = figures.Slice("s", np.full((2048, 2048), 12, np.uint8), truth, *2 * [np.zeros_like(truth)])
     picture = decode(figures.draw_slices([shown], ["a"], "title"))
     found = positions(picture, tint(1, 12))
     top, left = found.min(axis=0)
@@ -403,26 +416,26 @@ def test_cracks_one_pixel_wide_have_no_gaps_in_large_slices():
     assert len(found) == 342 + 342 - 1 + 1
 
 
-@pytest.mark.parametrize("side", [768, 1152])
-def test_a_cell_shows_its_most_frequent_outcome(side):
+def test_a_cell_shows_its_most_frequent_outcome():
+    side = 1152
     truth, prediction = np.random.default_rng(side).random((2, side, side)) < 0.1
-    shown = figures.Slice("s", np.full((side, side), 12, np.uint8), truth[..., None], prediction[..., None])
-    picture = decode(figures.draw_slices([shown], ["a"], "title"))
-    cells = [block.reshape(384, side // 384, 384, side // 384).sum(axis=(1, 3)) for block in
-             (truth & prediction, truth & ~prediction, ~truth & prediction)]  # fmt: skip
-    hits, misses, false_alarms = cells
+    masks = truth[..., None], prediction[..., None], prediction[..., None]
+    picture = decode(figures.draw_slices([figures.Slice("s", np.full((side, side), 12, np.uint8), *masks)], ["a"], "t"))
+    hits, misses, false_alarms = cells = [
+        of.reshape(384, 3, 384, 3).sum(axis=(1, 3))
+        for of in (truth & prediction, truth & ~prediction, ~truth & prediction)
+    ]
     outcome = np.where(hits > np.maximum(misses, false_alarms), 0, np.where(misses >= false_alarms, 1, 2))
     outcome = np.where(sum(cells) > 0, outcome, 3)
     colors = np.stack([*(tint(i, 12) for i in range(3)), [12, 12, 12]])
     top, left = positions(picture, colors[0]).min(axis=0) - np.argwhere(outcome == 0).min(axis=0)
-    panel = picture[top : top + 384, left : left + 384]
-    assert np.abs(panel - colors[outcome]).max() <= 2
+    assert np.abs(picture[top : top + 384, left : left + 384] - colors[outcome]).max() <= 2
 
 
 @pytest.mark.parametrize("side", [384, 512])
 def test_twelve_classes_of_noisy_images_and_odd_names_stay_below_4_mb(side):
     rng = np.random.default_rng(0)
-    masks = (rng.random((2, side // 32, side // 32, 12)) < 0.3).repeat(32, axis=1).repeat(32, axis=2)
+    masks = (rng.random((3, side // 32, side // 32, 12)) < 0.3).repeat(32, axis=1).repeat(32, axis=2)
     slices = [
         figures.Slice(name, rng.normal(128, 40, (side, side)).clip(0, 255).astype(np.uint8), *masks)
         for name in ["$", "裂纹.tif", "x" * 400, "a\nb", "\udcff", ""]
