@@ -87,11 +87,18 @@ def import_tensorflow():
     return tf
 
 
+def is_out_of_memory(error):
+    """Whether an error, of whatever type, says that there is no memory, in the words of TensorFlow, oneDNN or CUDA."""
+    words = (
+        r"out.of.memory|\bOOM\b|MemoryError|alloc_failed|failed to alloc|resource.exhausted|could not create a primitive"
+        "|no algorithm worked|Dst tensor is not initialized"  # the last is of a copy to a GPU whose memory is full
+    )
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
+
+
 def _explained(tf, error, what):
     """The ModelError for an error that TensorFlow raised: what failed, or that there is no memory for it."""
-    # The last two appear when a weight is copied to a GPU whose memory is full.
-    words = r"out.of.memory|\bOOM\b|ALLOC_FAILED|Dst tensor is not initialized"
-    if isinstance(error, tf.errors.ResourceExhaustedError | MemoryError) or re.search(words, str(error), re.IGNORECASE):
+    if is_out_of_memory(error):
         what = "the machine has no memory for the network"
         if tf.config.list_physical_devices("GPU"):
             what = "the GPU has no memory for the network: another process fills it (nvidia-smi shows which)"

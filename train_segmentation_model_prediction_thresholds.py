@@ -269,7 +269,9 @@ def train_thresholds(inputs, counts, metric):
             guaranteed = guarantee_recall(*of_class, float(metric.level), low, high, inputs.blocks.names)
         stacks = stack_results(*of_class, inputs.blocks, metric, threshold.index, low, high)
         name, folder = inputs.class_names[i], inputs.class_folders[i]
-        trained.append(results.ClassResult(name, folder, threshold, curve, confidence, guaranteed, stacks))
+        trained.append(
+            results.ClassResult(name, folder, threshold, curve, confidence, guaranteed, stacks, inputs.blocks.kind)
+        )
     return trained
 
 
@@ -278,21 +280,20 @@ def publish(arguments, inputs, counts, trained, started):
     metric, model_id = arguments["optimizing_class_metric"].name, arguments["model_id"]
     for line in results.table(trained, metric):
         show(line)
+    for line in results.about_split(arguments["dataset_directory"]):
+        warn(line)
     for result in trained:
-        for line in results.remarks(result):
+        for line in results.remarks(result, metric):
             show(line)
         for line in results.warnings(result, metric):
             warn(line)
     for line in results.influence(trained):
         show(line)
     title = f"{model_id} on {arguments['dataset_directory']} ({chunks.images_text(counts.images)})"
-    slices = figures.slices(counts, [result.trained.index for result in trained])
-    files = {
-        ".png": figures.draw_curves(trained, metric, title, results.what_intervals_rest_on(inputs.blocks)),
-        "_slices.png": figures.draw_slices(slices, inputs.class_titles, title),
-        "_curves.csv": results.curves_csv(trained),
-        "_stacks.csv": results.stacks_csv(trained),
-    }
+    files, problems = figures.draw(trained, counts, metric, title, results.what_intervals_rest_on(inputs.blocks))
+    for line in problems:
+        warn(line)
+    files |= {"_curves.csv": results.curves_csv(trained), "_stacks.csv": results.stacks_csv(trained)}
     description = results.describe(arguments, inputs, counts, trained, started, terminal.warned)
     name = results.publish(inputs.bucket, model_id, description, files, TMP / "results")
     show(f"Result: {inputs.bucket.url(name)}")
