@@ -192,7 +192,7 @@ def _sort_by_place(blobs, split_directory, url):
                 images[file] = blob
             case ["masks", class_folder, file] if _suffix(file) in FORMATS:
                 masks[class_folder][file] = blob
-            case _ if "\\" in name and name.startswith(("images", "masks")):
+            case _ if "\\" in name and name.startswith(("images/", "images\\", "masks/", "masks\\")):
                 what = r"has a backslash (\) in its name, as programs on Windows write it: upload it with / instead"
             case ["images", _] | ["masks", _, _]:
                 what = "is not a PNG or TIFF file by its name: move it elsewhere"
