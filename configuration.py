@@ -175,20 +175,9 @@ def target_size(dataset_config, url):
 
 
 def stacks(dataset_config, split, warn):
-    """The names of the stacks in a split.
+    """The names of the stacks in a split, exactly as they are written in the file; an empty list if it names none.
 
-    Parameters
-    ----------
-    dataset_config : dict
-        As `read_config` gives it.
-    split : str
-    warn : callable
-        Is called with a sentence if `dataset_split` has another form than {split: list of names}.
-
-    Returns
-    -------
-    list of str
-        Exactly as they are written in the file; empty where dataset_config does not name them.
+    Calls `warn` with a sentence if `dataset_split` has another form than {split: list of names}.
     """
     splits = dataset_config.get("dataset_split", {split: []})
     names = splits.get(split) if isinstance(splits, dict) else None

@@ -192,7 +192,7 @@ def _sort_by_place(blobs, split_directory, url):
                 images[file] = blob
             case ["masks", class_folder, file] if _suffix(file) in FORMATS:
                 masks[class_folder][file] = blob
-            case _ if "\\" in name and name.startswith(("images", "masks")):
+            case _ if "\\" in name and name.startswith(("images/", "images\\", "masks/", "masks\\")):
                 what = r"has a backslash (\) in its name, as programs on Windows write it: upload it with / instead"
             case ["images", _] | ["masks", _, _]:
                 what = "is not a PNG or TIFF file by its name: move it elsewhere"
@@ -217,7 +217,7 @@ def draw_subset(samples, factor, seed):
     list
         ceil(factor * len(samples)) of the samples, at least one, in their order.
     """
-    size = max(1, math.ceil(round(factor * len(samples), 6)))  # 0.1 * 30 is a little more than 3
+    size = max(1, math.ceil(round(factor * len(samples), 6)))  # 0.07 * 100 is a little more than 7
     chosen = np.random.RandomState(seed).permutation(len(samples))[:size]
     return [samples[i] for i in sorted(chosen)]
 
@@ -481,7 +481,7 @@ def _open_tiff(data, url):
         if refused:
             raise _not_grey(url, what)
     height = tags[257]
-    if len(tags.get(273, ())) > tags.get(277, 1) * math.ceil(height / min(tags.get(278, height), height)):
+    if len(tags.get(273, ())) > math.ceil(height / min(tags.get(278, height), height)):
         raise DatasetError(f"{url} has more strips than its {height} rows need: save it again")
     return image, max(tags.get(258, (1,)))
 

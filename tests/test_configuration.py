@@ -54,6 +54,8 @@ def test_stacks_are_named_as_they_are_written():
     assert configuration.stacks(config, "validation", warnings.append) == [*names, "stacks/P03"] and warnings == []
     assert config == {"target_size": [96, 64], "dataset_split": {"validation": [*names, "stacks/P03"]}}
     assert yaml.safe_load(yaml.safe_dump(config)) == config  # so the result repeats them
+    config, _ = read("dataset_config: {dataset_split: {<<: {train: [1]}, validation: [007]}}")
+    assert config == {"dataset_split": {"train": ["1"], "validation": ["007"]}}
 
 
 @pytest.mark.parametrize("split", ["[a, b]", "{validation: a}", "{validation: [{name: a}]}", "{train: [a]}", "3", "~"])
@@ -97,8 +99,8 @@ def test_a_key_that_is_there_twice_is_a_warning():
 
 
 def test_a_configuration_may_list_every_image_but_is_no_data():
-    names = "\n".join(f"  - P01-{number:06}.tif" for number in range(50_000))
-    assert len(read(f"dataset_config:\n  images:\n{names}")[0]["images"]) == 50_000
+    names = "\n".join(f"  - P01-{number:06}.tif" for number in range(100_000))
+    assert len(read(f"dataset_config:\n  images:\n{names}")[0]["images"]) == 100_000
     with pytest.raises(ConfigurationError, match="5,000,000 bytes, too many for a configuration"):
         read(bytes(5_000_000))
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import re
 import struct
 import threading
 import zlib
@@ -107,6 +106,8 @@ def test_names_that_differ_only_in_unicode_form_are_paired(image, mask):
     assert [blob.name for blob in sample.masks] == [f"{SPLIT}/masks/class_0/{mask}"]
     with pytest.raises(DatasetError, match="has no partner"):  # one mask does not serve two images
         paired([f"images/{image}", f"images/{mask}", f"masks/class_0/{mask}"])
+    with pytest.raises(DatasetError, match="has no partner"):  # nor does one in a third form
+        paired(["images/\u00c5.png", "images/\u212b.png", "masks/class_0/A\u030a.png"])
 
 
 def test_all_wrong_names_are_counted_and_ten_are_named(tmp_path):
@@ -142,17 +143,16 @@ def test_all_files_of_impossible_size_are_named_before_anything_is_fetched(tmp_p
     samples = [Sample(n, Blob(f"images/{n}", i), (Blob(f"masks/a/{n}", m),)) for n, (i, m) in sizes.items()]
     with pytest.raises(DatasetError, match="3 files"):
         check_sizes_in_bytes(samples, url, SIZE, tmp_path / "problems.txt")
-    assert [line.split()[0] for line in (tmp_path / "problems.txt").read_text().splitlines()] == [
-        url(name) for name in ("images/0", "images/big", "masks/a/big")
-    ]
+    named = [line.split()[0] for line in (tmp_path / "problems.txt").read_text().splitlines()]
+    assert named == [url("images/0"), url("images/big"), url("masks/a/big")]
     check_sizes_in_bytes(samples[1:2], url, SIZE, tmp_path / "problems.txt")
 
 
-@pytest.mark.parametrize("factor, number", [(1e-300, 1), (0.01, 1), (0.1, 3), (0.34, 11), (1.0, 30)])
+@pytest.mark.parametrize("factor, number", [(1e-300, 1), (0.01, 1), (0.07, 7), (0.034, 4), (1.0, 100)])
 def test_a_subset_is_drawn_in_order_and_again_the_same(factor, number):
-    subset = draw_subset(list(range(30)), factor, 1)
-    assert len(subset) == number and subset == sorted(subset) == draw_subset(list(range(30)), factor, 1)
-    assert number in (1, 30) or subset != draw_subset(list(range(30)), factor, 2)
+    subset = draw_subset(list(range(100)), factor, 1)
+    assert len(subset) == number and subset == sorted(subset) == draw_subset(list(range(100)), factor, 1)
+    assert number == 100 or subset != draw_subset(list(range(100)), factor, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -173,9 +173,9 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width=WIDTH, height=HEIGHT, depth=8, colour=0, interlace=0, data=None, before=b""):
+def png(width=WIDTH, height=HEIGHT, depth=8, colour=0, data=None, before=b""):
     raw = b"".join(b"\0" + row.tobytes() for row in PIXELS) if data is None else data
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + before + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
 
@@ -194,31 +194,20 @@ def several_pages(kind="TIFF", pages=((PIXELS, 0), (255 - PIXELS, 0))):
     return file.getvalue()
 
 
-def tiff(tags=(), pixels=PIXELS, order="<"):
+def tiff(tags=(), pixels=PIXELS):
     """An uncompressed TIFF with one page; tags are {tag: (type, count, value)}, in place of the usual ones or added."""
     start = 254  # of the pixels
     usual = {256: (4, 1, WIDTH), 257: (4, 1, HEIGHT), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1), 277: (3, 1, 1)}
     rows = {273: (4, 1, start), 278: (4, 1, HEIGHT), 279: (4, 1, pixels.nbytes)}
     all_tags = sorted((usual | rows | dict(tags)).items())
-    entries = b"".join(
-        struct.pack(f"{order}HHI", tag, kind, count) + struct.pack(f"{order}Hxx" if kind == 3 else f"{order}I", value)
-        for tag, (kind, count, value) in all_tags
-    )
-    header = struct.pack(f"{order}2sHIH", {"<": b"II", ">": b"MM"}[order], 42, 8, len(all_tags))
-    return (header + entries + bytes(4)).ljust(start, b"\0") + pixels.tobytes()
+    entries = b"".join(struct.pack("<HHII", tag, *value) for tag, value in all_tags)
+    return (b"II*\0" + struct.pack("<IH", 8, len(all_tags)) + entries + bytes(4)).ljust(start, b"\0") + pixels.tobytes()
 
 
 def two_strips():
     """Two strips, each as large as the image: Pillow reads the second one, other programs the first."""
     end = 254 + PIXELS.nbytes
     return tiff({273: (4, 2, end), 279: (4, 2, end)}) + struct.pack("<II", 254, 254)
-
-
-def interlaced():
-    """A PNG in seven passes (Adam7), which Pillow cannot write."""
-    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-    rows = (row for y, x, dy, dx in passes for row in PIXELS[y::dy, x::dx])
-    return png(interlace=1, data=b"".join(b"\0" + row.tobytes() for row in rows))
 
 
 def orientation(number):
@@ -321,7 +310,6 @@ def test_what_pillow_would_reinterpret_is_refused_with_a_reason(name):
 
 FINE = {
     "in capitals.PNG": PNG,
-    "interlaced.png": interlaced(),
     "unknown profile.png": png(before=chunk(b"iCCP", b"x\0\x07" + PNG)),
     "large profile.png": png(before=chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(200_000_000), 1))),
     "metadata cut short.png": png(before=b"".join(chunk(k, b"") for k in (b"gAMA", b"pHYs", b"iTXt"))),
@@ -334,7 +322,6 @@ FINE = {
     "upright.tif": encoded(kind="TIFF", tiffinfo={274: 1}),
     "a profile.tif": encoded(kind="TIFF", icc_profile=b"no profile", dpi=(300, 300)),
     "ImageJ's.tif": encoded(kind="TIFF", tiffinfo={270: "ImageJ=1.53t\nimages=1\nmin=9.0\n"}),
-    "big-endian.tif": tiff(order=">"),
     "thumbnails after the image.tif": several_pages(pages=[(PIXELS, 0), (SMALL, 1), (SMALL, 1)]),
     "thumbnails before the image.tif": several_pages(pages=[(SMALL, 1), (SMALL, 1), (PIXELS, 0)]),
     "a transparency mask.tif": several_pages(pages=[(PIXELS, 0), (PIXELS // 128, 4)]),
@@ -377,20 +364,17 @@ def test_masks_are_read_as_editors_save_them_and_images_stay_strict(name):
         decode_image(EDITORS_MASKS[name], url(name), SIZE, IMAGE_MODES)
 
 
-REPORTED = {
-    "image_signed.tif": "signed numbers",
-    "mask_orientation_3.tif": "orientation tag (3)",
-    "mask_orientation_6_square.tif": "orientation tag (6)",
-    "mask_white_is_zero.tif": "stores white as 0",
-}
-
-
 def test_files_of_public_reports():
     for name in ("image_odd_profile.png", "image_with_thumbnail.tif"):
         pixels = decode_image((CASES / name).read_bytes(), name, (96, 64), IMAGE_MODES)
         np.testing.assert_array_equal(pixels, TRUTH["image"])
-    for name, words in REPORTED.items():
-        with pytest.raises(DatasetError, match=re.escape(words)):
+    for name, words in (
+        ("image_signed.tif", "signed numbers"),
+        ("mask_orientation_3.tif", "orientation tag .3"),
+        ("mask_orientation_6_square.tif", "orientation tag .6"),
+        ("mask_white_is_zero.tif", "stores white as 0"),
+    ):
+        with pytest.raises(DatasetError, match=words):
             decode_image((CASES / name).read_bytes(), name, (96, 64), MASK_MODES)
 
 
@@ -415,6 +399,7 @@ class FilesInMemory:
             raise self.files[blob.name]
 
     def read(self, blob):
+        assert blob.name in self.fetched
         self.read_names.append(blob.name)
         return self.files[blob.name]
 
@@ -465,10 +450,11 @@ def test_an_error_of_the_bucket_comes_in_place_of_its_sample():
     assert caught.value is gone
 
 
-def test_no_more_than_the_lookahead_is_decoded_ahead():
-    samples, bucket = a_split(200)
+def test_no_more_than_the_lookahead_is_decoded_ahead_and_512_are_fetched():
+    samples, bucket = a_split(1200)
     for number, _ in enumerate(decode_samples(samples, bucket, SIZE, 5), start=1):
         assert sum(name.startswith("image") for name in list(bucket.read_names)) <= number + 5
+        assert len(bucket.fetched) <= 2 * (number + 5 + 512)
 
 
 def test_fetching_starts_with_the_call_and_ends_with_the_generator():
@@ -507,6 +493,7 @@ def explained(decoded, number_of_samples=1):
     [
         (PIXELS, "have more than two grey values: 1, such as gs://bucket/0/a.png with 256 grey values. Every pixel"),
         (np.where(INSIDE, np.uint8(255), np.uint8(1)), "no 0: 1, such as gs://bucket/0/a.png with 2 grey"),
+        (np.where(INSIDE, np.uint8(200), np.uint8(90)), "no 0: 1, such as gs://bucket/0/a.png with 2 grey"),
         (1 + INSIDE.astype(np.uint8), "no 0: 1, such as gs://bucket/0/a.png with 2 grey values (1, 2)"),
         (PIXELS % 4, "look like label maps: 1, such as gs://bucket/0/a.png with 4 grey values (0, 1, 2, 3)"),
         (np.where(INSIDE, np.uint8(255), PIXELS % 3), "look like label maps: 1, such as"),
@@ -547,11 +534,9 @@ def test_equal_masks_in_all_class_folders_are_an_error_if_they_are_equal_through
 # ---------------------------------------------------------------------------------------------------------------
 # Fuzzing
 
-fuzzed = settings(max_examples=200, deadline=None, derandomize=True, database=None)
-
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes the filter of image_utils
-@fuzzed
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.sampled_from(sorted(name for name in FINE if "large" not in name)), mutations)
 def test_fuzz_images(name, steps):
     pixels = attempt(lambda: decode_image(mutate(FINE[name], steps), url(name), SIZE, IMAGE_MODES))
@@ -559,17 +544,3 @@ def test_fuzz_images(name, steps):
         assert (pixels.shape, pixels.dtype) == ((HEIGHT, WIDTH), np.uint8)
         if name.lower().endswith("png") and steps[0][1] != "insert":  # a PNG carries checksums
             np.testing.assert_array_equal(pixels, PIXELS)
-
-
-parts = st.sampled_from(["images", "masks", "class_0", "class_1", "a.png", "b.tif", ".x", "c", "", "\x1b", "a.PNG"])
-paths = st.lists(parts | st.text(max_size=6), min_size=1, max_size=4).map("/".join)
-
-
-@fuzzed
-@given(st.lists(paths, max_size=12, unique=True))
-def test_fuzz_listings(names):
-    class_folders, samples = attempt(lambda: paired(names)) or ([], [])
-    for sample in samples:
-        assert sample.image.name == f"{SPLIT}/images/{sample.name}"
-        expected = [f"{SPLIT}/masks/{folder}/{sample.name}" for folder in class_folders]
-        assert [mask.name for mask in sample.masks] == expected
