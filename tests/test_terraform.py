@@ -115,33 +115,29 @@ def test_shell_scripts_pass_shellcheck():
 # The code that is sent
 
 
+def write(folder, names, text):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+COMMITTED = {"gone.py", "models.py", "terraform/pack_code.sh", "configs/dataset-medium.yaml", "configs/größe 1.yaml"}
+IGNORED = {
+    *(".venv/bin/python", "sandbox/datasets/image.png", "tmp/cached", "terraform/.terraform/providers/google"),
+    *("terraform/terraform.tfstate", "terraform/terraform.tfvars", "terraform/certificates/vm.pem", ".git_hash"),
+}
+
+
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout and its commit; it also has all kinds of files that must not be sent."""
+    """A checkout, with files that must not be sent, and its commit."""
     folder = tmp_path / "check out"
-    (folder / "configs").mkdir(parents=True)
-    (folder / "terraform").mkdir()
+    write(folder, COMMITTED, "as committed")
+    write(folder, IGNORED, "secret or large")
     shutil.copy(TERRAFORM / "pack_code.sh", folder / "terraform")
     shutil.copy(ROOT / ".gitignore", folder)
-    (folder / "models.py").write_text("as committed")
-    (folder / "gone.py").write_text("deleted before it is sent")
-    (folder / "configs" / "dataset-medium.yaml").write_text("as committed")
-    (folder / "configs" / "größe 1.yaml").write_text("an odd name")
     commit = commit_everything(folder)
-    for not_sent in [
-        ".venv/bin/python",
-        "sandbox/datasets/image.png",
-        "tmp/cached",
-        "terraform/terraform.tfstate",
-        "terraform/terraform.tfvars",
-        "terraform/certificates/vm.pem",
-        "terraform/.terraform/providers/google",
-        "configs/key.json",
-        "id_ed25519",
-        ".git_hash",
-    ]:
-        (folder / not_sent).parent.mkdir(parents=True, exist_ok=True)
-        (folder / not_sent).write_text("secret or large")
+    write(folder, ["configs/key.json", "id_ed25519"], "secret")
     return folder, commit
 
 
@@ -152,16 +148,10 @@ def packed(folder, tmp_path):
         return {member.name: tar.extractfile(member).read().decode() for member in tar if member.isfile()}
 
 
-COMMITTED = {
-    *(".gitignore", "models.py", "gone.py", "terraform/pack_code.sh"),
-    *("configs/dataset-medium.yaml", "configs/größe 1.yaml"),
-}
-
-
 def test_committed_code_is_sent_with_its_commit(checkout, tmp_path):
     folder, commit = checkout
     files = packed(folder, tmp_path)
-    assert set(files) == COMMITTED | {".git_hash"}
+    assert set(files) == COMMITTED | {".gitignore", ".git_hash"}
     assert files[".git_hash"] == f"{commit}\n"
 
 
@@ -171,7 +161,7 @@ def test_local_edits_are_sent_and_make_the_commit_dirty(checkout, tmp_path):
     (folder / "configs" / "dataset-mine.yaml").write_text("not tracked yet")
     (folder / "gone.py").unlink()
     files = packed(folder, tmp_path)
-    assert set(files) == COMMITTED - {"gone.py"} | {".git_hash", "configs/dataset-mine.yaml"}
+    assert set(files) == COMMITTED - {"gone.py"} | {".gitignore", ".git_hash", "configs/dataset-mine.yaml"}
     assert files["configs/dataset-medium.yaml"] == "edited"
     assert files[".git_hash"] == f"{commit}-dirty\n"
 

@@ -211,14 +211,14 @@ def ready_machine(machine, tmp_path_factory):
     with open(folder / "code.tar.gz", "rb") as tarball:
         done(*machine.ssh_words(), f"mkdir {CODE} && tar -xz -C {CODE}", stdin=tarball)
     cut_power_when(machine, "var/lib/dpkg/info/nano.list", SET_UP)
-    status = machine.root / "var/lib/dpkg/status"  # as dpkg leaves it when it is killed while it installs a package
-    half = re.sub(r"(Package: nano\nStatus: ).*", r"\1install reinstreq half-installed", status.read_text())
-    assert half != status.read_text()
-    status.write_text(half)
     packages = f"{ENVIRONMENT}/lib/python3*/site-packages"
     cut_power_when(machine, f"{packages}/six-*.dist-info/RECORD", SET_UP)
     (six,) = machine.root.glob(f"{packages}/six.py")
     six.write_text("")  # as a file that had not reached the disk
+    status = machine.root / "var/lib/dpkg/status"  # as dpkg leaves it when it is killed while it installs a package
+    half = re.sub(r"(Package: nano\nStatus: ).*", r"\1install reinstreq half-installed", status.read_text())
+    assert half != status.read_text()
+    status.write_text(half)
     return machine, machine.ssh(SET_UP, timeout=500)
 
 
