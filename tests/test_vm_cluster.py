@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import shutil
 import ssl
 import subprocess
@@ -17,7 +18,7 @@ from distributed.security import Security
 from test_terraform import TERRAFORM, command, done, needs
 
 SYSTEMD = "/lib/systemd/systemd"
-ADDRESS = "127.0.86.1"
+ADDRESS = ".".join(["127", *(str(random.randint(2, 250)) for _ in range(3))])
 PORTS = {"scheduler": 8786, "worker": 8788, "nanny": 8789}
 WORKER = f"tls://{ADDRESS}:{PORTS['worker']}"
 
