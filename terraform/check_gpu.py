@@ -120,27 +120,27 @@ def main():
         compute_on(len(gpus))
 
 
-def compute_on(number_of_gpus):
-    """Compute a convolution on each GPU."""
+def compute_on(count, kind="GPU"):
+    """Compute a convolution on each of so many devices of this kind; end with an error if one does not."""
     import tensorflow as tf
 
     try:
-        seen = tf.config.list_logical_devices("GPU")
+        seen = tf.config.list_logical_devices(kind)
     except (RuntimeError, tf.errors.OpError) as error:
-        fail(f"TensorFlow cannot start on the GPU: {str(error).splitlines()[0]}")
-    if len(seen) != number_of_gpus:
-        fail(f"TensorFlow sees {len(seen)} of {number_of_gpus} GPUs")
-    for gpu in seen:
+        fail(f"TensorFlow cannot start on the {kind}: {str(error).splitlines()[0]}")
+    if len(seen) != count:
+        fail(f"TensorFlow sees {len(seen)} of {count} {kind}s")
+    for device in seen:
         try:
-            with tf.device(gpu.name):
-                # This needs CUDA, cuDNN and kernels for this GPU; a GPU is listed even without them.
+            with tf.device(device.name):
+                # This needs CUDA, cuDNN and kernels for this GPU; it is listed even without them.
                 pixels = tf.nn.conv2d(tf.ones((1, 8, 8, 1)), tf.ones((3, 3, 1, 1)), strides=1, padding="VALID")
             total = float(tf.reduce_sum(pixels))
         except (RuntimeError, tf.errors.OpError) as error:
-            fail(f"a convolution failed on {gpu.name}: {str(error).splitlines()[0]}")
-        if not pixels.device.endswith(gpu.name) or total != 9 * 36:
-            fail(f"a convolution meant for {gpu.name} ran on {pixels.device} and its sum is {total}, not {9 * 36}")
-    print(f"TensorFlow {tf.__version__} computes on {len(seen)} of {number_of_gpus} GPUs")
+            fail(f"a convolution failed on {device.name}: {str(error).splitlines()[0]}")
+        if not pixels.device.endswith(device.name) or total != 9 * 36:
+            fail(f"a convolution meant for {device.name} ran on {pixels.device} and its sum is {total}, not {9 * 36}")
+    print(f"TensorFlow {tf.__version__} computes on {len(seen)} of {count} {kind}s")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,11 @@ locals {
   code    = "~/necstlab-damage-segmentation"
   tarball = "${path.module}/.terraform/code"
 
-  # Fixed addresses, so that the command for each machine is known before the machines exist, and remains valid after a
-  # stop. Google uses the first addresses of a subnetwork.
+  # Beside Terraform's state: VMs that come later need the same certificates.
+  certificates = "${path.module}/certificates"
+
+  # Fixed addresses, so that the workers of a cluster find the scheduler on VM 0, also after a stop. Google uses the first
+  # addresses of a subnetwork.
   subnetwork = "10.0.0.0/24"
   addresses  = [for i in range(var.number_of_machines) : cidrhost(local.subnetwork, i + 10)]
 }
@@ -54,15 +57,16 @@ resource "google_compute_firewall" "ssh" {
 }
 
 resource "google_compute_firewall" "cluster" {
-  count       = var.number_of_machines > 1 ? 1 : 0
+  count       = var.cluster ? 1 : 0
   name        = "${local.name}-cluster"
   network     = google_compute_network.vm.id
   source_tags = [local.name]
   target_tags = [local.name]
 
-  # All ports: after ten idle minutes the network forgets a connection, and then an answer needs a rule of its own.
+  # The scheduler, each VM's worker and its nanny: the ports in dask-scheduler.service and dask-worker.service.
   allow {
     protocol = "tcp"
+    ports    = ["8786", "8788-8789"]
   }
 }
 
@@ -169,5 +173,40 @@ resource "google_compute_instance" "vm" {
       "tar -xzf /tmp/code.tar.gz -C ${local.code}",
       "bash ${local.code}/terraform/set_up_vm.sh",
     ]
+  }
+}
+
+resource "terraform_data" "certificates" {
+  count = var.cluster ? 1 : 0
+
+  provisioner "local-exec" {
+    command = "bash '${path.module}/make_certificates.sh' '${local.certificates}'"
+  }
+}
+
+# Apart from the VM, so that `cluster` can be changed for VMs that exist, and a failure here does not replace the VM.
+resource "terraform_data" "cluster" {
+  count            = var.cluster ? var.number_of_machines : 0
+  triggers_replace = [google_compute_instance.vm[count.index].instance_id, one(terraform_data.certificates[*].id)]
+
+  connection {
+    type        = "ssh"
+    host        = google_compute_instance.vm[count.index].network_interface[0].access_config[0].nat_ip
+    user        = local.linux_user
+    private_key = file(pathexpand(var.ssh_private_key_file))
+    timeout     = "10m"
+  }
+
+  provisioner "remote-exec" {
+    inline = ["mkdir -p ~/.config/necstlab-cluster && chmod 700 ~/.config/necstlab-cluster"]
+  }
+
+  provisioner "file" {
+    source      = "${local.certificates}/"
+    destination = ".config/necstlab-cluster"
+  }
+
+  provisioner "remote-exec" {
+    inline = ["bash ${local.code}/terraform/join_cluster.sh ${local.addresses[0]} ${local.addresses[count.index]}"]
   }
 }

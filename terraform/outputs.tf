@@ -16,18 +16,15 @@ output "one_of_several" {
 }
 
 output "run" {
-  description = "The command to run on each VM. With several VMs, TF_CONFIG lets them share one job."
+  description = "The command to run on each VM; with cluster = true only on VM 0, which shares the job with the others."
   depends_on  = [google_compute_instance.vm] # else -target leaves it out
   value = {
     for i, name in local.names :
     name => join("", [
-      var.number_of_machines == 1 ? "" : "TF_CONFIG='${jsonencode({
-        cluster = { worker = [for address in local.addresses : "${address}:${var.cluster_port}"] }
-        task    = { type = "worker", index = i }
-      })}' ",
       "python3 train_segmentation_model_prediction_thresholds.py --gcp-bucket ${var.gcp_bucket}",
       " --dataset-directory <dataset_directory> --model-id <model_id>",
       " --optimizing-class-metric <optimizing_class_metric> --dataset-downsample-factor <dataset_downsample_factor>",
     ])
+    if i == 0 || !var.cluster
   }
 }

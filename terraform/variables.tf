@@ -68,6 +68,12 @@ variable "number_of_machines" {
   }
 }
 
+variable "cluster" {
+  description = "true: the VMs share each job, which you start on VM 0. false: each VM does jobs of its own."
+  type        = bool
+  default     = false
+}
+
 variable "gpu_type" {
   description = "L4, T4, P100, V100 or A100 (40 GB)."
   type        = string
@@ -133,15 +139,4 @@ variable "image" {
   description = "The boot image: Ubuntu 24.04 with the NVIDIA driver."
   type        = string
   default     = "projects/deeplearning-platform-release/global/images/family/common-cu129-ubuntu-2404-nvidia-580"
-}
-
-variable "cluster_port" {
-  description = "The port that the VMs of one job use to talk to each other, if number_of_machines is above 1."
-  type        = number
-  default     = 2222
-
-  validation {
-    condition     = var.cluster_port == floor(var.cluster_port) && var.cluster_port >= 1024 && var.cluster_port <= 65535
-    error_message = "cluster_port is a whole number from 1024 to 65535."
-  }
 }

@@ -200,16 +200,6 @@ run "disk_too_small" {
   expect_failures = [var.disk_gb]
 }
 
-run "port_of_ssh" {
-  command = plan
-
-  variables {
-    cluster_port = 22
-  }
-
-  expect_failures = [var.cluster_port]
-}
-
 run "eight_t4" {
   command = plan
 

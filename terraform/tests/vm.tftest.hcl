@@ -44,7 +44,6 @@ run "several_machines" {
 
   variables {
     number_of_machines = 3
-    cluster_port       = 3333
   }
 
   assert {
@@ -52,21 +51,38 @@ run "several_machines" {
     error_message = "Not numbered from the second machine on: ${jsonencode(google_compute_instance.vm[*].name)}"
   }
   assert {
-    condition     = google_compute_instance.vm[*].network_interface[0].network_ip == ["10.0.0.10", "10.0.0.11", "10.0.0.12"]
-    error_message = "Not the addresses that TF_CONFIG names"
+    condition     = length(google_compute_firewall.cluster) + length(terraform_data.cluster) + length(terraform_data.certificates) == 0
+    error_message = "VMs that talk to each other without being asked to"
   }
   assert {
-    condition = [for name in google_compute_instance.vm[*].name : jsondecode(regex("^TF_CONFIG='([^']+)' python3 ", output.run[name])[0])] == [
-      for i in range(3) : {
-        cluster = { worker = ["10.0.0.10:3333", "10.0.0.11:3333", "10.0.0.12:3333"] }
-        task    = { type = "worker", index = i }
-      }
-    ]
-    error_message = "Not TF_CONFIG as TensorFlow reads it: ${jsonencode(output.run)}"
+    condition     = keys(output.run) == google_compute_instance.vm[*].name
+    error_message = "Not a command for each VM: ${jsonencode(output.run)}"
   }
   assert {
     condition     = output.one_of_several["damage-123456-jane-2"] == "terraform apply -lock=false -target='google_compute_instance.vm[2]'"
     error_message = "Not the -target form: ${jsonencode(output.one_of_several)}"
+  }
+}
+
+run "cluster" {
+  command = plan
+
+  variables {
+    number_of_machines = 3
+    cluster            = true
+  }
+
+  assert {
+    condition     = google_compute_instance.vm[*].network_interface[0].network_ip == ["10.0.0.10", "10.0.0.11", "10.0.0.12"]
+    error_message = "Not the addresses that the services are given"
+  }
+  assert {
+    condition     = length(terraform_data.cluster) == 3 && length(terraform_data.certificates) == 1
+    error_message = "Not all VMs in one cluster"
+  }
+  assert {
+    condition     = keys(output.run) == ["damage-123456-jane"] && startswith(output.run["damage-123456-jane"], "python3 train_")
+    error_message = "Not the document's command, on VM 0 only: ${jsonencode(output.run)}"
   }
 }
 
@@ -75,7 +91,7 @@ run "machines_talk_only_to_each_other" {
 
   variables {
     number_of_machines = 2
-    cluster_port       = 3333
+    cluster            = true
   }
 
   assert {
@@ -91,8 +107,8 @@ run "machines_talk_only_to_each_other" {
     error_message = "The rule lets in addresses, not only these VMs"
   }
   assert {
-    condition     = [for allow in one(google_compute_firewall.cluster).allow : "${allow.protocol} ${join(",", coalesce(allow.ports, []))}"] == ["tcp "]
-    error_message = "The rule is not for all TCP"
+    condition     = [for allow in one(google_compute_firewall.cluster).allow : "${allow.protocol} ${join(",", coalesce(allow.ports, []))}"] == ["tcp 8786,8788-8789"]
+    error_message = "Not the ports of the scheduler, the workers and their nannies"
   }
 }
 
@@ -265,6 +281,7 @@ run "names_made_valid" {
     project_name       = "a-very-long-project-1234567890"
     user_name          = "Jane.van_der-Doe-Smythe-Featherstonehaugh@example.org"
     number_of_machines = 12
+    cluster            = true
   }
 
   assert {
@@ -312,6 +329,7 @@ run "one_target_brings_what_it_needs" {
 
   variables {
     number_of_machines = 2
+    cluster            = true
   }
 
   plan_options {
