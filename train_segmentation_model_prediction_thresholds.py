@@ -5,6 +5,11 @@
         --model-id segmentation-model-composite_0123_20200321T154533Z
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python3 -P` and -I leave it out
+
 import terminal
 
 if __name__ == "__main__":
@@ -12,9 +17,7 @@ if __name__ == "__main__":
 
 import argparse
 import difflib
-import os
 import random
-import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -117,17 +120,19 @@ def find_inputs(args):
     model_directory = f"models/{args.model_id}"
     sweep(TMP)
     bucket = open_bucket(args.gcp_bucket, TMP / "objects")
-    with ThreadPoolExecutor(4) as pool:  # on a slow network each waits for several answers
-        asked = [
-            pool.submit(configuration.read_config, bucket, dataset_yaml, "dataset_config", warn),
-            pool.submit(configuration.read_config, bucket, f"{model_directory}/config.yaml", "train_config", warn),
-            pool.submit(bucket.stat, f"{model_directory}/model.hdf5"),
-            pool.submit(bucket.list, split_directory, image_utils.is_leftover),
-        ]
-        try:
-            dataset_config, train_config, weights, blobs = (future.result() for future in asked)
-        except BlobNotFoundError as error:
-            raise say_what_is_there(bucket, error, args) from error
+    pool = ThreadPoolExecutor(4)  # on a slow network each waits for several answers
+    asked = [
+        pool.submit(configuration.read_config, bucket, dataset_yaml, "dataset_config", warn),
+        pool.submit(configuration.read_config, bucket, f"{model_directory}/config.yaml", "train_config", warn),
+        pool.submit(bucket.stat, f"{model_directory}/model.hdf5"),
+        pool.submit(bucket.list, split_directory, image_utils.is_leftover),
+    ]
+    try:
+        dataset_config, train_config, weights, blobs = (future.result() for future in asked)
+    except BlobNotFoundError as error:
+        raise say_what_is_there(bucket, error, args) from error
+    finally:
+        pool.shutdown(wait=False)  # an error is shown without waiting for a long list
     if not blobs:
         raise say_what_is_there(bucket, DatasetError(f"{bucket.url(split_directory)}: there are no files"), args)
     target_size = configuration.target_size(dataset_config, bucket.url(dataset_yaml))
@@ -242,6 +247,13 @@ def keep(kept, number, path):
             f"counts cannot be kept in {path.parent} ({error.strerror or error}): make room there, or make it "
             "writable, else a later run must count again"
         )
+
+
+def say_kept(kept, number):
+    """Let an interruption say how many of the images are counted; returns that as text."""
+    counted = f"{kept.counts.images} of {chunks.images_text(number)}"
+    terminal.say_kept(f"what was fetched and the counts of {counted} are kept in tmp")
+    return counted
 
 
 def train_thresholds(inputs, counts, metric):
