@@ -109,7 +109,10 @@ _HOPELESS = (
         "the proxy refuses this address: ask the person who manages it",
     ),
     (r"(?i)content-encoding", "a proxy or filter has packed the answer: ask the person who manages the network"),
-    (_WEB_PAGE, "a web filter, or the login page of a network, answers instead of Google: ask who manages the network"),
+    (
+        r"the answer is a web page",
+        "a web filter, or the login page of a network, answers instead of Google: ask who manages the network",
+    ),
 )
 # Advice for refusals that have another cause than missing roles on the bucket, by their reason or message.
 _REFUSALS = (
@@ -208,12 +211,10 @@ class _GoogleBucket:
         self._cache = cache
         self._payer = None  # the project to charge, once the bucket has asked for one
         self._has_told, self._lock = False, threading.Lock()
-        emulator = os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
-        self._emulator = ""  # for messages
+        self._emulator, emulator = "", os.environ.get("STORAGE_EMULATOR_HOST")
         if emulator:
-            emulator = emulator if "://" in emulator else f"http://{emulator}"
-            server = _checked_server(emulator, "STORAGE_EMULATOR_HOST")
-            self._emulator = f" (at {server}, which STORAGE_EMULATOR_HOST names)"
+            emulator = _server(emulator, "STORAGE_EMULATOR_HOST")
+            self._emulator = f" (at {parse_url(emulator).netloc}, which STORAGE_EMULATOR_HOST names)"  # for messages
         self._client, self._credentials = _connect(self.url(""), emulator)
         self._gcsfs = _open_gcsfs(self._client.api_endpoint, self._credentials, self._tell)
 
@@ -448,7 +449,9 @@ def _connect(url, emulator):
         options = {"api_endpoint": emulator} if emulator else {}
         return storage.Client(project=None, credentials=credentials, client_options=options), credentials
     except Exception as error:  # of google.auth, or of any type for an odd credentials file
-        raise BucketError(f"{url}: no Google credentials ({_shown(first_line(error))}); {_login_advice()}") from error
+        raise BucketError(
+            f"{url}: no Google credentials ({_shown(first_line(_message(error)))}); {_login_advice()}"
+        ) from error
 
 
 def _open_gcsfs(endpoint, credentials, on_failure):
@@ -459,8 +462,7 @@ def _open_gcsfs(endpoint, credentials, on_failure):
     settings = requests.Session().merge_environment_settings(endpoint, {}, None, None, None)
     proxy = requests.utils.select_proxy(endpoint, settings["proxies"])
     if proxy:
-        proxy = proxy if "://" in proxy else f"http://{proxy}"
-        _checked_server(proxy, "the proxy of HTTPS_PROXY, HTTP_PROXY or ALL_PROXY")
+        proxy = _server(proxy, "the proxy of HTTPS_PROXY, HTTP_PROXY or ALL_PROXY")
     place = requests.certs.where() if settings["verify"] is True else settings["verify"]
     try:
         certificates = ssl.create_default_context(**{"capath" if os.path.isdir(place) else "cafile": place})
@@ -493,15 +495,16 @@ def _open_gcsfs(endpoint, credentials, on_failure):
     )  # fmt: skip
 
 
-def _checked_server(address, what):
-    """Return host and port of an address that is to be http[s]://[user:password@]host[:port].
+def _server(address, what):
+    """Return an address [http[s]://[user:password@]]host[:port] with its scheme.
 
-    Of another one nothing is shown: any part of it may be a part of a password.
+    Another one is refused, and not shown: any part of it may be a part of a password.
     """
+    address = address if "://" in address or "@" in address else f"http://{address}"
     with contextlib.suppress(LocationParseError):
-        scheme, _, host, _, path, query, fragment = parse = parse_url(address)
+        scheme, _, host, _, path, query, fragment = parse_url(address)
         if host and scheme in ("http", "https") and path in (None, "/") and not (query or fragment):
-            return parse.netloc
+            return address.rstrip("/")
     raise BucketError(
         f"{what} cannot be used: write http://host:port or http://user:password@host:port, with %2F for '/' and so on; "
         "SOCKS is not supported"
@@ -535,7 +538,7 @@ def _advice(error):
     if is_answer and (error.code in (408, 429) or error.code >= 500):
         return None
     table = (*_HOPELESS, *_REFUSALS) if is_answer else _HOPELESS
-    text = f"{_said(error)} {error} {getattr(error, 'doc', '')[:1000]} {getattr(error, 'errors', '')}"
+    text = f"{_said(error)} {error} {getattr(error, 'errors', '')}"
     return next((advice for pattern, advice in table if re.search(pattern, text)), None)
 
 
@@ -545,10 +548,12 @@ def _said(error):
     if isinstance(error, GoogleAPICallError):
         said += f"{error.code}: {_message(error)}"
     else:
-        while inner := error.__cause__ or error.__context__:  # the libraries wrap the reason several times
+        # The libraries wrap the reason several times; below a ValueError there is only how Python came to it.
+        while not isinstance(error, ValueError) and (inner := error.__cause__ or error.__context__):
             error = inner
         said += f"{type(error).__name__}: {_message(error)}".rstrip(": ")
-    return "the answer is a web page" if re.search(_WEB_PAGE, said) else _shown(said)[:300]
+    is_page = re.search(_WEB_PAGE, said + getattr(error, "doc", "")[:1000])
+    return "the answer is a web page" if is_page else _shown(said)[:300]
 
 
 def _message(error):
@@ -561,8 +566,7 @@ def _message(error):
 
 def _login_advice():
     if path := os.environ.get(_KEY_FILE):
-        file = f"the file that {_KEY_FILE} names, {printable(path)}"
-        return f"is the key in {file}, deleted, or this machine's clock wrong? Make a new key, or unset the variable"
+        return f"{_KEY_FILE} names {printable(path)}: make a new key, set this machine's clock, or unset the variable"
     return "run on a VM with a service account, or run 'gcloud auth application-default login' first"
 
 
