@@ -128,22 +128,11 @@ _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f]|(?:^|/)\.{0,2}(?:/|\Z)")
 
 
 class Blob(NamedTuple):
-    """One object of a bucket.
+    """One object of a bucket: its name (the path below the bucket and its folder, "/"-separated) and size in bytes.
 
-    Attributes
-    ----------
-    name : str
-        Its path below the bucket (and its folder), "/"-separated.
-    size : int
-        Bytes.
-    generation : int
-        The number that Google Cloud Storage gives to this content of the object; 0 in a directory.
-    checksum : str
-        The content's crc32c in base64. Empty in a directory, and in listings without checksums, such as those of
-        buckets with a customer-managed encryption key.
-    mtime, ctime : int
-        When the content of the file was changed, and when anything about it was, in nanoseconds since 1970; 0 in Google
-        Cloud Storage.
+    In Google Cloud Storage: the number that this content of the object has, and its crc32c in base64, which is empty in
+    some listings, such as those of buckets with a customer-managed encryption key. In a directory: when the content of
+    the file was changed, and when anything about it was, in nanoseconds since 1970.
     """
 
     name: str
@@ -377,6 +366,9 @@ class _GoogleBucket:
         return Retry(_is_transient, initial=0.25, maximum=16, timeout=RETRY_SECONDS, on_error=self._tell)
 
     def _tell(self, error):
+        """Tell of the first failure in the life of this bucket; raise BucketError if waiting does not help."""
+        if advice := _advice(error):
+            raise BucketError(f"{self.url('')}{self._emulator}: {_said(error)}; {advice}")
         with self._lock:
             has_told, self._has_told = self._has_told, True
         if not has_told:
@@ -457,7 +449,7 @@ def _connect(url, emulator):
 def _open_gcsfs(endpoint, credentials, on_failure):
     """Return the file system of gcsfs, with the proxy and the certificates that requests uses too.
 
-    `on_failure` is called with the exception of any request that gets no answer.
+    `on_failure` is called with the exception of any request that gets no answer; what it raises ends the download.
     """
     settings = requests.Session().merge_environment_settings(endpoint, {}, None, None, None)
     proxy = requests.utils.select_proxy(endpoint, settings["proxies"])

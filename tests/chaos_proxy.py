@@ -62,8 +62,6 @@ class ChaosProxy:
         Of each answer, in seconds.
     permissions : collection of str
         Operations that are not refused.
-    refusal : int
-        The status of a refusal: 403, 401.
     token : str
         The access token without which a request is refused with 401; None: any will do.
     play : callable
@@ -77,10 +75,10 @@ class ChaosProxy:
 
     def __init__(
         self, server, rate=0.0, faults=FAULTS, seed=0, delay=0.5, bandwidth=None, latency=0.0,
-        permissions=("get", "list", "create", "other"), refusal=403, token=None, certificate=None,
+        permissions=("get", "list", "create", "other"), token=None, certificate=None,
     ):  # fmt: skip
         self.server, self.rate, self.faults, self.delay = server, rate, faults, delay
-        self.bandwidth, self.latency, self.permissions, self.refusal = bandwidth, latency, permissions, refusal
+        self.bandwidth, self.latency, self.permissions = bandwidth, latency, permissions
         self.token = token
         self.play, self.rewrite = lambda *request: None, lambda operation, answer: answer
         self.requests = []
@@ -167,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("reset", "hang"):
             return self._reset()
         if operation(self.command, self.path) not in proxy.permissions:
-            return self._refuse(proxy.refusal, f"someone@example.com does not have access to {self.path}")
+            return self._refuse(403, f"someone@example.com does not have access to {self.path}")
         if proxy.token and self.headers.get("Authorization") != f"Bearer {proxy.token}":
             return self._refuse(401, "Invalid Credentials")
         if fault in ("429", "500", "503"):
