@@ -54,7 +54,6 @@ RETRY_SECONDS = 120  # stop trying again this long after a request began
 SOCKET_SECONDS = 20  # longest wait for a connection, or for the next bytes of an answer
 UPLOAD_SPEED = 70_000  # bytes/s; an upload that is slower on average fails
 STRAY_SECONDS = 24 * 3600  # a partial file this old was left behind by a killed run
-MOST_FOLDERS = 500  # that are listed one by one; a dataset has a folder per class, unless by mistake
 ROOM_TO_SPARE = 500_000_000  # bytes for the counts and results, besides the files to fetch
 BLOCK = 4096  # bytes; a file takes a whole number of blocks on the disk
 
@@ -216,8 +215,6 @@ class _GoogleBucket:
 
         def list_folder(folder, levels):
             found, folders = self._list_folder(folder, "/" if levels else None)
-            if len(folders) > MOST_FOLDERS:
-                found, folders = self._list_folder(folder, None)
             # The console makes an object with "/" at the end of its name for each folder.
             blobs = [self._blob(each) for each in found if not each.name.endswith("/") and is_wanted(each.name)]
             return blobs, [pool.submit(list_folder, name, levels - 1) for name in folders if is_wanted(name)]

@@ -85,7 +85,7 @@ def bucket(request):
 @pytest.fixture
 def brief(monkeypatch):
     """Patience that a test can wait for."""
-    monkeypatch.setattr(gcp_utils, "RETRY_SECONDS", 0.6)
+    monkeypatch.setattr(gcp_utils, "RETRY_SECONDS", 0.9)
     monkeypatch.setattr(gcp_utils, "SOCKET_SECONDS", 0.4)
 
 
@@ -212,11 +212,6 @@ def test_a_folder_of_a_bucket_is_a_bucket_and_its_address_opens_it_elsewhere(buc
     assert bucket.stat("dataset/train/x.yaml").size == 1
 
 
-def test_the_address_of_a_directory_is_absolute(directory, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert open_bucket("bucket", tmp_path).address == str(tmp_path / "bucket")
-
-
 # Names
 
 
@@ -235,29 +230,8 @@ def test_unsafe_names_are_refused_whoever_gives_them(bucket, name):
         assert re.search("refused|is not UTF-8", error_of(call))
 
 
-def test_unsafe_names_in_a_directory_are_refused(directory, tmp_path):
-    for name in ("a\nb.png", "\udcff.png"):
-        path = tmp_path / "bucket" / "dataset" / name
-        path.write_bytes(b"x")
-        assert repr(name)[1:-1] in error_of(directory.list, "dataset")
-        path.unlink()
-
-
 def test_names_that_only_look_odd_are_kept(bucket):
-    for folder in (
-        "a b",
-        "a+b",
-        "a%2Fb",
-        "a&b=c",
-        "a?b#c",
-        "a..",
-        "..a",
-        "\u00e9\u4e00",
-        "a\\b'\"",
-        "\u202egnp.x",
-        "A",
-        "a",
-    ):
+    for folder in ["a b", "a+b", "a%2Fb", "a&b=c", "a?b#c", "a..", "..a", "é一", "a\\b'\"", "\u202egnp.x", "A", "a"]:
         name = f"{folder}/{folder}"
         bucket.create(name, folder.encode())
         (blob,) = bucket.list(folder)
@@ -286,7 +260,9 @@ def test_what_is_skipped_may_be_whatever_it_is(gs, directory, server, bucket_nam
         assert {".DS_Store", "train/.closed", "train/images/a.png"} <= set(asked)
         assert not {"train/.closed/x.png", "dataset", ""} & set(asked)
         asked.clear()
-        error_of(bucket.list, "dataset")
+        assert re.search(r"Icon\\r|stored gzip|no such file", error_of(bucket.list, "dataset"))
+    with pytest.raises(BucketError, match=r"\.packed: is stored gzip-encoded"):
+        gs.list("dataset/train/images")
 
 
 @pytest.mark.parametrize("name", ["wrong\\images\\a.png", "sub/wrong\\images\\a.png", "sub\\wrong\\config.yaml"])
@@ -307,15 +283,6 @@ def test_the_folders_of_a_split_are_listed_at_once(monkeypatch, tmp_path):
     assert [blob.name for blob in blobs] == names and len(set(blobs)) == len(names)
     assert sorted(page_sizes) == [0] * 2 + [500] * 4 + [1000] * 12
     assert page_sizes.index(500) >= 2 + 6  # when the first folder ends, all others have begun
-
-
-def test_a_folder_per_image_costs_no_request_per_folder(monkeypatch, tmp_path):
-    names = sorted(f"dataset/train/masks/{i:06d}/crack.png" for i in range(2500))
-    with listing_stub(names) as (url, page_sizes):
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        blobs = open_bucket("gs://sandbox", tmp_path / "cache").list("dataset/train")
-    assert [blob.name for blob in blobs] == names
-    assert len(page_sizes) < 10
 
 
 # The cache
@@ -386,19 +353,17 @@ def test_a_dataset_larger_than_the_disk_is_told_before_the_fetch(gs, directory, 
 
 
 def test_partial_files_of_killed_runs_are_swept_from_every_folder(tmp_path):
-    old = ["objects/ab.12.partial", "counts/ab.npz.12.partial", "results/20260101T000000Z.partial/x.yaml", "x.partial"]
-    kept = ["objects/ab", "counts/ab.partial.npz", "results/20260101T000000Z/x.yaml"]
-    young = ["objects/cd.34.partial", "counts/cd.npz.34.partial"]
-    for name in old + kept + young:
+    old = "objects/ab.12.partial", "results/2026.partial/x.yaml", "x.partial"
+    kept = "objects/ab", "counts/ab.partial.npz", "results/2026/x.yaml", "objects/cd.34.partial", "counts/cd.34.partial"
+    for name in old + kept:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
-        if name not in young:
-            for each in (path, path.parent):
-                os.utime(each, (time.time() - 25 * 3600,) * 2)
+        for each in (path, path.parent) if not name.endswith("34.partial") else ():
+            os.utime(each, (time.time() - 25 * 3600,) * 2)
     sweep(tmp_path)
     sweep(tmp_path / "nothing")
-    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {*kept, *young}
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == set(kept)
 
 
 FETCH_ALL = """
@@ -522,17 +487,6 @@ def test_an_upload_whose_answer_is_lost_is_done_once(proxy, gs, server, bucket_n
     assert [request.operation for request in proxy.requests] == ["create", "create", "get"]
 
 
-def test_an_upload_is_not_done_if_the_bucket_holds_something_else(gs, proxy, server, bucket_name):
-    """Somebody else's object takes the place of ours between the upload and its confirmation."""
-
-    def meddle(method, path, headers):
-        if method == "GET":
-            fake_gcs.put_object(server, bucket_name, "x.yaml", b"theirs")
-
-    proxy.play = meddle
-    assert "holds other content" in error_of(gs.create, "x.yaml", b"ours")
-
-
 def test_uploads_of_one_name_at_once_leave_one_winner(bucket):
     barrier, won = threading.Barrier(8), {}
 
@@ -648,11 +602,6 @@ def test_refusals_that_are_not_about_the_two_roles(proxy, gs, answer, words):
         assert "roles/storage" not in message and len(proxy.requests) <= 2
 
 
-def test_an_object_stored_packed_is_refused_by_name(gs, server, bucket_name):
-    fake_gcs.put_object(server, bucket_name, "packed.yaml", gzip.compress(b"x: 1"), content_encoding="gzip")
-    assert "packed.yaml: is stored gzip-encoded" in error_of(gs.list, "")
-
-
 # Proxies and certificates
 
 
@@ -702,13 +651,14 @@ def test_an_address_that_cannot_be_one_is_told_at_once_and_not_shown(behind, tmp
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """A PEM file with a key and a certificate for storage.example.test that is its own authority."""
+    """A PEM file with a key and a certificate, which is its own authority, for the hosts of the tests."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.asymmetric import rsa
 
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name.from_rfc4514_string("CN=storage.example.test")
-    names = [x509.DNSName("storage.example.test"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    key, name = rsa.generate_private_key(65537, 2048), x509.Name.from_rfc4514_string("CN=storage.example.test")
+    hosts = "storage.example.test", "iamcredentials.googleapis.com"
+    names = [*map(x509.DNSName, hosts), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
     now, pem = datetime.now().astimezone(), serialization.Encoding.PEM
     made = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
@@ -789,40 +739,26 @@ def test_a_missing_permission_is_named_with_its_role(proxy, gs, missing, role):
 def test_missing_credentials_are_told_and_never_shown(monkeypatch, tmp_path):
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     secret = json.dumps({"type": "authorized_user", "refresh_token": "s3cr3t", "private_key": "s3cr3t"})
-    for name, content in {
-        "half.json": "{",
-        "odd.json": '{"type": "odd"}',
-        "other.json": secret,
-        "list.json": "[]",
-    }.items():
-        (tmp_path / name).write_text(content)
-        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / name))
-        message = error_of(open_bucket, "gs://sandbox", tmp_path / "cache")
-        assert (
-            message.startswith("gs://sandbox/: no Google credentials") and name in message and "s3cr3t" not in message
-        )
+    path = tmp_path / "key.json"
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
+    for content in ("{", '{"type": "odd"}', "[]", secret):
+        path.write_text(content)
+        message = error_of(open_bucket, "gs://sandbox", tmp_path)
+        assert message.startswith("gs://sandbox/: no Google credentials") and str(path) in message
+        assert "s3cr3t" not in message
     for value in (secret, str(tmp_path / "none.json"), base64.b64encode(secret.encode()).decode()):
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", value)
-        message = error_of(open_bucket, "gs://sandbox", tmp_path / "cache")
+        message = error_of(open_bucket, "gs://sandbox", tmp_path)
         assert "GOOGLE_APPLICATION_CREDENTIALS is not the path of a file" in message and value[:9] not in message
 
 
-@pytest.fixture(scope="session")
-def private_key():
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import rsa
-
-    key, form = rsa.generate_private_key(65537, 2048), serialization.PrivateFormat.PKCS8
-    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()).decode()
-
-
 @pytest.fixture
-def as_service_account(proxy, bucket_name, private_key, monkeypatch, tmp_path):
+def as_service_account(proxy, bucket_name, certificate, monkeypatch, tmp_path):
     """Open the bucket with the key file of a service account, and the real server in the place of Google's."""
 
     def open_as(token_uri, **impersonated):
-        account = {"type": "service_account", "client_email": "someone@example.com", "private_key": private_key}
-        account |= {"token_uri": token_uri, "project_id": "p"}
+        account = {"type": "service_account", "client_email": "someone@example.com", "token_uri": token_uri}
+        account |= {"private_key": certificate.read_text().partition("-----BEGIN CERT")[0], "project_id": "p"}
         given = {**impersonated, "source_credentials": account} if impersonated else account
         (tmp_path / "key.json").write_text(json.dumps(given))
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
@@ -853,7 +789,7 @@ def test_a_token_that_is_refused_before_its_time_is_renewed(as_service_account, 
         assert "credentials are refused" in message and "token-" not in message and "key.json" in message
 
 
-def test_credentials_that_give_no_token_are_told(as_service_account, brief, capfd):
+def test_credentials_that_give_no_token_are_told(as_service_account, brief, monkeypatch, capfd):
     with answering(400, {"error": "invalid_grant", "error_description": "Account is gone"}) as url:
         bucket = as_service_account(url)
         message = error_of(bucket.list, "")
@@ -863,11 +799,27 @@ def test_credentials_that_give_no_token_are_told(as_service_account, brief, capf
     message = error_of(bucket.list, "")  # the token server is down: there was use in it
     assert "no access token" in message and "gave up" in message
     out, err = capfd.readouterr()
-    assert "trying again for 0.6 s" in out and len(out.splitlines()) == 1 and err == ""
+    assert "trying again for 0.9 s" in out and len(out.splitlines()) == 1 and err == ""
+
+
+def test_the_permission_that_impersonation_lacks_is_told(as_service_account, server, certificate, monkeypatch):
+    denied = {"error": {"message": "Permission 'iam.getAccessToken' denied"}, "other": "s3cr3t"}
+    url = "https://iamcredentials.googleapis.com/v1/projects/-/serviceAccounts/x@p:generateAccessToken"
+    given = {"type": "impersonated_service_account", "service_account_impersonation_url": url}
+    with (
+        ChaosProxy(server, certificate=certificate) as iam,
+        ChaosProxy(iam.url) as proxy,
+        answering(200, {"access_token": "s3cr3t", "expires_in": 3600}) as token_url,
+    ):
+        iam.play = lambda *request: (403, json.dumps(denied).encode())
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        message = error_of(as_service_account(token_url, **given).list, "")
+    assert "Permission 'iam.getAccessToken' denied" in message and "s3cr3t" not in message
 
 
 def test_a_malformed_address_is_told(tmp_path):
-    for address in (
+    for address in [
         "gs://",
         "gs:///x",
         "gs://UPPER",
@@ -875,9 +827,9 @@ def test_a_malformed_address_is_told(tmp_path):
         "gs://a b/c",
         "gs://sandbox/../x",
         "gs://sandbox/a//b",
-        "",
-    ):
-        assert error_of(open_bucket, address, tmp_path).startswith((repr(address)[1:-1] + ": ", "'' is no bucket"))
+    ]:
+        assert error_of(open_bucket, address, tmp_path).startswith(f"{address}: ")
+    assert error_of(open_bucket, "", tmp_path).startswith("'' is no bucket")
     for address in ("s3://me:secret@x", "https://me:secret@storage.googleapis.com/x", "gs://me:secret@x"):
         message = error_of(open_bucket, address, tmp_path)
         assert "write gs://name" in message and "secret" not in message
@@ -886,9 +838,11 @@ def test_a_malformed_address_is_told(tmp_path):
 # A directory
 
 
-def test_a_directory_is_used_in_place(directory, tmp_path):
+def test_a_directory_is_used_in_place(directory, tmp_path, monkeypatch):
     assert directory.fetch(directory.stat("model.hdf5")) == tmp_path / "bucket" / "model.hdf5"
     assert not (tmp_path / "cache").exists()
+    monkeypatch.chdir(tmp_path)
+    assert open_bucket("bucket", tmp_path).address == str(tmp_path / "bucket")
 
 
 def test_a_file_that_changes_after_it_was_listed_is_told(directory, tmp_path):
