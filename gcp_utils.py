@@ -201,8 +201,8 @@ class _GoogleBucket:
         if emulator:
             emulator = _server(emulator, "STORAGE_EMULATOR_HOST")
             self._emulator = f" (at {parse_url(emulator).netloc}, which STORAGE_EMULATOR_HOST names)"  # for messages
-        self._client, self._credentials = _connect(self.url(""), emulator)
-        self._gcsfs = _open_gcsfs(self._client.api_endpoint, self._credentials, self._tell)
+        self._client, credentials = _connect(self.url(""), emulator)
+        self._gcsfs = _open_gcsfs(self._client.api_endpoint, credentials, self._tell)
 
     def url(self, name):
         return printable(f"gs://{self._bucket}/{self._folder}{name}")
@@ -213,11 +213,14 @@ class _GoogleBucket:
         def is_wanted(name):
             return not (skip and skip(name.removeprefix(root).rstrip("/")))
 
+        def blob_or_none(found):  # the console makes an object with "/" at the end of its name for each folder
+            return None if found.name.endswith("/") or not is_wanted(found.name) else self._blob(found)
+
         def list_folder(folder, levels):
-            found, folders = self._list_folder(folder, "/" if levels else None)
-            # The console makes an object with "/" at the end of its name for each folder.
-            blobs = [self._blob(each) for each in found if not each.name.endswith("/") and is_wanted(each.name)]
-            return blobs, [pool.submit(list_folder, name, levels - 1) for name in folders if is_wanted(name)]
+            found, folders = self._list_folder(folder, "/" if levels else None, blob_or_none)
+            return filter(None, found), [
+                pool.submit(list_folder, name, levels - 1) for name in folders if is_wanted(name)
+            ]
 
         # Each page names the next, so the pages of a folder come one after the other; folders are listed in parallel.
         blobs = []
@@ -233,7 +236,7 @@ class _GoogleBucket:
 
     def folders(self, prefix):
         root = self._folder + _folder_prefix(prefix, self.url(""))
-        _, folders = self._list_folder(root, "/")
+        _, folders = self._list_folder(root, "/", lambda found: None)
         return sorted(name.removeprefix(root).rstrip("/") for name in folders)
 
     def stat(self, name):
@@ -320,24 +323,24 @@ class _GoogleBucket:
             raise BucketError(f"{self.url(name)}: is stored gzip-encoded; upload it without 'gsutil cp -z' or '-j'")
         return Blob(name, int(found.size), int(found.generation), found.crc32c or "")
 
-    def _list_folder(self, folder, delimiter):
-        """Return the objects of google-cloud-storage below a folder and, with the delimiter "/", its subfolders."""
+    def _list_folder(self, folder, delimiter, convert):
+        """Return a folder's objects, of google-cloud-storage, converted; with the delimiter "/" also its subfolders."""
+        options = {"prefix": folder, "delimiter": delimiter, "fields": _FIELDS, "timeout": SOCKET_SECONDS}
 
         def ask(bucket):
-            found = self._client.list_blobs(
-                bucket, prefix=folder, delimiter=delimiter, fields=_FIELDS, timeout=SOCKET_SECONDS, retry=self._retry()
-            )
-            return list(found), found.prefixes
+            found = self._client.list_blobs(bucket, retry=self._retry(), **options)
+            return [convert(each) for each in found], found.prefixes
 
         return self._ask("list", folder.removeprefix(self._folder), ask)
 
     def _refuse_backslashes(self, path):
         """Raise an error if there are objects that a program on Windows has uploaded with "\\" for "/"."""
         for wrong in (path.replace("/", "\\"), "\\".join(path.rsplit("/", 1))):
-            names = [found.name for found in self._list_folder(wrong, "/")[0] if "\\" in found.name]
-            if names:
-                name = printable(names[0])
-                raise BlobNotFoundError(f"gs://{self._bucket}: '{name}' has '\\' in its name; upload it again with '/'")
+            names, _ = self._list_folder(wrong, "/", lambda found: found.name)
+            if name := next((name for name in names if "\\" in name), None):
+                raise BlobNotFoundError(
+                    f"gs://{self._bucket}: '{printable(name)}' has '\\' in its name; upload it again with '/'"
+                )
 
     def _download(self, bucket, blob, path):
         """Let gcsfs download a file, which repeats what fails some six times, in half a minute."""
@@ -516,7 +519,7 @@ def _is_transient(error):
     if isinstance(error, GoogleAPICallError):
         is_limit = "ratelimit" in f"{error.errors}{error.message}".lower().replace(" ", "")
         return error.code in (408, 429) or error.code >= 500 or (error.code == 403 and is_limit)
-    return isinstance(error, _PASSING) and not _advice(error)
+    return (isinstance(error, _PASSING) or getattr(error, "retryable", False)) and not _advice(error)
 
 
 def _advice(error):
@@ -646,8 +649,11 @@ class _DirectoryBucket:
             try:
                 _create_file(path, data)
             except FileExistsError:
-                if path.read_bytes() != data:
-                    raise FileExistsError(f"{self.url(name)}: exists already, with other content") from None
+                is_done = path.read_bytes() == data
+            else:
+                is_done = True
+        if not is_done:
+            raise FileExistsError(f"{self.url(name)}: exists already, with other content")
 
     def _blob(self, name, found):
         if not stat.S_ISREG(found.st_mode):
@@ -711,7 +717,5 @@ def _disk_errors_named(place, trouble):
     """Raise BucketError instead of OSError, with the `place` on the disk and what the `trouble` is."""
     try:
         yield
-    except FileExistsError:
-        raise
     except OSError as error:
         raise BucketError(f"{printable(place)}: {trouble} ({error.strerror or error})") from error
