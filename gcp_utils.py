@@ -517,7 +517,7 @@ def _answer_to_gcsfs(error):
 def _is_transient(error):
     """Whether a request that failed may succeed when it is tried again."""
     if isinstance(error, GoogleAPICallError):
-        is_limit = "ratelimit" in f"{error.errors}{error.message}".lower().replace(" ", "")
+        is_limit = "ratelimit" in f"{error.errors}{_message(error)}".lower().replace(" ", "")
         return error.code in (408, 429) or error.code >= 500 or (error.code == 403 and is_limit)
     return (isinstance(error, _PASSING) or getattr(error, "retryable", False)) and not _advice(error)
 
@@ -528,7 +528,7 @@ def _advice(error):
     if is_answer and (error.code in (408, 429) or error.code >= 500):
         return None
     table = (*_HOPELESS, *_REFUSALS) if is_answer else _HOPELESS
-    text = f"{_said(error)} {error} {getattr(error, 'errors', '')}"
+    text = f"{_said(error)} {error.errors if is_answer else error}"  # the text of an answer's error has names in it
     return next((advice for pattern, advice in table if re.search(pattern, text)), None)
 
 

@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("reset", "hang"):
             return self._reset()
         if operation(self.command, self.path) not in proxy.permissions:
-            return self._refuse(403, f"someone@example.com does not have access to {self.path}")
+            return self._refuse(403, "someone@example.com does not have access to the Google Cloud Storage object.")
         if proxy.token and self.headers.get("Authorization") != f"Bearer {proxy.token}":
             return self._refuse(401, "Invalid Credentials")
         if fault in ("429", "500", "503"):

@@ -728,8 +728,10 @@ def test_get_list_and_create_are_all_that_is_needed(proxy, gs):
 
 
 @pytest.mark.parametrize(("missing", "role"), [("list", "Viewer"), ("get", "Viewer"), ("create", "Creator")])
-def test_a_missing_permission_is_named_with_its_role(proxy, gs, missing, role):
-    blob = gs.stat("dataset/config.yaml")
+def test_a_missing_permission_is_named_with_its_role(proxy, gs, server, bucket_name, missing, role):
+    """Also where the name of an object has the words of another cause in it."""
+    fake_gcs.put_object(server, bucket_name, "billing policy, rate limit", b"")
+    blob = gs.stat("billing policy, rate limit")
     proxy.permissions = {"get", "list", "create"} - {missing}
     proxy.requests.clear()
     message = error_of(dict(zip(("list", "get", "create"), each_kind_of_request(gs, blob), strict=True))[missing])
