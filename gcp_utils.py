@@ -507,6 +507,8 @@ def _answer_to_gcsfs(error):
         return from_http_status(400, str(error.__cause__ or error))
     if isinstance(error, HttpError):
         return from_http_status(int(error.code), str(error.message))
+    if isinstance(error, requests.exceptions.ProxyError):
+        return from_http_status(502, "Bad Gateway")
     if isinstance(error, FileNotFoundError) and error.errno is None:
         return from_http_status(404, "there is no such object")
     if isinstance(error, OSError) and str(error).startswith("Forbidden: "):
