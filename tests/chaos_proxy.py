@@ -45,32 +45,18 @@ def operation(method, path):
 class ChaosProxy:
     """A proxy at `url`. Its settings may be changed while it runs; `requests` is its log.
 
-    Parameters
-    ----------
-    server : str
-        Where the storage server is, as "http://host:port".
-    rate : float
-        Share of the requests that meet a fault, in [0, 1].
-    faults : sequence of str
-        Which: "reset" (the connection, before the request reaches the server), "lost" (the connection is reset once the
-        server has done its work), "delay" (for `delay` seconds), "429", "500", "503", "cut" (half a body), "wrong" (a
-        whole body of the right length, of other bytes), "hang" (no answer as long as the proxy lives).
-    seed : int
-    bandwidth : float
-        Of the line back, shared by all connections, in bytes/s; None: no limit.
-    latency : float
-        Of each answer, in seconds.
-    permissions : collection of str
-        Operations that are not refused.
-    token : str
-        The access token without which a request is refused with 401; None: any will do.
-    play : callable
-        Gets the method, the path and the headers of a request; returns the answer, as status and bytes, or None, where
-        the server shall answer.
-    rewrite : callable
-        Gets the operation and the JSON of an answer of the server, and returns the JSON that is sent.
-    certificate : path
-        A PEM file with certificate and key, for a proxy that speaks TLS.
+    server : address of the storage server, "http://host:port"
+    rate : share of the requests that meet a fault, in [0, 1], drawn from the seed
+    faults : which: "reset" (the connection, before the request reaches the server), "lost" (the connection is reset
+        once the server has done its work), "delay" (for `delay` seconds), "429", "500", "503", "cut" (half a body),
+        "wrong" (a whole body of the right length, of other bytes), "hang" (no answer as long as the proxy lives)
+    bandwidth : of the line back, shared by all connections, in bytes/s; None: no limit
+    latency : of each answer, in seconds
+    permissions : operations that are not refused
+    token : the access token without which a request is refused with 401; None: any will do
+    play : gets method, path and headers of a request; returns the answer, as status and bytes, or None for the server's
+    rewrite : gets the operation and the JSON of an answer of the server, and returns the JSON that is sent
+    certificate : a PEM file with certificate and key, for a proxy that speaks TLS
     """
 
     def __init__(
