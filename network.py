@@ -39,7 +39,6 @@ HARMLESS = re.compile(
 
 SWITCHED_OFF = (": null", ": None", ": false", ": ''", ": {}", ": []")  # the ends of lines of YAML
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # TensorFlow
 
@@ -68,12 +67,11 @@ def import_tensorflow():
     try:
         import tensorflow as tf
 
-        keras = tf.keras
+        # The user's keras.json, which Keras reads now, may say otherwise.
+        tf.keras.backend.set_floatx("float32")
+        tf.keras.backend.set_image_data_format("channels_last")
     except ImportError as error:
         raise UsageError(f"TensorFlow cannot be imported: {first_line(error)}; install requirements.txt") from error
-    # The user's keras.json, which Keras has just read, may say otherwise.
-    keras.backend.set_floatx("float32")
-    keras.backend.set_image_data_format("channels_last")
     for gpu in tf.config.list_physical_devices("GPU"):
         # Otherwise TensorFlow takes all memory of the GPU at once, and a second run cannot share it.
         with contextlib.suppress(RuntimeError):  # the GPU is in use, so this process has set it before
@@ -372,7 +370,7 @@ def _check_same(what, there, here):
     if there != here:
         raise ModelError(
             f"{what} is {reprlib.repr(there)} in model.hdf5, {reprlib.repr(here)} in the network that train_config "
-            "describes: correct its model_parameters"
+            "describes: correct its model_parameters, or name the model that they belong to"
         )
 
 

@@ -216,6 +216,15 @@ def test_compressed_weights_with_checksums(files, tmp_path, pspnet):
     assert_same_weights(build(PSPNET, path), pspnet)
 
 
+def test_a_long_list_of_names_in_parts(path, pspnet):
+    """As Keras writes it where it is longer than HDF5 allows."""
+    with h5py.File(path, "r+") as file:
+        attributes = file.get("model_weights", file).attrs
+        names = attributes.pop("layer_names")
+        attributes["layer_names0"], attributes["layer_names1"] = names[:50], names[50:]
+    assert_same_weights(build(PSPNET, path), pspnet)
+
+
 UNFRIENDLY = """
 import sys, numpy as np, network
 network.import_tensorflow()
