@@ -378,9 +378,8 @@ def described(path, change):
         ("final_upsampling", "interpolation", "nearest", "'bilinear'"),
         ("psp_level6_bn", "epsilon", 1.0, "0.001"),
         ("conv_dw_2", "strides", [1, 1], "[2, 2]"),
-        ("psp_level2_conv", "padding", "valid", "'same'"),
+        ("conv_pw_1", "padding", "valid", "'same'"),
         ("conv1", "dilation_rate", [2, 2], "[1, 1]"),
-        ("conv_pw_1_relu", "max_value", None, "6.0"),
     ],
 )
 def test_an_inner_layer_that_computes_something_else_is_named(files, tmp_path, layer, setting, value, here):
@@ -418,7 +417,6 @@ def test_a_size_that_the_network_was_not_made_for_is_an_error(files):
     error(PSPNET, files / "whole.hdf5", "96 x 96", "target_size", "144 x 48", size=(144, 48))
     fixed = config("PSPNet", "mobilenet", input_shape=[48, 144, 1])
     error(fixed, files / "whole.hdf5", "input_shape", "144 x 48", "target_size", "96 x 96")
-    assert build(fixed, files / "weights.hdf5", size=(144, 48)).input_shape == (None, 48, 144, 1)
     assert build(PSPNET, files / "weights.hdf5", size=(144, 48)).input_shape == (None, 48, 144, 1)
 
 
@@ -427,9 +425,7 @@ def test_a_size_that_the_network_was_not_made_for_is_an_error(files):
     [
         ("Unet", {}, (100, 96), 32),
         ("FPN", {}, (96, 112), 32),
-        ("Linknet", {}, (48, 32), 32),
         ("PSPNet", {}, (512, 512), 48),
-        ("PSPNet", {"downsample_factor": 4}, (36, 48), 24),
         ("PSPNet", {"downsample_factor": 16, "input_shape": ["None", None, 1]}, (96, 48), 96),
     ],
 )
@@ -439,15 +435,9 @@ def test_target_sizes_that_an_architecture_cannot_take(files, name, parameters, 
 
 
 def test_softmax_over_one_class_is_refused(files):
-    error(
-        config("FPN", "mobilenet"),
-        files / "weights.hdf5",
-        "softmax, the default of FPN",
-        "every probability 1",
-        classes=1,
-    )
-    softmax = config("Unet", "mobilenet", activation="softmax")
-    error(softmax, files / "weights.hdf5", "softmax over one class", "every probability 1", classes=1)
+    path, softmax = files / "weights.hdf5", config("Unet", "mobilenet", activation="softmax")
+    error(config("FPN", "mobilenet"), path, "softmax, the default of FPN", "every probability 1", classes=1)
+    error(softmax, path, "softmax over one class", "every probability 1", classes=1)
 
 
 @pytest.mark.parametrize(
@@ -455,9 +445,7 @@ def test_softmax_over_one_class_is_refused(files):
     [
         ({"preprocessing": "resnet18"}, "preprocessing: resnet18"),
         ({"data": {"function": "sm.get_preprocessing"}}, "sm.get_preprocessing"),
-        ({"use_preprocess_input": True}, "use_preprocess_input"),
         ({"preprocessing": None, "preprocess": "None", "preprocess_input": False}, None),
-        ({}, None),
     ],
 )
 def test_another_preprocessing_is_warned_of(files, more, warned):
@@ -467,9 +455,7 @@ def test_another_preprocessing_is_warned_of(files, more, warned):
     assert not warned or (warned in warnings[0] and "divided by 255" in warnings[0])
 
 
-@pytest.mark.parametrize(
-    "words", ["failed to allocate: OOM", "Dst tensor is not initialized.", "CUDA_ERROR_OUT_OF_MEMORY"]
-)
+@pytest.mark.parametrize("words", ["OOM when allocating", "Dst tensor is not initialized.", "CUDA_ERROR_OUT_OF_MEMORY"])
 def test_lack_of_memory_is_called_that(tf, files, monkeypatch, words):
     """What TensorFlow raises; to be really out of memory takes it 10 s of trying."""
     import segmentation_models
@@ -490,10 +476,7 @@ def test_lack_of_memory_is_called_that(tf, files, monkeypatch, words):
 
 
 OTHER_FILES = {
-    "a pointer of Git LFS": (
-        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
-        "Git LFS",
-    ),
+    "Git LFS": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4\n"), "lfs pull"),
     "a web page": (lambda path: path.write_text("\n<!DOCTYPE html><html><title>Sign in</title></html>"), "web page"),
     "Keras 3's .keras, which is a ZIP file": (lambda path: path.write_bytes(b"PK\x03\x04 and more"), "Keras 3"),
     "Keras 3's weights": (lambda path: h5py.File(path, "w").create_group("layers/conv2d/vars").file.close(), "Keras 3"),
@@ -520,9 +503,7 @@ UNUSABLE = {
     "negative filters": config("Unet", "mobilenet", decoder_filters=[-1] * 5),
     "a mistyped parameter": config("PSPNet", "mobilenet", psp_pool="max"),
     "no factor": config("PSPNet", "mobilenet", downsample_factor=0),
-    "an object for an activation": config(
-        "Unet", "mobilenet", activation={"module": "os", "class_name": "function", "config": "system"}
-    ),
+    "an object": config("Unet", "mobilenet", activation={"module": "os", "class_name": "function", "config": "system"}),
     "another activation": config("Unet", "mobilenet", activation="os.system"),
 }
 
@@ -568,11 +549,8 @@ def test_a_cpu_has_no_such_facts(tf):
     if tf.config.list_physical_devices("GPU"):
         pytest.skip("this machine has a GPU")
     facts = room.device_facts()
-    assert facts.pop("libraries") == room.versions()
+    versions = facts.pop("libraries")
     assert facts == {"gpu": None, "tf32": None, "cuda_version": None, "cudnn_version": None}
-
-
-def test_versions_are_those_that_are_installed(tf):
-    versions = room.versions()
+    assert versions == room.versions()
     assert (versions["tensorflow"], versions["numpy"]) == (tf.__version__, np.__version__)
     assert None not in versions.values()
