@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapie.risk_control import SemanticSegmentationController
 from scipy import stats
+from scipy.special import expit, logit
 
 import confidence
 import counts
@@ -186,6 +187,38 @@ def test_every_interval_contains_the_value_it_belongs_to(name, number):
         assert (said.band_low <= curve[::STEP]).all() and (curve[::STEP] <= said.band_high).all()
 
 
+def test_intervals_agree_with_a_plain_bootstrap():
+    blocks, metric = noisy_blocks(12), class_metric("iou_score_at_recall_0.01")
+    said, index = assess(blocks, metric), trained(blocks, metric)
+    points = np.unique([*range(0, LAST + 1, STEP), index])
+    rng, replicates = np.random.default_rng(0), []
+    iou, recall = (
+        metric(*counts.confusion(blocks.sum(axis=0))),
+        metric.constraint(*counts.confusion(blocks.sum(axis=0))),
+    )
+    for _ in range(4000):
+        of_drawn = counts.confusion(blocks[rng.integers(0, 12, 12)].sum(axis=0))
+        drawn, k = metric(*of_drawn), points[np.argmax(metric(*of_drawn)[points])]
+        replicates.append((k, drawn[k], drawn[HALF], metric.constraint(*of_drawn)[k], drawn[index]))
+    chosen, best, half, reached, at_x = np.array(replicates).T
+    chosen = chosen.astype(int)
+    t, factor = stats.t.ppf(0.975, said.worth - 1), np.sqrt(12 / 11)
+    optimism = np.mean(best - iou[chosen] - (at_x - iou[index]))
+    reach = t * factor * np.std(logit(best) - logit(iou[chosen]))
+    recall_reach = t * factor * np.std(logit(reached) - logit(recall[chosen]))
+    gain, gain_reach = iou[index] - iou[HALF], t * factor * np.std(best - half - iou[chosen] + iou[HALF])
+    tail = stats.norm.cdf(-np.sqrt(said.worth / (said.worth - 1)) * t)
+    for ours, truth in (
+        (said.metric_interval, (expit(logit(iou[index] - optimism) - reach), expit(logit(iou[index]) + reach))),
+        (said.constraint_interval, expit(logit(recall[index]) + recall_reach * np.array([-1, 1]))),
+        (said.gain_interval, (gain - optimism - gain_reach, gain + gain_reach)),
+        (said.x_interval, np.quantile(THRESHOLDS[chosen], [tail, 1 - tail])),
+    ):
+        assert ours == pytest.approx(truth, abs=0.08 * (truth[1] - truth[0]))
+    assert said.expected_metric == pytest.approx(iou[index] - optimism, abs=0.2 * optimism)
+    assert said.constraint_value == recall[index]
+
+
 def test_more_blocks_tell_more_and_equal_blocks_leave_nothing_to_doubt():
     few, many = assess(noisy_blocks(5)), assess(noisy_blocks(200))
     for interval in ("x_interval", "metric_interval", "gain_interval"):
@@ -197,6 +230,14 @@ def test_more_blocks_tell_more_and_equal_blocks_leave_nothing_to_doubt():
     for interval in (said.metric_interval, said.gain_interval, said.next_stack_interval):
         assert interval[1] - interval[0] < 1e-9
     assert said.expected_metric == pytest.approx(IOU(*counts.confusion(blocks.sum(axis=0))).max())
+    assert assess(blocks, index=HALF).gain_unclear
+
+
+def test_replicates_choose_the_stretch_that_spans_the_largest_range():
+    logits = np.log(1 / (1 / np.array([[0.6, 0.6, 0.05, 0.05, 0.3, 0.3, 0.3, 0.3]] * 6) - 1))
+    blocks = logits_to_blocks(logits, np.array([[True] * 4 + [False] * 4] * 6))  # IoU 1/2 below 0.05, from 0.3 to 0.6
+    x = int(np.searchsorted(THRESHOLDS, 0.45))
+    assert assess(blocks, index=x).x_interval == pytest.approx((0.45, 0.45), abs=0.02)
 
 
 def test_stacks_with_little_of_the_class_are_worth_less():
@@ -214,17 +255,16 @@ def test_the_range_for_the_next_stack(name):
     blocks, metric = noisy_blocks(12), class_metric(name)
     blocks[11, 1] = 0  # a stack without the class says nothing
     own = metric(*(count[:11, trained(blocks, metric)] for count in counts.confusion(blocks)))
-    logits = 2 * np.arctanh(2 * own - 1)
-    reach = stats.t.ppf(0.975, 10) * logits.std(ddof=1) * np.sqrt(1 + 1 / 11)
-    low, high = 1 / (1 + np.exp(-(logits.mean() - reach))), 1 / (1 + np.exp(-(logits.mean() + reach)))
-    assert assess(blocks, metric).next_stack_interval == pytest.approx((low, high), abs=0.01)
+    reach = stats.t.ppf(0.975, 10) * logit(own).std(ddof=1) * np.sqrt(1 + 1 / 11)
+    limits = expit(logit(own).mean() + reach * np.array([-1, 1]))
+    assert assess(blocks, metric).next_stack_interval == pytest.approx(limits, abs=0.01)
 
 
 def test_stacks_without_a_hit_or_without_an_error_have_a_range_too():
     blocks = noisy_blocks(8)
     blocks[0, 1, 0], blocks[0, 1, 1:] = blocks[0, 1].sum(), 0
     low, high = assess(blocks).next_stack_interval
-    assert 0 <= low < 0.1 and high < 1
+    assert 0 <= low < 0.1 and high < 0.99
     perfect = logits_to_blocks(np.tile([-5.0, 5.0], (8, 4)), np.tile([False, True], (8, 4)))
     assert assess(perfect).next_stack_interval[1] == 1
     # A correlation below 0: these stacks have it the wrong way round.

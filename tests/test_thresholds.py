@@ -336,6 +336,14 @@ def test_every_evaluation_is_shown_and_uses_the_nearest_threshold(monkeypatch):
     assert shown == [(n, *point) for n, point in enumerate(trained.history)]
 
 
+def test_the_search_keeps_to_thresholds_that_reach_the_level():
+    rng = np.random.default_rng(5)
+    truth = rng.random(2000) < 0.3
+    histogram = histogram_of(np.where(truth, rng.beta(8, 2, 2000), rng.beta(2, 8, 2000)), truth)
+    trained = train(histogram, "precision_at_recall_0.9")
+    assert trained.history[-2][0] == pytest.approx(trained.x, abs=0.01)  # precision alone is best at the upper end
+
+
 @pytest.mark.parametrize("method", ["bounded", "brent", "golden"])
 def test_the_tolerance_and_the_options_reach_the_method(method, monkeypatch):
     tolerance = {"bounded": "xatol"}.get(method, "xtol")
@@ -404,6 +412,7 @@ def test_folders_in_another_order_than_the_channels_are_named():
         [[0.8, 0.1], [0.1, 0.8]],
         [[0.0, 0.0], [0.0, 0.0]],  # nothing is found at 0.5
         [[0.3, 0.6], [0.0, 0.7]],  # a class within another one, and the network finds only the inner one
+        [[0.05, 0.4], [0.0, 0.3]],  # the same, and the inner one is found a little better by the wrong channel
         [[0.3, 0.6], [0.6, 0.5]],  # a little better
         [[0.05, 0.2], [0.1, 0.01]],  # all fit badly
         [[0.9]],
