@@ -122,18 +122,18 @@ def _runs(names, images_of, ordered, stacks, warnings):
 def _stacks_that_fit(names, stacks):
     """For each name of an image, the stacks with whose name it begins, the longest first.
 
-    Where no name fits as it is written, plain names are compared, but not those that several stacks have.
+    Plain names are compared. Of several stacks with one plain name, only those fit that are written as the image is.
     """
-    plain = [_plain(stack) for stack in stacks]
-    alike = {name: stack for name, stack in zip(plain, stacks, strict=True) if name and plain.count(name) == 1}
-    written = {stack: stack for stack in stacks}
-    lengths, plain_lengths = (sorted({len(name) for name in known}, reverse=True) for known in (written, alike))
-
-    def fitting(name, known, lengths):
-        beginnings = (name[:length] for length in lengths)
-        return [known[beginning] for beginning in beginnings if beginning in known and _ends_a_word(beginning, name)]
-
-    return [fitting(name, written, lengths) or fitting(_plain(name), alike, plain_lengths) for name in names]
+    known, found = {}, []
+    for stack in stacks:
+        known.setdefault(_plain(stack), []).append(stack)
+    lengths = sorted({len(name) for name in known if name}, reverse=True)
+    for name in names:
+        plain = _plain(name)
+        beginnings = [plain[:length] for length in lengths if length <= len(plain)]
+        alike = [known[one] for one in beginnings if one in known and _ends_a_word(one, plain)]
+        found.append([stack for same in alike for stack in same if len(same) == 1 or name.startswith(stack)])
+    return found
 
 
 def _plain(name):
@@ -156,15 +156,14 @@ def _warnings(absent, strangers, ambiguous):
         )
     if strangers:
         sentences.append(
-            f"{_number(strangers, 'image')} ({_examples(strangers)}) begin with the name of no stack in dataset_split: "
-            "for the intervals they count as one more stack, which is too little if they come from several, and too "
-            "much if they belong to stacks that are named; check the names"
+            f"dataset_split names no stack for {_number(strangers, 'image')} ({_examples(strangers)}): they count "
+            "together as one more stack, and the intervals are right only if they come from one; check the names"
         )
     if ambiguous:
         several = [f"{name} fits {' and '.join(stacks)}" for name, stacks in ambiguous]
         sentences.append(
-            f"{_number(ambiguous, 'image')} begin with the names of several stacks in dataset_split "
-            f"({_examples(several)}): for the intervals the longest name counts; check the names"
+            f"dataset_split names several stacks for {_number(ambiguous, 'image')} ({_examples(several)}): the longest "
+            "name counts, and the intervals are wrong if that is not the stack; check the names"
         )
     return sentences
 
@@ -183,12 +182,10 @@ def natural_order(text):
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
-def _ends_a_word(stack, name):
-    """Whether a word or number in the name ends with the stack's name: stack_1 is not the stack of stack_10-0003."""
-    following = name[len(stack) : len(stack) + 1]
-    same_number = stack[-1].isdigit() and following.isdigit()
-    same_word = stack[-1].isalpha() and following.isalpha()
-    return not same_number and not same_word
+def _ends_a_word(beginning, name):
+    """Whether a word or number in the name ends with this beginning: stack_1 is not the stack of stack_10-0003."""
+    ending, following = beginning[-1:], name[len(beginning) : len(beginning) + 1]
+    return not (ending.isdigit() and following.isdigit()) and not (ending.isalpha() and following.isalpha())
 
 
 def _slice_of(name):
@@ -216,22 +213,12 @@ def _coarse(thresholds, block_histograms):
 
 
 def _counts_at(histogram, block_histograms, coarse, points):
-    """The counts of each block at some thresholds.
+    """The counts tp, fp, fn, tn of each block at some thresholds: float64 array, shape (4, blocks, P).
 
-    Between two coarse thresholds, the pixels of a block are assumed to be spread as those of all blocks together are,
-    inside and outside the class separately. So the blocks add up to the counts of all images exactly.
-
-    Parameters
-    ----------
-    histogram, block_histograms
-        As in `assess`.
-    coarse, points : increasing int arrays, shapes (C,) and (P,)
-        Indices into the list of thresholds: of the coarse thresholds, and of those at which to count.
-
-    Returns
-    -------
-    float64 array, shape (4, blocks, P)
-        True positives, false positives, false negatives and true negatives.
+    `coarse` and `points`, of lengths C and P, are increasing indices into the list of thresholds: of the coarse ones,
+    and of those at which to count. Between two coarse thresholds, the pixels of a block are assumed to be spread as
+    those of all blocks together are, inside and outside the class separately. So the blocks add up to the counts of all
+    images exactly.
     """
     ends = np.append(coarse, histogram.shape[1] - 1)
     left = np.searchsorted(coarse, points, side="right") - 1  # the last coarse threshold up to the point
@@ -245,23 +232,12 @@ def _counts_at(histogram, block_histograms, coarse, points):
 
 
 def _best_columns(values, counts, metric, thresholds, points, low, high):
-    """The columns in which each row's metric is best, as in the training.
+    """First and last of the columns in which each row's metric is best, chosen as in the training.
 
-    Parameters
-    ----------
-    values : float64 array, shape (rows, P)
-        The metric of the counts.
-    counts : float64 array, shape (4, rows, P)
-    thresholds, low, high
-        As in `assess`.
-    points : increasing int array, shape (P,)
-        Indices of the columns into the list of thresholds.
-
-    Returns
-    -------
-    first, last : int arrays, shape (rows,)
-        The widest stretch of best columns whose point is from `low` to `high` and where the metric's constraint holds;
-        if it holds nowhere, of those that come closest to its level. Of equally wide stretches, the first.
+    `values`, shape (rows, P), is the metric of `counts`, shape (4, rows, P), at the thresholds with the indices
+    `points`. Only thresholds from `low` to `high` count where the metric's constraint holds; if it holds nowhere, those
+    that come closest to its level. Of several stretches of best columns it is the widest, of equally wide ones the
+    first. Returns two int arrays, shape (rows,).
     """
     within = np.flatnonzero((points >= low) & (points <= high))
     choice = values[:, within]
@@ -429,15 +405,11 @@ def _points_to_try(coarse, index):
 
 @functools.lru_cache(maxsize=1)
 def _weights(blocks):
-    """How often each block is drawn in each replicate; over all replicates, every block is drawn equally often.
+    """How often each block is drawn in each replicate: float64 whole numbers, shape (REPLICATES, blocks).
 
-    This balanced bootstrap (Davison, Hinkley and Schechtman, 1986) makes the means over replicates less random.
-    RandomState's numbers are the same in every version of numpy and on every machine.
-
-    Returns
-    -------
-    float64 array, shape (REPLICATES, blocks)
-        Whole numbers; each row adds up to `blocks`.
+    Over all replicates, every block is drawn equally often: this balanced bootstrap (Davison, Hinkley and Schechtman,
+    1986) makes the means over replicates less random. RandomState's numbers are the same in every version of numpy and
+    on every machine.
     """
     draws = np.random.RandomState(SEED).permutation(np.repeat(np.arange(blocks), REPLICATES)).reshape(REPLICATES, -1)
     rows = np.arange(REPLICATES)[:, None] * blocks
@@ -445,22 +417,15 @@ def _weights(blocks):
 
 
 def _replicates(of_blocks, metric, thresholds, points, low, high):
-    """The metric of every replicate at some thresholds, and what it chooses among them.
+    """The metric of every replicate at the thresholds with the indices `points`, and what it chooses among them.
 
     Replicates in which no pixel, or every pixel, is of the class say nothing about its threshold and are left out.
-
-    Parameters
-    ----------
-    of_blocks : float64 array, shape (4, blocks, P)
-        From `_counts_at`.
-    metric, thresholds, points, low, high
-        As in `_best_columns`.
 
     Returns
     -------
     values : float64 array, shape (replicates, P)
     first, last : int arrays, shape (replicates,)
-        The columns that a replicate chooses: from `_best_columns`.
+        The columns that a replicate chooses, from `_best_columns`.
     chosen : float64 array, shape (4, replicates)
         Its counts in the first of these columns.
     """
@@ -482,7 +447,7 @@ def _replicates(of_blocks, metric, thresholds, points, low, high):
 
 
 def _scale(values, end=1e-6):
-    """Functions to and from a scale on which a metric spreads evenly, given many of its values.
+    """Functions to a scale on which a metric spreads evenly, and back, given many of its values.
 
     It is the logit for a metric in [0, 1], and Fisher's z, the logit for that range, for one in [-1, 1]: no limit is
     outside the range then. Values closer than `end` to an end of the range count as that close to it. Any other metric
@@ -501,24 +466,10 @@ def _scale(values, end=1e-6):
 def _interval(best, of_all, value, optimism, said, scale):
     """The interval of a number at a threshold that was chosen on the same images.
 
-    On its scale it goes from (value - optimism) - t s to value + t s. The spread s is the standard deviation of
-    best - of_all over the replicates, times sqrt(m / (m - 1)) for m blocks. Student's t has max(k - 1, 1) degrees of
-    freedom for blocks that are worth k.
-
-    Parameters
-    ----------
-    best, of_all : float64 arrays, shape (replicates,)
-        Each replicate's number at the threshold that it chose, and that of all images there.
-    value, optimism : float
-        The number, and what it is to be lowered by to expect it on new images.
-    said : Confidence
-        Whose `blocks` and `worth` are used.
-    scale : (callable, callable)
-        To the scale and back, as from `_scale`.
-
-    Returns
-    -------
-    (float, float)
+    `best` and `of_all`, shape (replicates,), are the number of each replicate at the threshold that it chose, and that
+    of all images there. On `scale` the interval goes from (value - optimism) - t s to value + t s. The spread s is the
+    standard deviation of best - of_all, times sqrt(m / (m - 1)) for m blocks. Student's t has max(k - 1, 1) degrees of
+    freedom for blocks that are worth k: `said` holds m and k.
     """
     from scipy.special import stdtrit
 
@@ -534,15 +485,8 @@ def _next_stack(counts, metric, kind):
 
     On the logit scale it is mean -+ t s sqrt(1 + 1 / m), with mean and standard deviation s of the metrics of the m
     stacks that contain the class, and Student's t with m - 1 degrees of freedom. A metric closer than END to 0 or 1
-    counts as END or 1 - END, because a stack without any hit has no logit; a limit beyond is 0 or 1.
-
-    Parameters
-    ----------
-    counts : float64 array, shape (4, blocks)
-        At the trained threshold.
-    metric : models.ClassMetric
-    kind : str
-        Blocks.kind.
+    counts as END or 1 - END, because a stack without any hit has no logit; a limit beyond is 0 or 1. `counts`, shape
+    (4, blocks), are those at the trained threshold.
     """
     from scipy.special import stdtrit
 
@@ -631,21 +575,11 @@ def stack_results(thresholds, histogram, block_histograms, blocks, metric, index
 
 
 def _trained(counts, metric, thresholds, points, x_column, low, high):
-    """The metric of each row, its best threshold, and the metric there.
+    """The metric of each row of counts, its best threshold, and the metric there.
 
-    Parameters
-    ----------
-    counts : float64 array, shape (4, rows, P)
-    metric, thresholds, points, low, high
-        As in `_best_columns`.
-    x_column : int
-        The column of the trained threshold, which is kept where it is one of the best.
-
-    Returns
-    -------
-    values : float64 array, shape (rows, P)
-    x, best : lists of float or None, length rows
-        None where the constraint holds nowhere, and where no pixel or every pixel is of the class.
+    The trained threshold, in column `x_column`, is kept where it is one of the best. Returns the values, shape
+    (rows, P), and two lists. These hold None where the constraint holds nowhere, or no pixel or every pixel is of the
+    class.
     """
     values = metric(*counts)
     first, last = _best_columns(values, counts, metric, thresholds, points, low, high)

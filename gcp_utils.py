@@ -26,8 +26,6 @@ roles/storage.objectCreator on the bucket suffice. google-cloud-storage makes al
 fetches the content, because it needs less than half of the processor time.
 """
 
-# ruff: noqa: E402  the libraries read some settings when they are imported
-
 import base64
 import contextlib
 import hashlib
@@ -49,39 +47,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # these two, or else gcsfs and google-cloud-storage ask
-os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"  # for the bucket itself, which needs buckets.get
-os.environ["NETRC"] = os.devnull  # a password from ~/.netrc would take the place of our token
-warnings.filterwarnings("ignore", module="google")  # about quota projects, and future versions of Python
-
-import aiohttp
-import google.auth
-import google_crc32c
-import requests
-from fsspec.asyn import get_loop, sync
-from gcsfs import GCSFileSystem
-from gcsfs.retry import ChecksumError, HttpError
-from google.api_core.exceptions import GoogleAPICallError, RetryError, from_http_status
-from google.api_core.retry import Retry
-from google.auth.credentials import AnonymousCredentials
-from google.auth.exceptions import GoogleAuthError, InvalidOperation, TransportError
-from google.auth.transport.requests import Request
-from google.cloud import storage
-from requests.exceptions import ChunkedEncodingError, JSONDecodeError
-from urllib3.exceptions import LocationParseError
-from urllib3.util import parse_url
-
 import terminal
 from errors import BlobNotFoundError, BucketError, first_line, printable
-
-for library in ("google", "urllib3", "gcsfs"):  # failures are tried again, and reported if that fails too
-    logging.getLogger(library).setLevel(logging.CRITICAL)
 
 RETRY_SECONDS = 120  # stop trying again this long after a request began
 SOCKET_SECONDS = 20  # longest wait for a connection, or for the next bytes of an answer
 UPLOAD_SPEED = 70_000  # bytes/s; an upload that is slower on average fails
 STRAY_SECONDS = 24 * 3600  # a partial file this old was left behind by a killed run
-MOST_FOLDERS = 500  # that are listed one by one; a dataset has a folder per class, unless by mistake
 ROOM_TO_SPARE = 500_000_000  # bytes for the counts and results, besides the files to fetch
 BLOCK = 4096  # bytes; a file takes a whole number of blocks on the disk
 
@@ -91,25 +63,13 @@ _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 _ROLES = {"get": "objectViewer", "list": "objectViewer", "create": "objectCreator"}
 _WEB_PAGE = r"(?i)<html|<!doctype html"
-# What passes: of a network, or of a server that is not ready. And what else the libraries raise for a failed request.
-_PASSING = (
-    *(requests.ConnectionError, requests.Timeout, ChunkedEncodingError, JSONDecodeError, TransportError),
-    *(aiohttp.ClientError, ChecksumError, ConnectionError, TimeoutError),
-)
-_FAILURES = (*_PASSING, requests.RequestException, GoogleAPICallError, GoogleAuthError, RetryError)
 # Advice for what cannot get better by waiting, by what the error says.
 _HOPELESS = (
-    (
-        r"CERTIFICATE_VERIFY_FAILED",
-        "name the file of your network's certificates in REQUESTS_CA_BUNDLE; check the clock",
-    ),
+    (r"CERTIFICATE_VERIFY_FAILED", "name your network's file of certificates in REQUESTS_CA_BUNDLE; check the clock"),
     (r"Tunnel connection failed: 407|^(\w+: )?407\b", "the proxy wants http://user:password@host:port in HTTPS_PROXY"),
-    (
-        r"Tunnel connection failed: 4|^ClientHttpProxyError: 4",
-        "the proxy refuses this address: ask the person who manages it",
-    ),
+    (r"Tunnel connection failed: 4|^ClientHttpProxyError: 4", "the proxy refuses this: ask the person who manages it"),
     (r"(?i)content-encoding", "a proxy or filter has packed the answer: ask the person who manages the network"),
-    (_WEB_PAGE, "a web filter, or the login page of a network, answers instead of Google: ask who manages the network"),
+    (r"the answer is a web page", "it comes from a web filter, or the login page of a network, instead of Google"),
 )
 # Advice for refusals that have another cause than missing roles on the bucket, by their reason or message.
 _REFUSALS = (
@@ -125,22 +85,11 @@ _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f]|(?:^|/)\.{0,2}(?:/|\Z)")
 
 
 class Blob(NamedTuple):
-    """One object of a bucket.
+    """One object of a bucket: its name (the path below the bucket and its folder, "/"-separated) and size in bytes.
 
-    Attributes
-    ----------
-    name : str
-        Its path below the bucket (and its folder), "/"-separated.
-    size : int
-        Bytes.
-    generation : int
-        The number that Google Cloud Storage gives to this content of the object; 0 in a directory.
-    checksum : str
-        The content's crc32c in base64. Empty in a directory, and in listings without checksums, such as those of
-        buckets with a customer-managed encryption key.
-    mtime, ctime : int
-        When the content of the file was changed, and when anything about it was, in nanoseconds since 1970; 0 in Google
-        Cloud Storage.
+    In Google Cloud Storage: the number that this content of the object has, and its crc32c in base64, which is empty in
+    some listings, such as those of buckets with a customer-managed encryption key. In a directory: when the content of
+    the file was changed, and when anything about it was, in nanoseconds since 1970.
     """
 
     name: str
@@ -178,6 +127,7 @@ def open_bucket(gcp_bucket: str, cache_directory: Path):
         proxy or certificates that cannot be used.
     """
     if gcp_bucket.startswith("gs://"):
+        _import_libraries()
         return _GoogleBucket(gcp_bucket, Path(cache_directory))
     if not gcp_bucket or "://" in gcp_bucket:
         raise BucketError(f"'{_shown(gcp_bucket)}' is no bucket: write gs://name[/folder], or the path of a directory")
@@ -195,6 +145,45 @@ def sweep(folder):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def _import_libraries():
+    """Import what Google's buckets need. For a directory this would be a tenth of a job of 400 small images: 0.6 s."""
+    global ChecksumError, ChunkedEncodingError, GCSFileSystem, GoogleAPICallError, GoogleAuthError, HttpError
+    global AnonymousCredentials, InvalidOperation, JSONDecodeError, LocationParseError, Request, Retry, RetryError
+    global TransportError, _FAILURES, _PASSING, aiohttp, from_http_status, get_loop, google, google_crc32c, parse_url
+    global requests, storage, sync
+
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # these two, or else gcsfs and google-cloud-storage ask
+    os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"  # for the bucket itself (buckets.get)
+    os.environ["NETRC"] = os.devnull  # a password from ~/.netrc would take the place of our token
+    warnings.filterwarnings("ignore", module="google")  # about quota projects, and future versions of Python
+
+    import aiohttp
+    import google.auth
+    import google_crc32c
+    import requests
+    from fsspec.asyn import get_loop, sync
+    from gcsfs import GCSFileSystem
+    from gcsfs.retry import ChecksumError, HttpError
+    from google.api_core.exceptions import GoogleAPICallError, RetryError, from_http_status
+    from google.api_core.retry import Retry
+    from google.auth.credentials import AnonymousCredentials
+    from google.auth.exceptions import GoogleAuthError, InvalidOperation, TransportError
+    from google.auth.transport.requests import Request
+    from google.cloud import storage
+    from requests.exceptions import ChunkedEncodingError, JSONDecodeError
+    from urllib3.exceptions import LocationParseError
+    from urllib3.util import parse_url
+
+    for library in ("google", "urllib3", "gcsfs"):  # failures are tried again, and reported if that fails too
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    # What a network raises, or a server that is not ready; and what else the libraries raise for a failed request.
+    _PASSING = (
+        *(requests.ConnectionError, requests.Timeout, ChunkedEncodingError, JSONDecodeError, TransportError),
+        *(aiohttp.ClientError, ChecksumError, ConnectionError, TimeoutError),
+    )
+    _FAILURES = (*_PASSING, requests.RequestException, GoogleAPICallError, GoogleAuthError, RetryError)
+
+
 class _GoogleBucket:
     threads = 32
 
@@ -208,14 +197,12 @@ class _GoogleBucket:
         self._cache = cache
         self._payer = None  # the project to charge, once the bucket has asked for one
         self._has_told, self._lock = False, threading.Lock()
-        emulator = os.environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
-        self._emulator = ""  # for messages
+        self._emulator, emulator = "", os.environ.get("STORAGE_EMULATOR_HOST")
         if emulator:
-            emulator = emulator if "://" in emulator else f"http://{emulator}"
-            server = _checked_server(emulator, "STORAGE_EMULATOR_HOST")
-            self._emulator = f" (at {server}, which STORAGE_EMULATOR_HOST names)"
-        self._client, self._credentials = _connect(self.url(""), emulator)
-        self._gcsfs = _open_gcsfs(self._client.api_endpoint, self._credentials, self._tell)
+            emulator = _server(emulator, "STORAGE_EMULATOR_HOST")
+            self._emulator = f" (at {parse_url(emulator).netloc}, which STORAGE_EMULATOR_HOST names)"  # for messages
+        self._client, credentials = _connect(self.url(""), emulator)
+        self._gcsfs = _open_gcsfs(self._client.api_endpoint, credentials, self._tell)
 
     def url(self, name):
         return printable(f"gs://{self._bucket}/{self._folder}{name}")
@@ -226,13 +213,14 @@ class _GoogleBucket:
         def is_wanted(name):
             return not (skip and skip(name.removeprefix(root).rstrip("/")))
 
+        def blob_or_none(found):  # the console makes an object with "/" at the end of its name for each folder
+            return None if found.name.endswith("/") or not is_wanted(found.name) else self._blob(found)
+
         def list_folder(folder, levels):
-            found, folders = self._list_folder(folder, "/" if levels else None)
-            if len(folders) > MOST_FOLDERS:
-                found, folders = self._list_folder(folder, None)
-            # The console makes an object with "/" at the end of its name for each folder.
-            blobs = [self._blob(each) for each in found if not each.name.endswith("/") and is_wanted(each.name)]
-            return blobs, [pool.submit(list_folder, name, levels - 1) for name in folders if is_wanted(name)]
+            found, folders = self._list_folder(folder, "/" if levels else None, blob_or_none)
+            return filter(None, found), [
+                pool.submit(list_folder, name, levels - 1) for name in folders if is_wanted(name)
+            ]
 
         # Each page names the next, so the pages of a folder come one after the other; folders are listed in parallel.
         blobs = []
@@ -248,7 +236,7 @@ class _GoogleBucket:
 
     def folders(self, prefix):
         root = self._folder + _folder_prefix(prefix, self.url(""))
-        _, folders = self._list_folder(root, "/")
+        _, folders = self._list_folder(root, "/", lambda found: None)
         return sorted(name.removeprefix(root).rstrip("/") for name in folders)
 
     def stat(self, name):
@@ -335,24 +323,24 @@ class _GoogleBucket:
             raise BucketError(f"{self.url(name)}: is stored gzip-encoded; upload it without 'gsutil cp -z' or '-j'")
         return Blob(name, int(found.size), int(found.generation), found.crc32c or "")
 
-    def _list_folder(self, folder, delimiter):
-        """Return the objects of google-cloud-storage below a folder and, with the delimiter "/", its subfolders."""
+    def _list_folder(self, folder, delimiter, convert):
+        """Return a folder's objects, of google-cloud-storage, converted; with the delimiter "/" also its subfolders."""
+        options = {"prefix": folder, "delimiter": delimiter, "fields": _FIELDS, "timeout": SOCKET_SECONDS}
 
         def ask(bucket):
-            found = self._client.list_blobs(
-                bucket, prefix=folder, delimiter=delimiter, fields=_FIELDS, timeout=SOCKET_SECONDS, retry=self._retry()
-            )
-            return list(found), found.prefixes
+            found = self._client.list_blobs(bucket, retry=self._retry(), **options)
+            return [convert(each) for each in found], found.prefixes
 
         return self._ask("list", folder.removeprefix(self._folder), ask)
 
     def _refuse_backslashes(self, path):
         """Raise an error if there are objects that a program on Windows has uploaded with "\\" for "/"."""
         for wrong in (path.replace("/", "\\"), "\\".join(path.rsplit("/", 1))):
-            names = [found.name for found in self._list_folder(wrong, "/")[0] if "\\" in found.name]
-            if names:
-                name = printable(names[0])
-                raise BlobNotFoundError(f"gs://{self._bucket}: '{name}' has '\\' in its name; upload it again with '/'")
+            names, _ = self._list_folder(wrong, "/", lambda found: found.name)
+            if name := next((name for name in names if "\\" in name), None):
+                raise BlobNotFoundError(
+                    f"gs://{self._bucket}: '{printable(name)}' has '\\' in its name; upload it again with '/'"
+                )
 
     def _download(self, bucket, blob, path):
         """Let gcsfs download a file, which repeats what fails some six times, in half a minute."""
@@ -376,6 +364,9 @@ class _GoogleBucket:
         return Retry(_is_transient, initial=0.25, maximum=16, timeout=RETRY_SECONDS, on_error=self._tell)
 
     def _tell(self, error):
+        """Tell of the first failure in the life of this bucket; raise BucketError if waiting does not help."""
+        if advice := _advice(error):
+            raise BucketError(f"{self.url('')}{self._emulator}: {_said(error)}; {advice}")
         with self._lock:
             has_told, self._has_told = self._has_told, True
         if not has_told:
@@ -448,19 +439,20 @@ def _connect(url, emulator):
         options = {"api_endpoint": emulator} if emulator else {}
         return storage.Client(project=None, credentials=credentials, client_options=options), credentials
     except Exception as error:  # of google.auth, or of any type for an odd credentials file
-        raise BucketError(f"{url}: no Google credentials ({_shown(first_line(error))}); {_login_advice()}") from error
+        raise BucketError(
+            f"{url}: no Google credentials ({_shown(first_line(_message(error)))}); {_login_advice()}"
+        ) from error
 
 
 def _open_gcsfs(endpoint, credentials, on_failure):
     """Return the file system of gcsfs, with the proxy and the certificates that requests uses too.
 
-    `on_failure` is called with the exception of any request that gets no answer.
+    `on_failure` is called with the exception of any request that gets no answer; what it raises ends the download.
     """
     settings = requests.Session().merge_environment_settings(endpoint, {}, None, None, None)
     proxy = requests.utils.select_proxy(endpoint, settings["proxies"])
     if proxy:
-        proxy = proxy if "://" in proxy else f"http://{proxy}"
-        _checked_server(proxy, "the proxy of HTTPS_PROXY, HTTP_PROXY or ALL_PROXY")
+        proxy = _server(proxy, "the proxy of HTTPS_PROXY, HTTP_PROXY or ALL_PROXY")
     place = requests.certs.where() if settings["verify"] is True else settings["verify"]
     try:
         certificates = ssl.create_default_context(**{"capath" if os.path.isdir(place) else "cafile": place})
@@ -493,15 +485,16 @@ def _open_gcsfs(endpoint, credentials, on_failure):
     )  # fmt: skip
 
 
-def _checked_server(address, what):
-    """Return host and port of an address that is to be http[s]://[user:password@]host[:port].
+def _server(address, what):
+    """Return an address [http[s]://[user:password@]]host[:port] with its scheme.
 
-    Of another one nothing is shown: any part of it may be a part of a password.
+    Another one is refused, and not shown: any part of it may be a part of a password.
     """
+    address = address if "://" in address or "@" in address else f"http://{address}"
     with contextlib.suppress(LocationParseError):
-        scheme, _, host, _, path, query, fragment = parse = parse_url(address)
+        scheme, _, host, _, path, query, fragment = parse_url(address)
         if host and scheme in ("http", "https") and path in (None, "/") and not (query or fragment):
-            return parse.netloc
+            return address.rstrip("/")
     raise BucketError(
         f"{what} cannot be used: write http://host:port or http://user:password@host:port, with %2F for '/' and so on; "
         "SOCKS is not supported"
@@ -514,6 +507,8 @@ def _answer_to_gcsfs(error):
         return from_http_status(400, str(error.__cause__ or error))
     if isinstance(error, HttpError):
         return from_http_status(int(error.code), str(error.message))
+    if isinstance(error, requests.exceptions.ProxyError):
+        return from_http_status(502, "Bad Gateway")
     if isinstance(error, FileNotFoundError) and error.errno is None:
         return from_http_status(404, "there is no such object")
     if isinstance(error, OSError) and str(error).startswith("Forbidden: "):
@@ -524,9 +519,9 @@ def _answer_to_gcsfs(error):
 def _is_transient(error):
     """Whether a request that failed may succeed when it is tried again."""
     if isinstance(error, GoogleAPICallError):
-        is_limit = "ratelimit" in f"{error.errors}{error.message}".lower().replace(" ", "")
+        is_limit = "ratelimit" in f"{error.errors}{_message(error)}".lower().replace(" ", "")
         return error.code in (408, 429) or error.code >= 500 or (error.code == 403 and is_limit)
-    return isinstance(error, _PASSING) and not _advice(error)
+    return (isinstance(error, _PASSING) or getattr(error, "retryable", False)) and not _advice(error)
 
 
 def _advice(error):
@@ -535,7 +530,7 @@ def _advice(error):
     if is_answer and (error.code in (408, 429) or error.code >= 500):
         return None
     table = (*_HOPELESS, *_REFUSALS) if is_answer else _HOPELESS
-    text = f"{_said(error)} {error} {getattr(error, 'doc', '')[:1000]} {getattr(error, 'errors', '')}"
+    text = f"{_said(error)} {error.errors if is_answer else error}"  # the text of an answer's error has names in it
     return next((advice for pattern, advice in table if re.search(pattern, text)), None)
 
 
@@ -545,10 +540,12 @@ def _said(error):
     if isinstance(error, GoogleAPICallError):
         said += f"{error.code}: {_message(error)}"
     else:
-        while inner := error.__cause__ or error.__context__:  # the libraries wrap the reason several times
+        # The libraries wrap the reason several times; below a ValueError there is only how Python came to it.
+        while not isinstance(error, ValueError) and (inner := error.__cause__ or error.__context__):
             error = inner
         said += f"{type(error).__name__}: {_message(error)}".rstrip(": ")
-    return "the answer is a web page" if re.search(_WEB_PAGE, said) else _shown(said)[:300]
+    is_page = re.search(_WEB_PAGE, said + getattr(error, "doc", "")[:1000])
+    return "the answer is a web page" if is_page else _shown(said)[:300]
 
 
 def _message(error):
@@ -561,8 +558,7 @@ def _message(error):
 
 def _login_advice():
     if path := os.environ.get(_KEY_FILE):
-        file = f"the file that {_KEY_FILE} names, {printable(path)}"
-        return f"is the key in {file}, deleted, or this machine's clock wrong? Make a new key, or unset the variable"
+        return f"{_KEY_FILE} names {printable(path)}: make a new key, set this machine's clock, or unset the variable"
     return "run on a VM with a service account, or run 'gcloud auth application-default login' first"
 
 
@@ -655,8 +651,11 @@ class _DirectoryBucket:
             try:
                 _create_file(path, data)
             except FileExistsError:
-                if path.read_bytes() != data:
-                    raise FileExistsError(f"{self.url(name)}: exists already, with other content") from None
+                is_done = path.read_bytes() == data
+            else:
+                is_done = True
+        if not is_done:
+            raise FileExistsError(f"{self.url(name)}: exists already, with other content")
 
     def _blob(self, name, found):
         if not stat.S_ISREG(found.st_mode):
@@ -720,7 +719,5 @@ def _disk_errors_named(place, trouble):
     """Raise BucketError instead of OSError, with the `place` on the disk and what the `trouble` is."""
     try:
         yield
-    except FileExistsError:
-        raise
     except OSError as error:
         raise BucketError(f"{printable(place)}: {trouble} ({error.strerror or error})") from error

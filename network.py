@@ -14,9 +14,7 @@ import math
 import os
 import re
 import reprlib
-import tempfile
 import warnings
-from pathlib import Path
 
 import yaml
 
@@ -40,7 +38,6 @@ HARMLESS = re.compile(
 )
 
 SWITCHED_OFF = (": null", ": None", ": false", ": ''", ": {}", ": []")  # the ends of lines of YAML
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # TensorFlow
@@ -70,12 +67,11 @@ def import_tensorflow():
     try:
         import tensorflow as tf
 
-        keras = tf.keras
+        # The user's keras.json, which Keras reads now, may say otherwise.
+        tf.keras.backend.set_floatx("float32")
+        tf.keras.backend.set_image_data_format("channels_last")
     except ImportError as error:
         raise UsageError(f"TensorFlow cannot be imported: {first_line(error)}; install requirements.txt") from error
-    # The user's keras.json, which Keras has just read, may say otherwise.
-    keras.backend.set_floatx("float32")
-    keras.backend.set_image_data_format("channels_last")
     for gpu in tf.config.list_physical_devices("GPU"):
         # Otherwise TensorFlow takes all memory of the GPU at once, and a second run cannot share it.
         with contextlib.suppress(RuntimeError):  # the GPU is in use, so this process has set it before
@@ -208,16 +204,16 @@ def build_network(train_config, num_classes, target_size, weights_path, warn=war
         raise _explained(tf, error, what) from error
     if network.input_shape[-1] != 1:
         raise ModelError(f"the network takes {network.input_shape[-1]} channels, images are greyscale (1 channel)")
-    _load_weights(network, Path(weights_path), num_classes, target_size, warn)
+    _load_weights(network, weights_path, num_classes, target_size, warn)
     return network
 
 
 def _warn_of_preprocessing(train_config, warn):
     lines = yaml.safe_dump(train_config, width=math.inf).splitlines()
-    found = [line.strip() for line in lines if "preprocess" in line.lower() and not line.endswith(SWITCHED_OFF)]
+    found = [line.strip()[:80] for line in lines if "preprocess" in line.lower() and not line.endswith(SWITCHED_OFF)]
     if found:
         warn(
-            f"train_config has {', '.join(map(reprlib.repr, found[:3]))}: here the grey values of an image are divided "
+            f"train_config has {', '.join(found[:3])}: here the grey values of an image are divided "
             "by 255, and nothing else is done; the results are wrong for a network that was trained with another "
             "preprocessing"
         )
@@ -317,20 +313,16 @@ def _load_weights(network, path, num_classes, target_size, warn):
         if start.startswith(beginning):
             raise ModelError(f"it {what}")
     try:
-        with h5py.File(path, "r") as file, tempfile.TemporaryDirectory() as folder:
+        with h5py.File(path, "r") as file:
             _check_layers(file, network, num_classes)
             if "model_config" in file.attrs:
                 _check_description(file.attrs["model_config"], network, target_size, warn)
-            # Keras knows an HDF5 file by the end of its name, which files in the cache do not have.
-            link = Path(folder, "model.hdf5")
-            link.symlink_to(path.absolute())
-            network.load_weights(link)
+        network.load_weights(path)
     except OSError as error:
-        raise ModelError(f"it is no HDF5 file, cut short or damaged: save or upload it again ({error})") from error
+        reason = first_line(error)
+        raise ModelError(f"it is no HDF5 file, cut short or damaged: save or upload it again ({reason})") from error
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"its weights do not fit the network that train_config describes: {first_line(error)}"
-        ) from error
+        raise ModelError(f"it is not as Keras 2 writes it, or damaged: save it again ({first_line(error)})") from error
 
 
 def _names(item, attribute):
@@ -356,11 +348,14 @@ def _check_layers(file, network, num_classes):
                 "its network is a layer of another one, as multi_gpu_model makes it: save that layer alone, with "
                 f"model.get_layer({layer!r}).save('model.hdf5')"
             )
-    _check_same_names(list(weights), [layer.name for layer in network.layers if layer.weights])
-    *_, (layer, names) = weights.items()
-    classes = group[layer][names[-1]].shape[-1]
-    if classes != num_classes:
-        raise ModelError(_other_classes("the network in model.hdf5 has", classes, num_classes))
+    layers = [layer for layer in network.layers if layer.weights]
+    _check_same_names(list(weights), [layer.name for layer in layers])
+    shapes = [[group[layer][name].shape for name in names] for layer, names in weights.items()]
+    if shapes[-1][-1][-1:] != (num_classes,):
+        raise ModelError(_other_classes("the network in model.hdf5 has", shapes[-1][-1][-1], num_classes))
+    for layer, there in zip(layers, shapes, strict=True):
+        here = [tuple(weight.shape) for weight in layer.weights]
+        _check_same(f"the shape of the weights of layer {layer.name!r}", there, here)
 
 
 def _check_description(model_config, network, target_size, warn):
@@ -373,14 +368,17 @@ def _check_description(model_config, network, target_size, warn):
     _check_size("the network in model.hdf5", shape[1:3], target_size)
     for name, there, here in zip(names_here, _settings(saved), _settings(rebuilt), strict=True):
         for setting in sorted(there.keys() & here.keys()):  # what only one has comes from another version of Keras
-            if there[setting] != here[setting]:
-                raise ModelError(
-                    f"{setting} of layer {name!r} is {reprlib.repr(there[setting])} in model.hdf5, "
-                    f"{reprlib.repr(here[setting])} in the network that train_config describes: correct its "
-                    "model_parameters"
-                )
+            _check_same(f"{setting} of layer {name!r}", there[setting], here[setting])
     if other := re.search(r'"((mixed_)?b?float(16|64))"', str(model_config)):
-        warn(f"the network in model.hdf5 computes in {other[1]}, here in float32: probabilities differ a little")
+        warn(f"the network in model.hdf5 computes in {other[1]}; here all is float32, so probabilities differ a little")
+
+
+def _check_same(what, there, here):
+    if there != here:
+        raise ModelError(
+            f"{what} is {reprlib.repr(there)} in model.hdf5, {reprlib.repr(here)} in the network that train_config "
+            "describes: correct its model_parameters, or name the model that they belong to"
+        )
 
 
 def _settings(layers):

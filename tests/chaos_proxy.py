@@ -45,42 +45,26 @@ def operation(method, path):
 class ChaosProxy:
     """A proxy at `url`. Its settings may be changed while it runs; `requests` is its log.
 
-    Parameters
-    ----------
-    server : str
-        Where the storage server is, as "http://host:port".
-    rate : float
-        Share of the requests that meet a fault, in [0, 1].
-    faults : sequence of str
-        Which: "reset" (the connection, before the request reaches the server), "lost" (the connection is reset once the
-        server has done its work), "delay" (for `delay` seconds), "429", "500", "503", "cut" (half a body), "wrong" (a
-        whole body of the right length, of other bytes), "hang" (no answer as long as the proxy lives).
-    seed : int
-    bandwidth : float
-        Of the line back, shared by all connections, in bytes/s; None: no limit.
-    latency : float
-        Of each answer, in seconds.
-    permissions : collection of str
-        Operations that are not refused.
-    refusal : int
-        The status of a refusal: 403, 401.
-    token : str
-        The access token without which a request is refused with 401; None: any will do.
-    play : callable
-        Gets the method, the path and the headers of a request; returns the answer, as status and bytes, or None, where
-        the server shall answer.
-    rewrite : callable
-        Gets the operation and the JSON of an answer of the server, and returns the JSON that is sent.
-    certificate : path
-        A PEM file with certificate and key, for a proxy that speaks TLS.
+    server : address of the storage server, "http://host:port"
+    rate : share of the requests that meet a fault, in [0, 1], drawn from the seed
+    faults : which: "reset" (the connection, before the request reaches the server), "lost" (the connection is reset
+        once the server has done its work), "delay" (for `delay` seconds), "429", "500", "503", "cut" (half a body),
+        "wrong" (a whole body of the right length, of other bytes), "hang" (no answer as long as the proxy lives)
+    bandwidth : of the line back, shared by all connections, in bytes/s; None: no limit
+    latency : of each answer, in seconds
+    permissions : operations that are not refused
+    token : the access token without which a request is refused with 401; None: any will do
+    play : gets method, path and headers of a request; returns the answer, as status and bytes, or None for the server's
+    rewrite : gets the operation and the JSON of an answer of the server, and returns the JSON that is sent
+    certificate : a PEM file with certificate and key, for a proxy that speaks TLS
     """
 
     def __init__(
         self, server, rate=0.0, faults=FAULTS, seed=0, delay=0.5, bandwidth=None, latency=0.0,
-        permissions=("get", "list", "create", "other"), refusal=403, token=None, certificate=None,
+        permissions=("get", "list", "create", "other"), token=None, certificate=None,
     ):  # fmt: skip
         self.server, self.rate, self.faults, self.delay = server, rate, faults, delay
-        self.bandwidth, self.latency, self.permissions, self.refusal = bandwidth, latency, permissions, refusal
+        self.bandwidth, self.latency, self.permissions = bandwidth, latency, permissions
         self.token = token
         self.play, self.rewrite = lambda *request: None, lambda operation, answer: answer
         self.requests = []
@@ -167,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("reset", "hang"):
             return self._reset()
         if operation(self.command, self.path) not in proxy.permissions:
-            return self._refuse(proxy.refusal, f"someone@example.com does not have access to {self.path}")
+            return self._refuse(403, "someone@example.com does not have access to the Google Cloud Storage object.")
         if proxy.token and self.headers.get("Authorization") != f"Bearer {proxy.token}":
             return self._refuse(401, "Invalid Credentials")
         if fault in ("429", "500", "503"):

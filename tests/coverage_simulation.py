@@ -155,21 +155,33 @@ def coarse(histograms):
     return np.add.reduceat(histograms, np.r_[0, np.arange(1, len(THRESHOLDS) + 1, STEP)], axis=-1)
 
 
-def trained(metric, histogram):
+def trained(metric, counts):
     """The index of the best threshold."""
-    counts = confusion(histogram)
     value = np.where(metric.allowed(*counts), metric(*counts), -1)
     return int(value.argmax())
 
 
-def judge(metric, blocks, stacks):
+class Truth(NamedTuple):
+    """The counts tp, fp, fn, tn of one class at every threshold: of a whole population, and of its stacks."""
+
+    whole: tuple  # of arrays, shape (len(THRESHOLDS),)
+    with_class: tuple  # of arrays, shape (stacks with pixels of the class, len(THRESHOLDS))
+
+
+def truth_of(stacks):
+    """A Truth from histograms, shape (stacks, 2, len(THRESHOLDS) + 1)."""
+    return Truth(confusion(stacks.sum(axis=0)), confusion(stacks[stacks[:, 1].any(axis=1)]))
+
+
+def judge(metric, blocks, truth):
     """Compare what confidence.py says about one class in one world with the truth.
 
     Parameters
     ----------
     metric : models.ClassMetric
-    blocks, stacks : int64 arrays, shapes (blocks, 2, len(THRESHOLDS) + 1) and (stacks, 2, len(THRESHOLDS) + 1)
-        Of the world and of the population.
+    blocks : int64 array, shape (blocks, 2, len(THRESHOLDS) + 1)
+        Histograms of the world's blocks.
+    truth : Truth
 
     Returns
     -------
@@ -178,15 +190,14 @@ def judge(metric, blocks, stacks):
         next stack: the part of the population's stacks whose metric is in its range. worth: of the blocks. width: of
         the metric's interval. bias, expected bias: of the metric seen and of the expected metric.
     """
-    histogram, truth = blocks.sum(axis=0), stacks.sum(axis=0)
-    index, half, best = trained(metric, histogram), int(np.searchsorted(THRESHOLDS, 0.5)), trained(metric, truth)
+    histogram, half = blocks.sum(axis=0), int(np.searchsorted(THRESHOLDS, 0.5))
+    index, best = trained(metric, confusion(histogram)), trained(metric, truth.whole)
     said = confidence.assess(THRESHOLDS, histogram, coarse(blocks), metric, index, 0, len(THRESHOLDS) - 1)
-    true, sample = metric(*confusion(truth)), metric(*confusion(histogram))
+    true, sample = metric(*truth.whole), metric(*confusion(histogram))
     # Most of a world's deviation is chance and not an effect of choosing: it is also found at the population's best.
     chance = float(sample[best] - true[best])
-    with_class = np.add.reduceat(stacks[stacks[:, 1].any(axis=1)], [0, index + 1], axis=-1)
-    own = metric(*confusion(with_class))
-    reached = (metric.constraint or metric.value)(*confusion(truth))[index]
+    own = metric(*(count[:, index] for count in truth.with_class))
+    reached = (metric.constraint or metric.value)(*truth.whole)[index]
 
     def holds(interval, value):
         return np.nan if interval is None else np.mean((interval[0] <= value) & (value <= interval[1]))
@@ -220,11 +231,12 @@ def worlds_of_stacks(stacks, metric, number, worlds, single_images=False):
     """
     rng = np.random.default_rng(number)
     whole, judged = stacks.sum(axis=1), []
+    truths = [truth_of(whole[:, c]) for c in range(whole.shape[1])]
     while len(judged) < worlds:
         drawn = rng.integers(0, len(stacks), number)
         blocks = stacks[drawn].reshape(-1, *stacks.shape[2:]) if single_images else whole[drawn]
         if blocks.any(axis=-1).all(axis=-1).sum(axis=0).min() >= confidence.FEWEST_BLOCKS:
-            judged.append([judge(metric, blocks[:, c], whole[:, c]) for c in range(whole.shape[1])])
+            judged.append([judge(metric, blocks[:, c], truth) for c, truth in enumerate(truths)])
     return averages(judged)
 
 
@@ -237,15 +249,15 @@ def worlds_of_one_stack(slices, metric, worlds, number=40):
     """
     rng = np.random.default_rng(number)
     blocks = confidence.blocks_of([f"stack_slice_{i:03d}.png" for i in range(number)], ["stack"])
+    everywhere = slices.reshape(-1, *slices.shape[2:])
     judged = [], [], []
     for _ in range(worlds):
         exposure, start = rng.integers(len(slices)), rng.integers(slices.shape[1] - 3 * number + 1)
         near = slices[exposure, start : start + 3 * number]
         drawn = np.zeros((blocks.number, *near.shape[1:]), np.int64)
         np.add.at(drawn, blocks.labels, near[: 2 * number : 2])
-        elsewhere = slices.reshape(-1, *near.shape[1:]), near[1 : 2 * number : 2], near[2 * number :]
-        for of_world, truth in zip(judged, elsewhere, strict=True):
-            of_world.append([judge(metric, drawn[:, c], truth[:, c]) for c in range(near.shape[1])])
+        for of_world, truth in zip(judged, (everywhere, near[1 : 2 * number : 2], near[2 * number :]), strict=True):
+            of_world.append([judge(metric, drawn[:, c], truth_of(truth[:, c])) for c in range(drawn.shape[1])])
     return [averages(of_world) for of_world in judged]
 
 

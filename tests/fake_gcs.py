@@ -32,11 +32,11 @@ def free_port():
 
 
 @contextlib.contextmanager
-def fake_gcs_server(filesystem_root=None):
-    """Run the server, with its objects in memory, or below `filesystem_root`. Yields its "http://host:port"."""
+def fake_gcs_server():
+    """Run the server, with its objects in memory. Yields its "http://host:port"."""
     with tempfile.TemporaryFile() as log:
         for _ in range(5):  # now and then the port is taken after all
-            process, url = _start(log, filesystem_root)
+            process, url = _start(log)
             if _serves(process, log):
                 break
         else:
@@ -49,15 +49,12 @@ def fake_gcs_server(filesystem_root=None):
                 process.terminate()
 
 
-def _start(log, filesystem_root):
+def _start(log):
     (binary,) = BINARIES.glob("fake-gcs-server-*")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [binary, "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", url]
-    if filesystem_root:
-        command += ["-backend", "filesystem", "-filesystem-root", filesystem_root]
-    else:
-        command += ["-backend", "memory"]
+    options = {"scheme": "http", "host": "127.0.0.1", "port": str(port), "external-url": url, "backend": "memory"}
+    command = [binary, *(part for name, value in options.items() for part in (f"-{name}", value))]
     return subprocess.Popen(command, stdout=log, stderr=log), url
 
 
@@ -86,10 +83,6 @@ def put_object(url, bucket, name, data, content_encoding=""):
 
 def get_object(url, bucket, name):
     return _send("GET", f"{url}/storage/v1/b/{bucket}/o/{quote(name, safe='')}?alt=media")
-
-
-def delete_object(url, bucket, name):
-    _send("DELETE", f"{url}/storage/v1/b/{bucket}/o/{quote(name, safe='')}")
 
 
 def list_objects(url, bucket):

@@ -45,12 +45,6 @@ IN_THE_BUCKET = {
 CASES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "tests/cases/gcs").glob("*.json"))}
 
 
-@pytest.fixture(scope="session")
-def server():
-    with fake_gcs.fake_gcs_server() as url:
-        yield url
-
-
 @pytest.fixture
 def bucket_name(server, request):
     """A bucket of the test's own, filled with IN_THE_BUCKET."""
@@ -91,21 +85,21 @@ def bucket(request):
 @pytest.fixture
 def brief(monkeypatch):
     """Patience that a test can wait for."""
-    monkeypatch.setattr(gcp_utils, "RETRY_SECONDS", 0.6)
-    monkeypatch.setattr(gcp_utils, "SOCKET_SECONDS", 0.8)
+    monkeypatch.setattr(gcp_utils, "RETRY_SECONDS", 0.9)
+    monkeypatch.setattr(gcp_utils, "SOCKET_SECONDS", 0.4)
 
 
 @contextlib.contextmanager
 def unprivileged():
     """Be someone whom permissions stop."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
     try:
         yield
     finally:
-        if root:
-            os.seteuid(0)
+        os.seteuid(0)
 
 
 @pytest.fixture
@@ -128,54 +122,58 @@ def error_of(call, *arguments, error=BucketError):
 def run(code, *arguments, **kwargs):
     """Start a Python process that runs `code` next to gcp_utils."""
     start = "import sys, os; from pathlib import Path; import gcp_utils; from gcp_utils import open_bucket\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", start + code, *map(str, arguments)], cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
-    )  # fmt: skip
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", start + code, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **kwargs)
 
 
 def output_of(process):
-    """Wait for a process that must end well and say nothing on stderr; return its stdout."""
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
+    """Wait for a process that must end well; return its stdout."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
     return out
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def hash_of(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def all_operations(bucket, name="models/new.yaml"):
+    """Something of each kind that a run does; fetching last, which the others must not have to wait for."""
+    blobs = bucket.list("dataset")
+    bucket.create(name, b"x: 1\n")
+    assert [bucket.read(blob) for blob in blobs] == [IN_THE_BUCKET[blob.name] for blob in blobs]
+    assert bucket.read(bucket.stat(name)) == b"x: 1\n"
+
+
+def each_kind_of_request(bucket, blob):
+    return (lambda: bucket.list(""), lambda: bucket.read(blob), lambda: bucket.create("x", b"x"))
+
+
 # One interface
 
 
-def test_list_gives_all_blobs_below_a_folder_sorted(bucket):
+def test_a_bucket_lists_looks_up_and_reads(bucket):
     names = [blob.name for blob in bucket.list("dataset")]
     assert names == sorted(name for name in IN_THE_BUCKET if name.startswith("dataset/"))
     assert names == [blob.name for blob in bucket.list("/dataset/")]
-    assert [blob.name for blob in bucket.list("")] == sorted(IN_THE_BUCKET)
-    assert [blob.size for blob in bucket.list("")] == [len(IN_THE_BUCKET[name]) for name in sorted(IN_THE_BUCKET)]
     assert bucket.list("dataset/nothing") == bucket.list("dataset/config.yaml") == []
-
-
-def test_read_fetch_and_stat_agree_with_the_listing(bucket):
-    blobs = bucket.list("") * 5
+    blobs = bucket.list("")
+    assert [(blob.name, blob.size) for blob in blobs] == sorted(
+        (name, len(data)) for name, data in IN_THE_BUCKET.items()
+    )
     with ThreadPoolExecutor(bucket.threads) as pool:
-        assert list(pool.map(bucket.read, blobs)) == [IN_THE_BUCKET[blob.name] for blob in blobs]
+        assert list(pool.map(bucket.read, blobs * 5)) == [IN_THE_BUCKET[blob.name] for blob in blobs] * 5
         assert list(pool.map(bucket.stat, [blob.name for blob in blobs])) == blobs
-    for blob in blobs:
-        assert bucket.fetch(blob).read_bytes() == IN_THE_BUCKET[blob.name] and bucket.is_here(blob)
+    assert all(bucket.fetch(blob).read_bytes() == IN_THE_BUCKET[blob.name] and bucket.is_here(blob) for blob in blobs)
+    for name in ("nothing", "dataset", "dataset/config.yaml/x"):
+        assert bucket.url(name) in error_of(bucket.stat, name, error=BlobNotFoundError)
 
 
-@pytest.mark.parametrize("name", ["nothing", "dataset", "dataset/config.yaml/x", "dataset/images/c.png"])
-def test_what_is_not_there_is_told_by_name(bucket, name):
-    assert bucket.url(name) in error_of(bucket.stat, name, error=BlobNotFoundError)
+def test_folders_are_named_without_what_is_below_them(bucket):
+    assert bucket.folders("") == ["dataset", "dataset-2"]
+    assert bucket.folders("dataset/train") == bucket.folders("/dataset/train/") == ["images", "masks"]
+    assert bucket.folders("nothing") == bucket.folders("dataset/train/images") == []
 
 
 def test_create_is_seen_by_all_and_never_overwrites(bucket):
@@ -199,56 +197,25 @@ def test_a_version_changes_with_the_content(bucket, server, bucket_name, tmp_pat
     after = bucket.stat("dataset/config.yaml")
     assert after.size == before.size and after.version != before.version
     assert bucket.read(after) == b"dataset_config: []\n"
-    assert "changed in the bucket during the run" in error_of(bucket.read, before)
-    assert "changed in the bucket during the run" in error_of(bucket.fetch, before)
+    for call in (bucket.read, bucket.fetch):
+        assert "changed in the bucket during the run" in error_of(call, before)
+    assert len({Blob("x", 1, 2, "a").version, Blob("x", 1, 2, "b").version, Blob("x", 1, 3, "a").version}) == 3
 
 
-def test_the_bytes_that_come_are_told_and_no_others(proxy, bucket_name, tmp_path):
-    proxy.bandwidth = 3e6
-    told = []
-    bucket = open_bucket(f"gs://{bucket_name}", tmp_path / "cache")
-    bucket.on_bytes = told.append
-    for _ in "network", "cache":
-        for blob in bucket.list(""):
-            bucket.read(blob)
-        assert sum(told) == sum(map(len, IN_THE_BUCKET.values()))
-    assert len(told) > len(IN_THE_BUCKET) + 5  # those of the big blob as they come
-
-
-def test_a_folder_of_a_bucket_is_a_bucket(proxy, bucket_name, directory, tmp_path):
-    for where in (f"gs://{bucket_name}/dataset/train/", str(tmp_path / "bucket/dataset/train")):
-        bucket = open_bucket(where, tmp_path / "cache")
-        assert [blob.name for blob in bucket.list("images")][0] == "images/a.png"
-        assert bucket.read(bucket.stat("images/a.png")) == IN_THE_BUCKET["dataset/train/images/a.png"]
-        bucket.create("x.yaml", b"x")
-    assert (tmp_path / "bucket/dataset/train/x.yaml").read_bytes() == b"x"
-    assert open_bucket(f"gs://{bucket_name}", tmp_path).stat("dataset/train/x.yaml").size == 1
-
-
-def test_a_directory_needs_no_library_of_the_cloud():
-    code = "open_bucket('.', Path('cache')).list('configs'); print({'google', 'requests', 'urllib3'} & {*sys.modules})"
-    assert output_of(run(code)) == "set()\n"
-
-
-def test_the_global_random_sequence_is_left_alone(gs, proxy):
-    proxy.rate, proxy.faults = 0.5, ("503", "reset")
-    random.seed(1)
-    expected = random.random()
-    random.seed(1)
-    for blob in gs.list("dataset"):
-        gs.read(blob)
-    assert random.random() == expected
+def test_a_folder_of_a_bucket_is_a_bucket_and_its_address_opens_it_elsewhere(bucket, tmp_path, monkeypatch):
+    inner = open_bucket(f"{bucket.url('dataset/train')}/", tmp_path / "cache")
+    monkeypatch.chdir("/")
+    for place in (inner, open_bucket(inner.address, tmp_path / "cache")):
+        assert place.list("images")[0].name == "images/a.png"
+        assert place.read(place.stat("images/a.png")) == IN_THE_BUCKET["dataset/train/images/a.png"]
+    inner.create("x.yaml", b"x")
+    assert bucket.stat("dataset/train/x.yaml").size == 1
 
 
 # Names
 
-UNSAFE_NAMES = [
-    "x/../../etc/passwd", "../x", "..", "x/..", "x/./y", ".", "x//y", "/etc/passwd", "x/\x1b]0;owned\x07.png",
-    "x/a\nb.png", "x/\r.png", "x/\x00.png", "x/\x7f.png", "x/\x9b31m.png",
-]  # fmt: skip
 
-
-@pytest.mark.parametrize("name", UNSAFE_NAMES)
+@pytest.mark.parametrize("name", ["x/../../etc/passwd", "..", "x/./y", "x//y", "/etc/passwd", "x/\x1b]0;\x07", "a\nb"])
 def test_list_refuses_unsafe_names_and_shows_them_escaped(name, monkeypatch, tmp_path):
     with listing_stub(["x/fine.png", name]) as (url, _):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
@@ -257,57 +224,30 @@ def test_list_refuses_unsafe_names_and_shows_them_escaped(name, monkeypatch, tmp
     assert not (tmp_path / "cache").exists()
 
 
-def test_unsafe_names_are_refused_from_the_real_server_and_in_a_directory(gs, directory, server, bucket_name, tmp_path):
-    for name in ("x/\x1b[31m.png", "x/..png/../y", "a\nb"):
-        fake_gcs.put_object(server, bucket_name, name, b"x")
-        assert repr(name) in error_of(gs.list, "")
-        fake_gcs.delete_object(server, bucket_name, name)
-    for name in ("a\nb.png", "\x1b[31m.png", "\udcff.png"):  # the last: a name that is not UTF-8
-        path = tmp_path / "bucket" / "dataset" / name
-        path.write_bytes(b"x")
-        message = error_of(directory.list, "dataset")
-        assert repr(name)[1:-1] in message and ("is not UTF-8" if "\udcff" in name else "refused as a name") in message
-        path.unlink()
-
-
 @pytest.mark.parametrize("name", ["", "../x", "/etc/passwd", "x/../y", "x\x1b", "x/", "x\udcff"])
 def test_unsafe_names_are_refused_whoever_gives_them(bucket, name):
     for call in (lambda: bucket.stat(name), lambda: bucket.create(name, b"x")):
         assert re.search("refused|is not UTF-8", error_of(call))
-    if name and not name.startswith("/") and not name.endswith("/"):
-        assert re.search("refused|is not UTF-8", error_of(bucket.list, name))
 
 
-def test_a_folder_of_any_name_works(bucket):
-    for folder in ("a b", "a+b", "a%2Fb", "a%b", "a&b=c", "a?b#c", "a#1", "a..", "\u00e9\u4e00", "a\\b'\""):
+def test_names_that_only_look_odd_are_kept(bucket):
+    for folder in ["a b", "a+b", "a%2Fb", "a&b=c", "a?b#c", "a..", "..a", "é一", "a\\b'\"", "\u202egnp.x", "A", "a"]:
         name = f"{folder}/{folder}"
-        bucket.create(name, b"x")
+        bucket.create(name, folder.encode())
         (blob,) = bucket.list(folder)
-        assert blob.name == name and bucket.read(blob) == b"x" and bucket.stat(name) == blob
-
-
-def test_names_that_only_look_odd_are_kept(gs, server, bucket_name):
-    names = "odd/A.png", "odd/a.png", "odd/..a", "odd/a..", "odd/\u202egnp.x", "odd/ "
-    contents = {name: name.encode() for name in names}
-    for name, content in contents.items():
-        fake_gcs.put_object(server, bucket_name, name, content)
-    fake_gcs.put_object(server, bucket_name, "odd/", b"")  # as the console makes a "folder"
-    fake_gcs.put_object(server, bucket_name, "odd/placeholder/", b"")
-    blobs = gs.list("odd")
-    assert {blob.name: gs.read(blob) for blob in blobs} == contents
-    assert len({gs.fetch(blob) for blob in blobs}) == len(contents)
-    assert "\u202e" not in gs.url("odd/\u202egnp.x")
+        assert blob.name == name and bucket.read(blob) == folder.encode() and bucket.stat(name) == blob
+        assert bucket.url(name).isprintable()
 
 
 def test_what_is_skipped_may_be_whatever_it_is(gs, directory, server, bucket_name, tmp_path):
     """Names are told as they are below the folder that is listed, whose own name is nothing to skip."""
-    leftovers = ".DS_Store", "train/Icon\r", "train/images/.packed", "train/.closed/x.png", "train/images/.#locked"
-    for name in leftovers:
+    for name in (".DS_Store", "train/Icon\r", "train/images/.packed", "train/.closed/x.png"):
         packed = gzip.compress(b"x")
         fake_gcs.put_object(server, bucket_name, f"dataset/{name}", packed, content_encoding="gzip")
         path = tmp_path / "bucket/dataset" / name
         path.parent.mkdir(exist_ok=True)
         path.symlink_to("nowhere")
+    fake_gcs.put_object(server, bucket_name, "dataset/placeholder/", b"")  # as the console makes a "folder"
     asked = []
 
     def skip(name):
@@ -320,11 +260,21 @@ def test_what_is_skipped_may_be_whatever_it_is(gs, directory, server, bucket_nam
         assert {".DS_Store", "train/.closed", "train/images/a.png"} <= set(asked)
         assert not {"train/.closed/x.png", "dataset", ""} & set(asked)
         asked.clear()
-        error_of(bucket.list, "dataset")
+        assert re.search(r"Icon\\r|stored gzip|no such file", error_of(bucket.list, "dataset"))
+    with pytest.raises(BucketError, match=r"\.packed: is stored gzip-encoded"):
+        gs.list("dataset/train/images")
+
+
+@pytest.mark.parametrize("name", ["wrong\\images\\a.png", "sub/wrong\\images\\a.png", "sub\\wrong\\config.yaml"])
+def test_objects_uploaded_from_windows_are_named(gs, server, bucket_name, name):
+    fake_gcs.put_object(server, bucket_name, name, b"x")
+    parts = name.split("\\")
+    call = gs.stat if name.endswith("yaml") else gs.list
+    assert name.replace("\\", "\\\\") in repr(error_of(call, "/".join(parts if call == gs.stat else parts[:-2])))
 
 
 def test_the_folders_of_a_split_are_listed_at_once(monkeypatch, tmp_path):
-    """The page sizes come in turns of the folders, each as large as a page can be."""
+    """The page sizes come in turns of the folders."""
     folders = ["images", *(f"masks/class_{i}" for i in range(3))]
     names = sorted(f"dataset/train/{folder}/{i:06d}.png" for folder in folders for i in range(3500))
     with listing_stub(names, latency=0.05) as (url, page_sizes):
@@ -335,58 +285,44 @@ def test_the_folders_of_a_split_are_listed_at_once(monkeypatch, tmp_path):
     assert page_sizes.index(500) >= 2 + 6  # when the first folder ends, all others have begun
 
 
-def test_a_folder_per_image_costs_no_request_per_folder(monkeypatch, tmp_path):
-    names = sorted(f"dataset/train/masks/{i:06d}/crack.png" for i in range(2500))
-    with listing_stub(names) as (url, page_sizes):
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        blobs = open_bucket("gs://sandbox", tmp_path / "cache").list("dataset/train")
-    assert [blob.name for blob in blobs] == names
-    assert len(page_sizes) < 10
-
-
 # The cache
 
 
-def test_a_later_run_fetches_what_has_changed_and_nothing_else(gs, proxy, server, bucket_name, tmp_path):
+def test_a_later_run_fetches_what_has_changed_or_is_damaged_and_nothing_else(gs, proxy, server, bucket_name, tmp_path):
     paths = {blob.name: gs.fetch(blob) for blob in gs.list("")}
     assert len(set(paths.values())) == len(IN_THE_BUCKET) == len(os.listdir(tmp_path / "cache"))
-    assert all(re.fullmatch("[0-9a-f]{64}", name) for name in os.listdir(tmp_path / "cache"))
     fake_gcs.put_object(server, bucket_name, "model.hdf5", b"retrained")
+    paths["dataset/config.yaml"].write_bytes(b"dataset_config: {]\n")
     proxy.requests.clear()
-    later = open_bucket(f"gs://{bucket_name}", tmp_path / "cache")
-    contents = {blob.name: later.read(blob) for blob in later.list("")}
-    assert contents == {**IN_THE_BUCKET, "model.hdf5": b"retrained"}
+    told, later = [], open_bucket(f"gs://{bucket_name}", tmp_path / "cache")
+    later.on_bytes = told.append
+    assert {blob.name: later.read(blob) for blob in later.list("")} == {**IN_THE_BUCKET, "model.hdf5": b"retrained"}
     assert paths["model.hdf5"].read_bytes() == IN_THE_BUCKET["model.hdf5"]  # the earlier run may still be at it
-    (fetched,) = (request.path for request in proxy.requests if request.operation != "list")
-    assert "/model.hdf5?" in fetched
+    fetched = [request.path for request in proxy.requests if request.operation != "list"]
+    assert len(fetched) == 2 and "config.yaml?" in fetched[0] and "/model.hdf5?" in fetched[1]
+    assert sum(told) == len(IN_THE_BUCKET["dataset/config.yaml"] + b"retrained")
 
 
-@pytest.mark.parametrize("damage", [b"", b"other", b"dataset_config: {]\n", b"dataset_config: {}\n\n"])
-def test_a_damaged_cached_file_is_fetched_again(gs, damage):
-    blob = gs.stat("dataset/config.yaml")
-    path = gs.fetch(blob)
-    path.write_bytes(damage)
-    assert gs.read(blob) == IN_THE_BUCKET[blob.name] == path.read_bytes()
-
-
-def test_the_cache_works_without_writing_when_all_is_there(proxy, bucket_name, open_folder):
+def test_a_cache_that_cannot_be_written_is_named_and_can_be_read(proxy, bucket_name, open_folder):
     cache = open_folder / "cache"
     bucket = open_bucket(f"gs://{bucket_name}", cache)
-    blob = bucket.stat("model.hdf5")
-    bucket.fetch(blob).chmod(0o444)
+    blob, other = bucket.stat("model.hdf5"), bucket.stat("dataset/config.yaml")
+    path = bucket.fetch(blob)
+    path.chmod(0o444)
     cache.chmod(0o555)
     with unprivileged():
         assert bucket.read(blob) == IN_THE_BUCKET["model.hdf5"]
-        message = error_of(bucket.read, bucket.stat("dataset/config.yaml"))
+        message = error_of(bucket.read, other)
     assert str(cache) in message and "Permission denied" in message and "make room" in message
-
-
-def test_a_cache_folder_that_cannot_be_made_is_named(proxy, bucket_name, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    bucket = open_bucket(f"gs://{bucket_name}", tmp_path / "file" / "cache")
-    for call in (bucket.read, bucket.fetch):
-        message = error_of(call, bucket.stat("model.hdf5"))
-        assert str(tmp_path / "file" / "cache") in message and "Not a directory" in message
+    cache.chmod(0o777)
+    path.unlink()
+    path.mkdir()
+    message = error_of(bucket.read, blob)
+    assert str(path) in message and "Is a directory" in message and "in the way" in message
+    (open_folder / "file").write_text("in the way")
+    for name in ("file", "file/cache"):
+        message = error_of(open_bucket(f"gs://{bucket_name}", open_folder / name).fetch, other)
+        assert str(open_folder / name) in message and re.search("Not a directory|File exists", message)
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing(proxy, bucket_name, tmp_path):
@@ -394,51 +330,41 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(proxy, bucket_name, tmp
     code = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-bucket = open_bucket(sys.argv[1], Path(sys.argv[2]))
-bucket.read(bucket.stat("dataset/train/images/a.png"))
-try:
-    bucket.fetch(bucket.stat("model.hdf5"))
-except gcp_utils.BucketError as error:
-    print(error)
+bucket, directory = open_bucket(sys.argv[1], Path(sys.argv[2])), open_bucket(sys.argv[3], Path("cache"))
+for call in (lambda: bucket.fetch(bucket.stat("model.hdf5")), lambda: directory.create("full/x.yaml", bytes(200_000))):
+    try:
+        call()
+    except gcp_utils.BucketError as error:
+        print(error)
 """
-    message = output_of(run(code, f"gs://{bucket_name}", tmp_path / "cache"))
-    assert str(tmp_path / "cache") in message and "make room" in message and "File too large" in message
-    assert len(os.listdir(tmp_path / "cache")) == 1
+    first, second = output_of(run(code, f"gs://{bucket_name}", tmp_path / "cache", tmp_path)).splitlines()
+    assert str(tmp_path / "cache") in first and "make room" in first and "File too large" in first
+    assert "full/x.yaml: cannot be written" in second and "File too large" in second and "is there" not in second
+    assert os.listdir(tmp_path / "cache") == os.listdir(tmp_path / "full") == []
 
 
-def test_a_dataset_larger_than_the_disk_is_told_before_the_fetch(gs, directory, tmp_path, monkeypatch):
-    """The cache is not even there yet; what it holds already needs no room."""
-    free = shutil.disk_usage(tmp_path).free
-    blobs = gs.list("")
+def test_a_dataset_larger_than_the_disk_is_told_before_the_fetch(gs, directory, tmp_path):
+    """The cache is not even there yet."""
+    blobs, free = gs.list(""), shutil.disk_usage(tmp_path).free
     gs.check_room(blobs)
-    for size, missing in ((free + 10**12, 1001), (free - 10**8, 1)):
-        message = error_of(gs.check_room, [*blobs, Blob("images/x.png", size, 1)])
-        assert "disk_gb" in message and str(tmp_path / "cache") in message
-        told = int(re.search(r"lacks ([\d,]+) GB", message)[1].replace(",", ""))
-        assert abs(told - missing) <= 1  # others write, too
+    message = error_of(gs.check_room, [*blobs, Blob("images/x.png", free + 10**12, 1)])
+    assert "disk_gb" in message and str(tmp_path / "cache") in message
+    assert abs(int(re.search(r"lacks ([\d,]+) GB", message)[1].replace(",", "")) - 1001) <= 1  # others write, too
     directory.check_room([Blob("images/x.png", 10**15)])
-    monkeypatch.setattr(gcp_utils, "ROOM_TO_SPARE", 10**18)
-    gs.fetch(gs.stat("model.hdf5"))
-    gs.check_room([gs.stat("model.hdf5")])
-    error_of(gs.check_room, blobs)
 
 
 def test_partial_files_of_killed_runs_are_swept_from_every_folder(tmp_path):
-    old = ["objects/ab.12.partial", "counts/ab.npz.12.partial", "results/20260101T000000Z.partial/x.yaml", "x.partial"]
-    kept = ["objects/ab", "counts/ab.partial.npz", "results/20260101T000000Z/x.yaml"]
-    young = ["objects/cd.34.partial", "counts/cd.npz.34.partial"]
-    for name in old + kept + young:
+    old = "objects/ab.12.partial", "results/2026.partial/x.yaml", "x.partial"
+    kept = "objects/ab", "counts/ab.partial.npz", "results/2026/x.yaml", "objects/cd.34.partial", "counts/cd.34.partial"
+    for name in old + kept:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
-        if name not in young:
-            for each in (path, path.parent):
-                os.utime(each, (time.time() - 25 * 3600,) * 2)
+        for each in (path, path.parent) if not name.endswith("34.partial") else ():
+            os.utime(each, (time.time() - 25 * 3600,) * 2)
     sweep(tmp_path)
     sweep(tmp_path / "nothing")
-    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {*kept, *young}
-    assert not (tmp_path / "results/20260101T000000Z.partial").exists()
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == set(kept)
 
 
 FETCH_ALL = """
@@ -446,8 +372,7 @@ from concurrent.futures import ThreadPoolExecutor
 import hashlib
 bucket = open_bucket(sys.argv[1], Path(sys.argv[2]))
 with ThreadPoolExecutor(8) as pool:
-    blobs = bucket.list("many")
-    print(*[hashlib.sha256(content).hexdigest() for content in pool.map(bucket.read, blobs)])
+    print(*[hashlib.sha256(content).hexdigest() for content in pool.map(bucket.read, bucket.list("many"))])
 """
 
 
@@ -460,139 +385,99 @@ def many(server, bucket_name):
     return contents
 
 
-def test_processes_share_a_cache_on_a_bad_network(proxy, bucket_name, many, tmp_path):
-    proxy.rate, proxy.delay = 0.2, 0.1
-    processes = [run(FETCH_ALL, f"gs://{bucket_name}", tmp_path / "cache") for _ in range(2)]
-    expected = [hashlib.sha256(content).hexdigest() for content in many]
-    assert [output_of(process).split() for process in processes] == [expected] * 2
-    assert sorted(hash_of(path) for path in (tmp_path / "cache").iterdir()) == sorted(expected)
-
-
-def test_fetching_killed_at_any_moment_leaves_whole_files_and_swept_ones_only(proxy, bucket_name, many, tmp_path):
-    proxy.bandwidth = 3e6
+def test_fetching_killed_at_any_moment_leaves_whole_files_that_others_use(proxy, bucket_name, many, tmp_path):
     cache, moments, expected = tmp_path / "cache", random.Random(5), {hashlib.sha256(data).hexdigest() for data in many}
-    seen = 0
-    for _ in range(2):
-        process = run(FETCH_ALL, f"gs://{bucket_name}", cache)
-        begun = proxy.count("get")
-        wait_until(lambda begun=begun: proxy.count("get") > begun + 9)
-        time.sleep(moments.uniform(0, 0.25))
-        process.kill()
-        process.communicate()
-        proxy.settle()
-        whole = [path for path in cache.iterdir() if not path.name.endswith(".partial")]
-        assert {hash_of(path) for path in whole} <= expected
-        assert len(whole) >= seen  # fetched stays fetched
-        seen = len(whole)
-    assert 0 < seen < len(many)
+    proxy.bandwidth = 3e6
+    process = run(FETCH_ALL, f"gs://{bucket_name}", cache)
+    while proxy.count("get") < 10 and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(moments.uniform(0, 0.25))
+    process.kill()
+    process.communicate()
+    proxy.settle()
+    whole = [path for path in cache.iterdir() if not path.name.endswith(".partial")]
+    assert 0 < len(whole) < len(many) and {hash_of(path) for path in whole} <= expected
+    proxy.bandwidth, proxy.rate, begun = None, 0.2, proxy.count("get")
+    processes = [run(FETCH_ALL, f"gs://{bucket_name}", cache) for _ in range(2)]
+    assert [set(output_of(process).split()) for process in processes] == [expected] * 2
+    assert proxy.count("get") - begun >= len(many) - len(whole)
     for path in cache.glob("*.partial"):
         os.utime(path, (0, 0))
     sweep(tmp_path)
-    assert len(os.listdir(cache)) == seen
-    proxy.bandwidth, begun = None, proxy.count("get")
-    assert set(output_of(run(FETCH_ALL, f"gs://{bucket_name}", cache)).split()) == expected
-    assert proxy.count("get") - begun == len(many) - seen
+    assert sorted(hash_of(path) for path in cache.iterdir()) == sorted(expected)
 
 
 # A bad network
 
 
 def test_everything_works_on_a_bad_network(bucket_name, many, server, tmp_path, monkeypatch):
-    """Every kind of fault, on 30 % of the requests; and each was met."""
-    told = []
-    with ChaosProxy(server, rate=0.3, delay=0.1, seed=2) as proxy:
+    """Every kind of fault, on a third of the requests; and each was met, and one line tells of it."""
+    told, lines = [], []
+    with ChaosProxy(server, rate=0.33, delay=0.1, seed=2) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
         bucket = open_bucket(f"gs://{bucket_name}", tmp_path / "cache")
-        bucket.on_bytes = told.append
+        bucket.on_bytes, bucket.on_retry = told.append, lines.append
         with ThreadPoolExecutor(bucket.threads) as pool:
-            blobs = bucket.list("many")
-            assert list(pool.map(bucket.read, blobs)) == many
+            assert list(pool.map(bucket.read, bucket.list("many"))) == many
             results = {f"models/m/{number}.yaml": str(number).encode() * 100 for number in range(30)}
             list(pool.map(bucket.create, results, results.values()))
         assert {request.fault for request in proxy.requests} == {None, *proxy.faults}
         assert "other" not in {request.operation for request in proxy.requests}
     assert sum(told) == sum(map(len, many))
+    assert len(lines) == 1 and f"gs://{bucket_name}" in lines[0] and "trying again for 120 s" in lines[0]
     assert [name for name in fake_gcs.list_objects(server, bucket_name) if name.startswith("models")] == sorted(results)
     assert all(fake_gcs.get_object(server, bucket_name, name) == content for name, content in results.items())
-    assert {path.name[:1] for path in (tmp_path / "cache").iterdir()} <= set("0123456789abcdef")
 
 
-@pytest.mark.parametrize("fault", ["reset", "lost", "429", "500", "503", "cut", "wrong", "hang"])
-def test_a_fault_that_stays_is_an_error_after_a_few_attempts(proxy, gs, brief, fault, caplog, capfd):
-    blob = gs.stat("dataset/config.yaml")
+@pytest.mark.parametrize("fault", ["reset", "lost", "429", "500", "cut", "wrong", "hang"])
+def test_a_fault_that_stays_is_an_error_after_a_few_attempts(proxy, brief, gs, fault, caplog, capfd):
+    lines = []
+    gs.on_retry = lines.append
     proxy.rate, proxy.faults = 1, (fault,)
-    told = []
-    gs.on_bytes = told.append
-    for call in (lambda: gs.list("dataset"), lambda: gs.read(blob), lambda: gs.create("x", b"x" * 100)):
+    for call in (lambda: gs.list("dataset"), lambda: gs.create("x", b"x" * 100)):
         proxy.requests.clear()
         message = error_of(call)
-        assert message.startswith("gs://") and "check the network" in message
+        assert message.startswith("gs://") and "gave up" in message and "check the network" in message
         assert 2 <= len(proxy.requests) <= 10  # it tried again, and not without pauses
-    assert sum(told) == 0
+    assert len(lines) == 1
     assert caplog.text == "" and capfd.readouterr() == ("", "")  # no warnings of the libraries on the screen
 
 
-def test_a_server_that_is_down_is_told(brief, monkeypatch, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-    message = error_of(open_bucket("gs://sandbox", tmp_path).stat, "config.yaml")
-    assert message.startswith("gs://sandbox/config.yaml: ") and "tried again for 0.6 s" in message
-
-
-def test_the_promises_on_patience():
-    """Two minutes after the first failure, and four minutes for a figure of 4 MB that the server does not read."""
-    assert gcp_utils.RETRY_SECONDS == 120 and gcp_utils.SOCKET_SECONDS == 30
-    first_attempt = gcp_utils.SOCKET_SECONDS + 4e6 / gcp_utils.UPLOAD_SPEED
-    assert first_attempt + gcp_utils.RETRY_SECONDS + gcp_utils.SOCKET_SECONDS <= 240
+def test_content_that_does_not_come_is_given_up(proxy, brief, gs, capfd, as_service_account):
+    """gcsfs tries six times, in half a minute; so the two kinds are tried at once. No token is shown."""
+    with answering(200, {"access_token": "a-secret-token", "expires_in": 3600, "token_type": "Bearer"}) as url:
+        refused = as_service_account(url)
+        blob, told, lines = gs.stat("model.hdf5"), [], []
+        gs.on_bytes, gs.on_retry = told.append, lines.append
+        proxy.rate, proxy.faults = 1, ("reset", "503", "cut")
+        proxy.play = lambda method, path, headers: (
+            refusal("401_token_refused_once") if headers["Authorization"] else None
+        )
+        proxy.draw = lambda method, path, draw=proxy.draw: draw(method, path) if "alt=media" in path else None
+        with ThreadPoolExecutor() as pool:
+            broken, unpermitted = pool.map(lambda bucket: error_of(bucket.read, blob), (gs, refused))
+    assert "gave up" in broken and sum(told) == 0 and len(lines) == 1
+    assert "credentials are refused" in unpermitted or "gave up" in unpermitted
+    assert "secret" not in broken + unpermitted + "".join(capfd.readouterr())
 
 
 def test_an_upload_that_nobody_reads_is_given_up(brief, monkeypatch, tmp_path):
-    """An attempt takes longer than the patience here: the second gets what is left of that, and there is no third."""
-    monkeypatch.setattr(gcp_utils, "UPLOAD_SPEED", 1e7)
-    attempt, connections, times = gcp_utils.SOCKET_SECONDS + 2, [], [time.monotonic()]
-
-    def accept(listener):
-        with contextlib.suppress(OSError):
-            while True:
-                connections.append(listener.accept())  # and never reads
-                times.append(time.monotonic())
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+    """The first attempt takes longer than the patience, so there is no second."""
+    monkeypatch.setattr(gcp_utils, "UPLOAD_SPEED", 2e7)
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # it takes connections, and never reads
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{listener.getsockname()[1]}")
         message = error_of(open_bucket("gs://sandbox", tmp_path).create, "x.png", bytes(20_000_000))
-        times.append(time.monotonic())
-        listener.shutdown(socket.SHUT_RDWR)
     assert "gs://sandbox/x.png" in message and "timed out" in message and "gave up after" in message
-    _, first, second, end = times
-    assert second - first < 3 * attempt and end - second < 0.75 * (second - first)
 
 
-def test_a_slow_line_is_no_fault(proxy, gs, brief, monkeypatch):
-    blob = gs.stat("model.hdf5")
-    proxy.bandwidth, proxy.latency = 5e5, 0.1
-    proxy.requests.clear()
-    assert gs.read(blob) == IN_THE_BUCKET["model.hdf5"]  # longer than any of the limits
-    assert len(proxy.requests) == 1
-
-
-@pytest.mark.parametrize("fault", ["wrong", "cut", "503"])
-def test_a_failure_after_a_long_download_is_tried_again(proxy, gs, brief, fault):
-    """The patience counts from the first failure, not from the start."""
-    blob = gs.stat("model.hdf5")
-    proxy.bandwidth, proxy.requests[:] = 8e5, []
-    proxy.draw = lambda *request, draw=proxy.draw: draw(*request) or (fault if len(proxy.requests) == 1 else None)
-    told = []
+def test_a_slow_line_is_no_fault_and_a_cut_after_a_long_time_is_tried_again(proxy, brief, gs):
+    blob, told = gs.stat("model.hdf5"), []
+    proxy.bandwidth, proxy.latency, proxy.requests[:] = 5e5, 0.1, []
     gs.on_bytes = told.append
-    assert gs.read(blob) == IN_THE_BUCKET["model.hdf5"]
+    proxy.draw = lambda *request, draw=proxy.draw: draw(*request) or ("cut" if len(proxy.requests) == 1 else None)
+    assert gs.read(blob) == IN_THE_BUCKET["model.hdf5"]  # takes longer than any of the limits
     assert len(proxy.requests) == 2 and sum(told) == len(IN_THE_BUCKET["model.hdf5"])
-
-
-def test_more_bytes_than_listed_are_not_kept(gs, brief, tmp_path):
-    blob = gs.stat("model.hdf5")
-    assert "more bytes than" in error_of(gs.fetch, blob._replace(size=1000))
-    assert os.listdir(tmp_path / "cache") == []
+    assert len(told) > 10  # as they come
 
 
 @pytest.mark.parametrize("fault", ["lost", "wrong", "cut"])
@@ -603,41 +488,29 @@ def test_an_upload_whose_answer_is_lost_is_done_once(proxy, gs, server, bucket_n
     assert [request.operation for request in proxy.requests] == ["create", "create", "get"]
 
 
-def test_an_upload_is_not_done_if_the_bucket_holds_something_else(gs, proxy, server, bucket_name):
-    """Somebody else's object takes the place of ours between the upload and its confirmation."""
-
-    def meddle(method, path, headers):
-        if method == "GET":
-            fake_gcs.put_object(server, bucket_name, "x.yaml", b"theirs")
-
-    proxy.play = meddle
-    assert "holds other content" in error_of(gs.create, "x.yaml", b"ours")
-
-
 def test_uploads_of_one_name_at_once_leave_one_winner(bucket):
-    """Real processes; the one that wins is the one whose content is there, and all others are told."""
-    code = """
-bucket = open_bucket(sys.argv[1], Path("cache"))
-print("ready", flush=True)
-sys.stdin.readline()
-for name in "abc":
-    try:
-        bucket.create(f"race/{name}.yaml", sys.argv[2].encode() * 50_000)
-        print(name)
-    except FileExistsError:
-        pass
-"""
-    processes = [run(code, bucket.url(""), number, stdin=subprocess.PIPE) for number in range(3)]
-    assert all(process.stdout.readline() == "ready\n" for process in processes)
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    won = [output_of(process).split() for process in processes]
-    assert sorted(sum(won, [])) == ["a", "b", "c"]
-    for name in "abc":
-        (winner,) = (number for number in range(3) if name in won[number])
-        assert bucket.read(bucket.stat(f"race/{name}.yaml")) == str(winner).encode() * 50_000
-    assert len(bucket.list("race")) == 3
+    barrier, won = threading.Barrier(8), {}
+
+    def create(number):
+        barrier.wait()
+        with contextlib.suppress(FileExistsError):
+            bucket.create("race.yaml", str(number).encode() * 50_000)
+            won[number] = True
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(create, range(8)))
+    (winner,) = won
+    assert bucket.read(bucket.stat("race.yaml")) == str(winner).encode() * 50_000
+
+
+def test_a_mistake_of_ours_is_no_fault_of_the_network(proxy, gs):
+    """It is shown with its traceback, at once."""
+    blob = gs.stat("model.hdf5")
+    proxy.requests.clear()
+    gs.on_bytes = lambda: None
+    with pytest.raises(TypeError):
+        gs.read(blob)
+    assert len(proxy.requests) == 1
 
 
 # Kinds of buckets
@@ -648,46 +521,25 @@ def refusal(name):
     return CASES[name]["error"]["code"], json.dumps(CASES[name]).encode()
 
 
-@pytest.mark.parametrize("checksum", ["crc32c", "md5Hash", None])
-def test_listings_without_checksums(proxy, gs, checksum, tmp_path):
+def test_listings_without_checksums(proxy, gs, server, bucket_name):
     """As of buckets with an encryption key of their own: the object is asked, only where it is to be fetched."""
     (example,) = CASES["list_of_a_bucket_with_its_own_key"]["items"]
-    wanted = {"name", "size", "generation", "kmsKeyName", checksum}
 
     def as_with_a_key(operation, answer):
-        if operation == "list":
-            assert wanted - {checksum} == set(example) - {"kind"}
-            return answer | {
-                "items": [
-                    {key: value for key, value in (example | item).items() if key in wanted}
-                    for item in answer.get("items", ())
-                ]
-            }
-        return answer
+        items = [
+            {key: value for key, value in (example | item).items() if key in example}
+            for item in answer.get("items", ())
+        ]
+        return answer | {"items": items} if operation == "list" else answer
 
     proxy.rewrite = as_with_a_key
     blobs = gs.list("")
     for _ in "network", "cache":
         proxy.requests.clear()
         assert {blob.name: gs.read(blob) for blob in blobs} == IN_THE_BUCKET
-        asked = sum("alt=media" not in request.path for request in proxy.requests)
-        assert asked == (0 if checksum else len(blobs))
-    assert len(os.listdir(tmp_path / "cache")) == len(IN_THE_BUCKET)
-    assert [blob.version for blob in blobs] == [gs.stat(blob.name).version for blob in blobs]
-
-
-def test_an_object_that_changed_after_a_listing_without_checksums(proxy, gs, server, bucket_name):
-    blob = gs.stat("dataset/config.yaml")._replace(checksum="")
-    fake_gcs.put_object(server, bucket_name, blob.name, b"dataset_config: []\n")
-    assert "changed in the bucket during the run" in error_of(gs.fetch, blob)
-
-
-def all_operations(bucket, name="models/new.yaml"):
-    """Something of each kind that a run does; fetching last, which the others must not have to wait for."""
-    blobs = bucket.list("dataset")
-    bucket.create(name, b"x: 1\n")
-    assert [bucket.read(blob) for blob in blobs] == [IN_THE_BUCKET[blob.name] for blob in blobs]
-    assert bucket.read(bucket.stat(name)) == b"x: 1\n"
+        assert sum("alt=media" not in request.path for request in proxy.requests) == len(blobs)
+    fake_gcs.put_object(server, bucket_name, blobs[0].name, b"dataset_config: []\n")
+    assert "changed in the bucket during the run" in error_of(gs.fetch, blobs[0])
 
 
 def test_requester_pays(proxy, gs, monkeypatch):
@@ -696,21 +548,18 @@ def test_requester_pays(proxy, gs, monkeypatch):
             return refusal("400_requester_pays")
 
     blob = gs.stat("model.hdf5")
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "our-project")
+    proxy.requests.clear()
+    all_operations(gs, "unasked.yaml")  # nobody is charged unasked
+    assert not any("userProject" in request.path for request in proxy.requests)
     proxy.play = play
-    monkeypatch.delenv("GOOGLE_CLOUD_PROJECT", raising=False)
-    for call in (lambda: gs.list(""), lambda: gs.read(blob), lambda: gs.create("x", b"x")):
+    monkeypatch.delenv("GOOGLE_CLOUD_PROJECT")
+    for call in each_kind_of_request(gs, blob):
         message = error_of(call)
         assert "requester pays" in message and "GOOGLE_CLOUD_PROJECT" in message and "--gcp-bucket" not in message
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "our-project")
     assert gs.read(blob) == IN_THE_BUCKET["model.hdf5"]
     all_operations(gs)
-
-
-def test_nobody_is_charged_unasked(proxy, bucket_name, monkeypatch, tmp_path):
-    """A project named in the environment serves other purposes, too, and may be one that the account cannot charge."""
-    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "our-project")
-    all_operations(open_bucket(f"gs://{bucket_name}", tmp_path / "cache"))
-    assert not any("userProject" in request.path for request in proxy.requests)
 
 
 @pytest.mark.parametrize("operation_", ["list", "get", "create"])
@@ -727,68 +576,91 @@ def test_rate_limits_are_tried_again(proxy, gs, operation_):
     assert len(refused) == 3
 
 
-def other_refusal(message, reason="forbidden"):
-    error = {"code": 403, "message": message, "errors": [{"reason": reason, "message": message}]}
-    return 403, json.dumps({"error": error}).encode()
+def other_refusal(message):
+    return 403, json.dumps({"error": {"code": 403, "message": message, "errors": [{"message": message}]}}).encode()
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (refusal("403_billing"), "matter of billing"),
-        (refusal("403_policy"), "administrator"),
-        (other_refusal("Provided scope(s) are not authorized"), "cloud-platform"),
-        (other_refusal("Permission denied on Cloud KMS key. Please ensure ..."), "encrypts"),
-        (other_refusal("x does not have serviceusage.services.use access"), "serviceUsageConsumer"),
-        (other_refusal("The bucket is quarantined", "quarantined"), "quarantined"),
+        (refusal("403_billing"), ["The billing account", "matter of billing"]),
+        (refusal("403_policy"), ["prohibited", "administrator"]),
+        (other_refusal("Provided scope(s) are not authorized"), ["Provided scope", "cloud-platform"]),
+        (other_refusal("Permission denied on Cloud KMS key. Please ensure ..."), ["denied on", "encrypts"]),
+        (other_refusal("x does not have serviceusage.services.use access"), ["x does not", "serviceUsageConsumer"]),
+        (other_refusal("The bucket is quarantined"), ["quarantined"]),
+        ((403, b"<!DOCTYPE html><html>Blocked by ACME</html>"), ["web page", "web filter"]),
+        ((200, b"<html>Please log in</html>"), ["web page", "web filter"]),
     ],
 )
 def test_refusals_that_are_not_about_the_two_roles(proxy, gs, answer, words):
     blob = gs.stat("model.hdf5")
     proxy.play = lambda *request: answer
-    for call in (lambda: gs.list(""), lambda: gs.read(blob), lambda: gs.create("x", b"x")):
+    for call in each_kind_of_request(gs, blob):
         proxy.requests.clear()
         message = error_of(call)
-        assert json.loads(answer[1])["error"]["message"] in message and words in message
+        assert all(word in message for word in words), message
         assert "roles/storage" not in message and len(proxy.requests) <= 2
 
 
-def test_content_refused_in_plain_text(proxy, gs):
-    """As Google's server does where content is asked for; the reason is learnt by asking for the object."""
-    blob = gs.stat("model.hdf5")
-    proxy.play = lambda method, path, headers: (403, b"Forbidden") if "alt=media" in path else refusal("403_billing")
-    assert "billing" in error_of(gs.read, blob)
+# Proxies and certificates
 
 
-def test_behind_an_http_proxy(proxy, bucket_name, monkeypatch, tmp_path):
-    """The name of the storage server is one that only the proxy can know; it wants a password."""
+@pytest.fixture
+def behind(monkeypatch):
+    """Set the environment of a network: `behind(storage, HTTP_PROXY=...)`; only the proxy knows the storage's name."""
 
+    def set_environment(storage, **variables):
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.lower(), raising=False)
+        for name, value in {"STORAGE_EMULATOR_HOST": storage, **variables}.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_environment
+
+
+def test_behind_an_http_proxy_that_wants_a_password(proxy, bucket_name, behind, brief, tmp_path):
     def play(method, path, headers):
         if headers["Proxy-Authorization"] != "Basic " + base64.b64encode(b"me:s e").decode():
             return 407, b""
 
     proxy.play = play
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://storage.example.test")
-    monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("://", "://me:s%20e@"))
-    all_operations(open_bucket(f"gs://{bucket_name}", tmp_path / "cache"))
-    assert {request.operation for request in proxy.requests} == {"list", "get", "create"}
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+    address = proxy.url.removeprefix("http://")
+    for number, variable in enumerate(("HTTP_PROXY", "ALL_PROXY")):
+        behind("http://storage.example.test", **{variable: f"http://me:s%20e@{address}"})
+        all_operations(open_bucket(f"gs://{bucket_name}", tmp_path / f"cache {number}"), f"{number}.yaml")
+        behind("http://storage.example.test", **{variable: f"http://me:wr%20ong@{address}"})
+        message = error_of(open_bucket(f"gs://{bucket_name}", tmp_path).list, "")
+        assert "407" in message and "user:password" in message and "ong" not in message and "gave up" not in message
+    behind(proxy.url, HTTP_PROXY="http://127.0.0.1:1", NO_PROXY="127.0.0.1")
     proxy.play = lambda *request: None
-    all_operations(open_bucket(f"gs://{bucket_name}", tmp_path / "cache 2"), "models/second.yaml")
+    all_operations(open_bucket(f"gs://{bucket_name}", tmp_path / "cache"), "last.yaml")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://me:se/cret@proxy:3128", "me:secret#x@proxy:80", "http://me:secret@proxy:80a", "http:/secret", "http://",
+     "socks5h://me:secret@127.0.0.1:1", "http://me:12/secret@proxy:1"]
+)  # fmt: skip
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "STORAGE_EMULATOR_HOST"])
+def test_an_address_that_cannot_be_one_is_told_at_once_and_not_shown(behind, tmp_path, address, variable):
+    behind("http://storage.example.test", **{variable: address})
+    message = error_of(open_bucket, "gs://sandbox", tmp_path)
+    assert variable in message and "http://host:port" in message and "cret" not in message
 
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """A PEM file with a key and a certificate for storage.example.test that is its own authority."""
+    """A PEM file with a key and a certificate, which is its own authority, for the hosts of the tests."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.asymmetric import rsa
 
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name.from_rfc4514_string("CN=storage.example.test")
-    names = [x509.DNSName("storage.example.test"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    now = datetime.now().astimezone()
+    key, name = rsa.generate_private_key(65537, 2048), x509.Name.from_rfc4514_string("CN=storage.example.test")
+    hosts = "storage.example.test", "iamcredentials.googleapis.com"
+    names = [*map(x509.DNSName, hosts), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    now, pem = datetime.now().astimezone(), serialization.Encoding.PEM
     made = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
@@ -797,35 +669,51 @@ def certificate(tmp_path_factory):
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )  # fmt: skip
-    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     path = tmp_path_factory.mktemp("certificate") / "both.pem"
-    path.write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()) + made.public_bytes(pem)
-    )
+    path.write_bytes(secret + made.public_bytes(pem))
     return path
 
 
-def test_behind_an_https_proxy_with_an_authority_of_its_own(server, bucket_name, certificate, monkeypatch, tmp_path):
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "https://storage.example.test")
-    monkeypatch.setattr(gcp_utils, "RETRY_SECONDS", 0.1)
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_behind_an_https_proxy_with_an_authority_of_its_own(
+    server, bucket_name, certificate, behind, tmp_path, variable
+):
+    place, blob = "https://storage.example.test", Blob("model.hdf5", 600_000, 1, "x")
     with ChaosProxy(server, certificate=certificate) as storage, ChaosProxy(storage.url) as proxy:
-        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
-        assert "CERTIFICATE_VERIFY_FAILED" in error_of(open_bucket(f"gs://{bucket_name}", tmp_path).list, "")
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        behind(place, HTTPS_PROXY=proxy.url)
+        bucket = open_bucket(f"gs://{bucket_name}", tmp_path)
+        for call in each_kind_of_request(bucket, blob):
+            proxy.requests.clear()
+            message = error_of(call)
+            assert "CERTIFICATE_VERIFY_FAILED" in message and "REQUESTS_CA_BUNDLE" in message
+            assert len(proxy.requests) == 1  # waiting does not help
+        behind(place, HTTPS_PROXY=proxy.url, **{variable: certificate})
         all_operations(open_bucket(f"gs://{bucket_name}", tmp_path / "cache"))
         assert {request.operation for request in storage.requests} == {"list", "get", "create"}
         assert {request.path for request in proxy.requests} == {"storage.example.test:443"}
+    behind(place, **{variable: tmp_path / "nothing.pem"})
+    message = error_of(open_bucket, f"gs://{bucket_name}", tmp_path)
+    assert variable in message and "nothing.pem" in message and "No such file" in message
 
 
-def test_a_proxy_that_cannot_be_one_is_told_at_once(bucket_name, monkeypatch, tmp_path):
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://storage.example.test")
-    monkeypatch.setenv("HTTP_PROXY", "socks5h://127.0.0.1:1")
-    assert "HTTPS_PROXY" in error_of(open_bucket(f"gs://{bucket_name}", tmp_path).list, "")
+def test_passwords_for_other_programs_are_not_sent(
+    proxy, server, bucket_name, as_service_account, monkeypatch, tmp_path
+):
+    (tmp_path / ".netrc").write_text("default login me password secret\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    proxy.token = "ours"
+    with answering(200, {"access_token": "ours", "expires_in": 3600, "token_type": "Bearer"}) as url:
+        all_operations(as_service_account(url))
 
 
-def test_an_object_stored_packed_is_refused_by_name(gs, server, bucket_name):
-    fake_gcs.put_object(server, bucket_name, "packed.yaml", gzip.compress(b"x: 1"), content_encoding="gzip")
-    assert "packed.yaml: is stored gzip-encoded" in error_of(gs.list, "")
+def test_an_emulator_that_is_left_over_is_named(server, brief, monkeypatch, tmp_path):
+    address = server.removeprefix("http://")
+    for where, words in ((address, "no such bucket"), ("127.0.0.1:1", "check the network")):
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://me:secret@{where}")
+        message = error_of(open_bucket("gs://no-such-bucket", tmp_path).list, "x")
+        assert f"(at {where}, which STORAGE_EMULATOR_HOST names)" in message and words in message
+        assert "secret" not in message
 
 
 # Permissions and credentials
@@ -839,54 +727,43 @@ def test_get_list_and_create_are_all_that_is_needed(proxy, gs):
     assert {request.operation for request in proxy.requests} == {"get", "list", "create"}
 
 
-@pytest.mark.parametrize("missing", ["get", "list", "create"])
-def test_a_missing_permission_is_named_with_its_role(proxy, gs, missing):
-    blob = gs.stat("dataset/config.yaml")
+@pytest.mark.parametrize(("missing", "role"), [("list", "Viewer"), ("get", "Viewer"), ("create", "Creator")])
+def test_a_missing_permission_is_named_with_its_role(proxy, gs, server, bucket_name, missing, role):
+    """Also where the name of an object has the words of another cause in it."""
+    fake_gcs.put_object(server, bucket_name, "billing policy, rate limit", b"")
+    blob = gs.stat("billing policy, rate limit")
     proxy.permissions = {"get", "list", "create"} - {missing}
-    call = {"get": lambda: gs.read(blob), "list": lambda: gs.list(""), "create": lambda: gs.create("x", b"x")}[missing]
     proxy.requests.clear()
-    message = error_of(call)
-    role = "objectCreator" if missing == "create" else "objectViewer"
-    assert f"storage.objects.{missing} " in message and f"roles/storage.{role} " in message and "gs://" in message
+    message = error_of(dict(zip(("list", "get", "create"), each_kind_of_request(gs, blob), strict=True))[missing])
+    assert f"storage.objects.{missing} " in message and f"roles/storage.object{role} " in message and "gs://" in message
     assert "someone@example.com" in message and len(proxy.requests) <= 2
 
 
-def test_refused_credentials_are_told(proxy, gs):
-    blob = gs.stat("model.hdf5")
-    proxy.permissions, proxy.refusal = (), 401
-    for call in (lambda: gs.list(""), lambda: gs.read(blob), lambda: gs.create("x", b"x")):
-        message = error_of(call)
-        assert "credentials are refused" in message and "gcloud auth application-default login" in message
-
-
-def test_missing_credentials_are_told(monkeypatch, tmp_path):
+def test_missing_credentials_are_told_and_never_shown(monkeypatch, tmp_path):
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
-    for content, name in ((None, "none.json"), ("{", "half.json"), ('{"type": "odd"}', "odd.json")):
-        if content:
-            (tmp_path / name).write_text(content)
-        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / name))
-        message = error_of(open_bucket, "gs://sandbox", tmp_path / "cache")
-        assert message.startswith("gs://sandbox/: no Google credentials") and "gcloud auth" in message
-
-
-@pytest.fixture(scope="session")
-def private_key():
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import rsa
-
-    return rsa.generate_private_key(65537, 2048).private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    secret = json.dumps({"type": "authorized_user", "refresh_token": "s3cr3t", "private_key": "s3cr3t"})
+    path = tmp_path / "key.json"
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
+    for content in ("{", '{"type": "odd"}', "[]", secret):
+        path.write_text(content)
+        message = error_of(open_bucket, "gs://sandbox", tmp_path)
+        assert message.startswith("gs://sandbox/: no Google credentials") and str(path) in message
+        assert "s3cr3t" not in message
+    for value in (secret, str(tmp_path / "none.json"), base64.b64encode(secret.encode()).decode()):
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", value)
+        message = error_of(open_bucket, "gs://sandbox", tmp_path)
+        assert "GOOGLE_APPLICATION_CREDENTIALS is not the path of a file" in message and value[:9] not in message
 
 
 @pytest.fixture
-def as_service_account(proxy, bucket_name, private_key, monkeypatch, tmp_path):
+def as_service_account(proxy, bucket_name, certificate, monkeypatch, tmp_path):
     """Open the bucket with the key file of a service account, and the real server in the place of Google's."""
 
-    def open_as(token_uri):
-        account = {"type": "service_account", "client_email": "someone@example.com"}
-        account |= {"private_key": private_key.decode(), "token_uri": token_uri, "project_id": "p"}
-        (tmp_path / "key.json").write_text(json.dumps(account))
+    def open_as(token_uri, **impersonated):
+        account = {"type": "service_account", "client_email": "someone@example.com", "token_uri": token_uri}
+        account |= {"private_key": certificate.read_text().partition("-----BEGIN CERT")[0], "project_id": "p"}
+        given = {**impersonated, "source_credentials": account} if impersonated else account
+        (tmp_path / "key.json").write_text(json.dumps(given))
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
         monkeypatch.setenv("API_ENDPOINT_OVERRIDE", proxy.url)
         monkeypatch.delenv("STORAGE_EMULATOR_HOST")
@@ -896,115 +773,96 @@ def as_service_account(proxy, bucket_name, private_key, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("operation_", ["list", "get", "create", "content"])
-def test_a_token_that_is_refused_once_is_renewed(as_service_account, proxy, operation_):
-    """By its time it would still be valid; and no token is in the message when the new one is refused, too."""
-    refused = []
+def test_a_token_that_is_refused_before_its_time_is_renewed(as_service_account, proxy, operation_):
+    tokens = (f"token-{number}" for number in range(100))
+    with fake_gcs.served(lambda path: (200, {"access_token": next(tokens), "expires_in": 3600})) as url:
+        bucket, revoked = as_service_account(url), set()
 
-    def play(method, path, headers):
-        if operation_ == "content":  # where it is asked for, then where the object is asked for the reason
-            meant = len(refused) < 2 and ("alt=media" in path or refused)
-        else:
-            meant = operation(method, path) == operation_ and not refused
-        if meant:
-            refused.append(path)
-            return refusal("401_token_refused_once")
+        def play(method, path, headers):
+            if operation_ == "content" and "alt=media" in path or operation(method, path) == operation_:
+                revoked.add("Bearer token-0")
+            if headers["Authorization"] in revoked:
+                return refusal("401_token_refused_once")
 
-    proxy.token = "a-secret-token"
-    with answering(200, {"access_token": "a-secret-token", "expires_in": 3600, "token_type": "Bearer"}) as url:
-        bucket = as_service_account(url)
         proxy.play = play
         all_operations(bucket)
-        assert refused
-        blob, proxy.token = bucket.stat("model.hdf5"), "another"
-        for call in (lambda: bucket.list(""), lambda: bucket.read(blob), lambda: bucket.create("x", b"x")):
-            message = error_of(call)
-            assert "credentials are refused" in message and "secret" not in message
+        assert revoked and next(tokens) in ("token-2", "token-3")  # as many as were needed
+        proxy.token = "another"
+        message = error_of(bucket.list, "")
+        assert "credentials are refused" in message and "token-" not in message and "key.json" in message
 
 
-def test_credentials_that_give_no_token_are_told(as_service_account, brief, capfd):
+def test_credentials_that_give_no_token_are_told(as_service_account, brief, monkeypatch, capfd):
     with answering(400, {"error": "invalid_grant", "error_description": "Account is gone"}) as url:
         bucket = as_service_account(url)
         message = error_of(bucket.list, "")
-        assert "no access token" in message and "invalid_grant" in message and "PRIVATE" not in message
-        assert "tried again" not in message  # there is no use in it
+        assert "no access token" in message and "invalid_grant" in message and "clock" in message
+        assert "gave up" not in message  # there is no use in it
+    bucket.on_retry = print
     message = error_of(bucket.list, "")  # the token server is down: there was use in it
-    assert "no access token" in message and "tried again" in message
-    assert capfd.readouterr() == ("", "")
+    assert "no access token" in message and "gave up" in message
+    out, err = capfd.readouterr()
+    assert "trying again for 0.9 s" in out and len(out.splitlines()) == 1 and err == ""
 
 
-ELSEWHERE = {"kind": "storage#object", "name": "elsewhere/x", "size": "1", "generation": "1", "crc32c": "AAAAAA=="}
+def test_the_permission_that_impersonation_lacks_is_told(as_service_account, server, certificate, monkeypatch):
+    denied = {"error": {"message": "Permission 'iam.getAccessToken' denied"}, "other": "s3cr3t"}
+    url = "https://iamcredentials.googleapis.com/v1/projects/-/serviceAccounts/x@p:generateAccessToken"
+    given = {"type": "impersonated_service_account", "service_account_impersonation_url": url}
+    with (
+        ChaosProxy(server, certificate=certificate) as iam,
+        ChaosProxy(iam.url) as proxy,
+        answering(200, {"access_token": "s3cr3t", "expires_in": 3600}) as token_url,
+    ):
+        iam.play = lambda *request: (403, json.dumps(denied).encode())
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        message = error_of(as_service_account(token_url, **given).list, "")
+    assert "Permission 'iam.getAccessToken' denied" in message and "s3cr3t" not in message
 
 
-@pytest.mark.parametrize(
-    "answer", [{}, [], "x", {"kind": "storage#objects", "items": [{"name": "x"}]},
-               {"kind": "storage#objects", "items": [ELSEWHERE]}]
-)  # fmt: skip
-def test_what_is_not_the_storage_api_is_no_empty_bucket(brief, monkeypatch, tmp_path, answer):
-    with answering(200, answer) as url:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        bucket = open_bucket("gs://sandbox/folder", tmp_path / "cache")
-        for call in (lambda: bucket.list(""), lambda: bucket.stat("x"), lambda: bucket.create("x", b"x")):
-            assert "not in the manner of Google Cloud Storage" in error_of(call)
-
-
-@pytest.mark.parametrize("operation_", ["list", "stat", "create"])
-def test_an_unknown_bucket_is_told(proxy, tmp_path, operation_):
-    bucket = open_bucket("gs://no-such-bucket/folder", tmp_path)
-    call = {"list": bucket.list, "stat": bucket.stat, "create": lambda name: bucket.create(name, b"x")}[operation_]
-    assert error_of(call, "x") == "gs://no-such-bucket: there is no such bucket; check its name"
-
-
-@pytest.mark.parametrize(
-    "address",
-    ["gs://", "gs:///x", "gs://UPPER", "gs://..", "gs://a b/c", "gs://sandbox/../x", "gs://sandbox/a//b", "gs://a\x1b"],
-)
-def test_a_malformed_address_is_told(address, tmp_path):
-    assert error_of(open_bucket, address, tmp_path).startswith(repr(address)[1:-1] + ": ")
+def test_a_malformed_address_is_told(tmp_path):
+    for address in [
+        "gs://",
+        "gs:///x",
+        "gs://UPPER",
+        "gs://..",
+        "gs://a b/c",
+        "gs://sandbox/../x",
+        "gs://sandbox/a//b",
+    ]:
+        assert error_of(open_bucket, address, tmp_path).startswith(f"{address}: ")
+    assert error_of(open_bucket, "", tmp_path).startswith("'' is no bucket")
+    for address in ("s3://me:secret@x", "https://me:secret@storage.googleapis.com/x", "gs://me:secret@x"):
+        message = error_of(open_bucket, address, tmp_path)
+        assert "write gs://name" in message and "secret" not in message
 
 
 # A directory
 
 
-def test_a_directory_is_used_in_place(directory, tmp_path):
-    blob = directory.stat("model.hdf5")
-    assert directory.fetch(blob) == tmp_path / "bucket" / "model.hdf5"
+def test_a_directory_is_used_in_place(directory, tmp_path, monkeypatch):
+    assert directory.fetch(directory.stat("model.hdf5")) == tmp_path / "bucket" / "model.hdf5"
     assert not (tmp_path / "cache").exists()
+    monkeypatch.chdir(tmp_path)
+    assert open_bucket("bucket", tmp_path).address == str(tmp_path / "bucket")
 
 
-def test_a_version_in_a_directory_outlives_what_does_not_touch_the_content(directory, tmp_path):
-    """A backup, other permissions, another hard link, another place: none of these costs a second pass."""
-    versions = [(blob.name, blob.version) for blob in directory.list("")]
-    subprocess.run(["cp", "-a", tmp_path / "bucket", tmp_path / "copy"], check=True)
-    shutil.rmtree(tmp_path / "bucket")
-    for path in list((tmp_path / "copy").rglob("*.*")):
-        if path.is_file():
-            path.chmod(0o644)
-            os.link(path, tmp_path / f"link {hash(path)}")
-    moved = (tmp_path / "copy").rename(tmp_path / "moved")
-    assert [(blob.name, blob.version) for blob in open_bucket(str(moved), tmp_path).list("")] == versions
-
-
-@pytest.mark.parametrize("first", ["read", "fetch"])
-@pytest.mark.parametrize("later", ["read", "fetch"])
-def test_where_the_mtime_changes_the_content_decides(directory, tmp_path, first, later):
-    blob = directory.stat("model.hdf5")
+def test_a_file_that_changes_after_it_was_listed_is_told(directory, tmp_path):
+    """A backup that links it, or other permissions, change its version only: it is read again by the next run."""
     path = tmp_path / "bucket" / "model.hdf5"
-    getattr(directory, first)(blob)
-    os.utime(path, (1, 1))
-    getattr(directory, later)(blob)
-    path.write_bytes(IN_THE_BUCKET["model.hdf5"][:-1] + b"?")
-    assert "changed in the bucket during the run" in error_of(getattr(directory, later), blob)
-    path.write_bytes(b"shorter")
-    assert "changed in the bucket during the run" in error_of(getattr(directory, later), blob)
-
-
-def test_a_file_that_changes_before_it_was_read_is_told(directory, tmp_path):
-    """What was in it when it was listed, which is what the counts are filed under, nobody can say."""
     blob = directory.stat("model.hdf5")
-    os.utime(tmp_path / "bucket" / "model.hdf5", (1, 1))
+    os.link(path, tmp_path / "backup")
+    assert directory.read(blob) == IN_THE_BUCKET["model.hdf5"] and directory.fetch(blob) == path
+    content = IN_THE_BUCKET["model.hdf5"][:-1] + b"?"
+    path.write_bytes(content)
+    os.utime(path, ns=(blob.mtime, blob.mtime))  # edited in place, with its mtime restored
+    later = directory.stat("model.hdf5")
+    assert later[:5] == blob[:5] and later.version != blob.version and directory.read(later) == content
+    os.utime(path, (1, 1))
     for call in (directory.read, directory.fetch):
         assert "changed in the bucket during the run" in error_of(call, blob)
-    (tmp_path / "bucket" / "model.hdf5").unlink()
+    path.unlink()
     for call in (directory.read, directory.fetch):
         assert "model.hdf5" in error_of(call, blob)
 
@@ -1018,80 +876,62 @@ def test_a_directory_that_cannot_be_used_is_told(tmp_path, open_folder):
     with unprivileged():
         assert "Permission denied" in error_of(open_bucket, str(open_folder / "closed"), tmp_path)
         bucket = open_bucket(str(open_folder), tmp_path)
-        for call in (lambda: bucket.list("closed"), lambda: bucket.stat("closed/x")):
+        for call in (lambda: bucket.list(""), lambda: bucket.list("closed"), lambda: bucket.stat("closed/x")):
             assert "closed" in error_of(call)
     open_folder.chmod(0o555)
     with unprivileged():
-        assert "Permission denied" in error_of(bucket.create, "new.yaml", b"x")
-    open_folder.chmod(0o777)
+        message = error_of(bucket.create, "new.yaml", b"x")
+    assert "new.yaml: cannot be written" in message and "Permission denied" in message and "is there" not in message
     (open_folder / "closed").chmod(0o777)
 
 
 def test_links_are_followed_but_not_in_circles(directory, tmp_path):
-    outside = tmp_path / "outside"
+    images, outside = tmp_path / "bucket/dataset/train/images", tmp_path / "outside"
     outside.mkdir()
     (outside / "c.png").write_bytes(b"c")
-    images = tmp_path / "bucket/dataset/train/images"
     (images / "c.png").symlink_to(outside / "c.png")
     (images / "again").symlink_to(tmp_path / "bucket" / "dataset")
     (images / "more").symlink_to(outside)
-    blobs = directory.list("dataset/train/images")
+    names = [blob.name for blob in directory.list("dataset")]
+    assert "dataset/train/images/more/c.png" in names and len(names) == len(set(names)) == 7
     assert directory.read(directory.stat("dataset/train/images/c.png")) == b"c"
-    assert "dataset/train/images/more/c.png" in [blob.name for blob in blobs]
-    assert len(blobs) < 20
+    os.mkfifo(images / "pipe")
+    assert "pipe: is not a regular file" in error_of(directory.list, "dataset")
+    (images / "pipe").unlink()
     (images / "d.png").symlink_to(outside / "nothing")
     assert "d.png" in error_of(directory.list, "dataset")
 
 
-def test_what_is_no_file_is_refused(directory, tmp_path):
-    os.mkfifo(tmp_path / "bucket" / "dataset" / "pipe")
-    assert "pipe" in error_of(directory.list, "dataset")
-
-
-# What file systems lack: files without a name, also hard links, or only these.
-LACKING = {
-    "nothing": "",
-    "nameless files": "os.O_TMPFILE = os.O_RDONLY | os.O_EXCL | os.O_CREAT",  # refused for a directory
-    "hard links": "def no_links(*_, **__): raise PermissionError(1, 'Operation not permitted')\nos.link = no_links",
-}
-LACKING["both"] = f"{LACKING['nameless files']}\n{LACKING['hard links']}"
-
-
-@pytest.mark.parametrize("lacking", LACKING)
-def test_create_in_a_directory_killed_at_any_moment_leaves_whole_files_only(tmp_path, lacking):
-    code = f"""
-{LACKING[lacking]}
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_create_in_a_directory_killed_at_any_moment_leaves_whole_files_only(tmp_path, hard_links):
+    code = """
 import hashlib, itertools
+def no_links(*_, **__): raise PermissionError(1, "Operation not permitted")
+if sys.argv[3] == "False": os.link = no_links
 bucket = open_bucket(sys.argv[1], Path("cache"))
 for number in itertools.count(int(sys.argv[2])):
     data = number.to_bytes(4, "big") * 1_000_000
     print(flush=True)
-    bucket.create(f"results/{{hashlib.sha256(data).hexdigest()}}.yaml", data)
+    bucket.create(f"results/{hashlib.sha256(data).hexdigest()}.yaml", data)
 """
     moments, results = random.Random(7), tmp_path / "results"
-    for attempt in range(5):
-        process = run(code, tmp_path, 1000 * attempt)
-        for _ in range(2):
+    for attempt in range(3):
+        process = run(code, tmp_path, 1000 * attempt, hard_links)
+        for _ in range(3):
             process.stdout.readline()
         time.sleep(moments.uniform(0, 0.03))
         process.kill()
         process.communicate()
     whole = [path for path in results.glob("[0-9a-f]*") if path.stat().st_size]  # a name may be taken, never by half
     assert len(whole) >= 5 and all(path.stem == hash_of(path) for path in whole)
-    hidden = list(results.glob(".*"))
-    assert len(hidden) <= 5 if lacking != "nothing" else not hidden
-    assert oct(whole[0].stat().st_mode & 0o777) == oct(0o666 & ~current_umask())
-
-
-def current_umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    assert all(path.name.endswith(".partial") for path in results.glob(".*"))
+    os.umask(mask := os.umask(0))
+    assert whole[0].stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_result_is_published_where_there_are_no_hard_links(directory, tmp_path, monkeypatch, number):
-    """As on exFAT, gcsfuse and shared folders; nor can such a folder be flushed. And never over another's."""
+    """As on exFAT, gcsfuse and shared folders. And never over another's, or through a link."""
 
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number))
@@ -1101,22 +941,6 @@ def test_a_result_is_published_where_there_are_no_hard_links(directory, tmp_path
     directory.create("models/m/x.yaml", b"x: 1\n")
     error_of(directory.create, "models/m/x.yaml", b"x: 2\n", error=FileExistsError)
     assert directory.read(directory.stat("models/m/x.yaml")) == b"x: 1\n"
-    assert os.listdir(tmp_path / "bucket/models/m") == ["x.yaml"]
-
-
-def test_create_in_a_directory_takes_no_place_in_vain(directory, tmp_path):
-    code = """
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-try:
-    open_bucket(sys.argv[1], Path("cache")).create("full/x.yaml", bytes(1 << 21))
-except gcp_utils.BucketError as error:
-    print(error)
-"""
-    message = output_of(run(code, tmp_path / "bucket"))
-    assert "full/x.yaml" in message and "File too large" in message
-    assert os.listdir(tmp_path / "bucket" / "full") == []
-    (tmp_path / "bucket" / "full" / "dangling").symlink_to("nowhere")
-    with pytest.raises((BucketError, FileExistsError)):
-        directory.create("full/dangling", b"x")
-    assert not (tmp_path / "bucket" / "full" / "nowhere").exists()
+    (tmp_path / "bucket/models/m/dangling").symlink_to("nowhere")
+    error_of(directory.create, "models/m/dangling", b"x")
+    assert sorted(os.listdir(tmp_path / "bucket/models/m")) == ["dangling", "x.yaml"]

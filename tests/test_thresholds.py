@@ -26,15 +26,15 @@ def exactly(name, tp, fp, fn, tn):
         return Fraction(a, b) if b else Fraction(0)
 
     precision, recall, specificity = over(tp, tp + fp), over(tp, tp + fn), over(tn, tn + fp)
-    covariance = tp * tn - fp * fn
+    covariance, accuracy = tp * tn - fp * fn, over(tp + tn, tp + tn + fp + fn)
     return {
         "iou_score": over(tp, tp + fp + fn),
         "f1_score": over(2 * precision * recall, precision + recall),
         "f2_score": over(5 * precision * recall, 4 * precision + recall),
         "precision": precision,
         "recall": recall,
-        "binary_accuracy_tfkeras": over(tp + tn, tp + tn + fp + fn),
-        "binary_accuracy_sm": over(tp + tn, tp + tn + fp + fn),
+        "binary_accuracy_tfkeras": accuracy,
+        "binary_accuracy_sm": accuracy,
         "balanced_accuracy": (recall + specificity) / 2,
         "matthews_corrcoef": over(covariance * abs(covariance), (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)),
     }[name]
@@ -68,12 +68,13 @@ def train(histogram, metric="iou_score"):
 
 def sparse_histogram(draw):
     """Draw a histogram with few filled bins: it has plateaus and ties, and often single pixels."""
-    pixels = st.one_of(st.integers(0, 3), st.integers(0, 10**12))
+    pixels = st.one_of(st.integers(0, 3), st.integers(0, 10**5))
     rows = draw(st.lists(st.tuples(st.integers(0, N), pixels, pixels), min_size=1, max_size=8))
     histogram = np.zeros((2, N + 1), np.int64)
     for k, outside, inside in rows:
         histogram[:, k] += outside, inside
-    histogram[draw(st.integers(0, 1)), draw(st.integers(0, N))] += 1
+    for truth in (0, 1):
+        histogram[truth, draw(st.integers(0, N))] += 1
     return histogram
 
 
@@ -144,66 +145,12 @@ def test_iou_and_f1_have_the_same_threshold(data):
     assert train(histogram, "iou_score").x == train(histogram, "f1_score").x
 
 
-def test_iou_and_f1_agree_where_rounding_would_make_them_differ():
-    # Neighbouring fractions tp / union, the second larger by 1 / (union * union): they are equal in float64.
-    tp_above, union_above = 858993457, 2**31 - 1
-    union = -pow(tp_above, -1, union_above) % union_above
-    tp, union = (1 + tp_above * union) // union_above + tp_above, union + union_above
-    histogram = np.zeros((2, N + 1), np.int64)
-    histogram[1, [100000, 60000, 10]] = tp_above, tp - tp_above, union_above - tp
-    histogram[0, [60000, 10]] = union - union_above, 10**10
-    assert Fraction(tp, union) > Fraction(tp_above, union_above)
-    assert tp / union == tp_above / union_above
-    for name in ("iou_score", "f1_score"):
-        # the one that is really best, although the stretch of the other is wider
-        assert 10 <= train(histogram, name).index < 60000
-
-
-def test_the_matthews_coefficient_of_integers_is_in_exact_order():
-    rng = np.random.default_rng(0)
-    metric = models.class_metric("matthews_corrcoef")
-    equal_in_float64 = 0
-    for _ in range(300):
-        counts = [int(10**power) for power in rng.uniform(0, 18, 4)]
-        others = [max(0, count + int(step)) for count, step in zip(counts, rng.integers(-1, 2, 4), strict=True)]
-        exact = exactly("matthews_corrcoef", *counts), exactly("matthews_corrcoef", *others)
-        ours = metric(*counts), metric(*others)
-        assert (ours[0] < ours[1], ours[0] > ours[1]) == (exact[0] < exact[1], exact[0] > exact[1])
-        equal_in_float64 += exact[0] != exact[1] and float(ours[0]) == float(ours[1])
-    assert equal_in_float64 > 0
-
-
-@pytest.mark.parametrize("name", ["balanced_accuracy", "matthews_corrcoef"])
-def test_the_optimum_is_found_where_rounding_reverses_the_order(name):
-    rng = np.random.default_rng(0)
-    metric = models.class_metric(name)
-    positives, negatives = 10**9 + 7, 10**17 + 39
-    for _ in range(1000):
-        tp, more_tp = rng.integers(10**8, 5 * 10**8, 2).tolist()
-        fp = int(rng.integers(10**14, 10**15))
-        higher = positives - tp, negatives - fp
-        # The most false positives that a lower threshold may add and still be better, by bisection.
-        few, many = 0, negatives - fp
-        exact = exactly(name, tp, fp, *higher)
-        while many - few > 1:
-            more_fp = (few + many) // 2
-            counts = tp + more_tp, fp + more_fp, higher[0] - more_tp, higher[1] - more_fp
-            few, many = (more_fp, many) if exactly(name, *counts) > exact else (few, more_fp)
-        counts = [(tp, fp, *higher), (tp + more_tp, fp + few, higher[0] - more_tp, higher[1] - few)]
-        ours = metric(*np.array(counts).T)
-        if few and ours[0] > ours[1]:  # although the second one is better
-            break
-    else:
-        pytest.fail("no such case")
-    histogram = np.zeros((2, N + 1), np.int64)
-    histogram[1, [100000, 50000, 0]] = tp, more_tp, positives - tp - more_tp
-    histogram[0, [100000, 50000, 0]] = fp, few, negatives - fp - few
-    assert train(histogram, name).index < 50000
-
-
-def test_one_pixel_of_many_decides():
-    # With this false positive the IoU rounds to 1 in float64, over a wider stretch; without it, it is 1.
-    assert 0.6 <= train(pixels({0.9: 10**16}, {0.6: 1, 0.01: 100})).x < 0.9
+def test_metrics_that_differ_only_by_rounding_are_equal():
+    # The balanced accuracy is (0.8 + 0.9) / 2 below 0.2, and (0.7 + 1) / 2 from there to 0.9.
+    assert 0.8 + 0.9 > 0.7 + 1
+    histogram = pixels({0.9: 7, 0.2: 1, 0.0: 2}, {0.2: 1, 0.0: 9})
+    low, high = train(histogram, "balanced_accuracy").best_stretch
+    assert low < 1e-9 and high > 0.89
 
 
 def test_the_widest_stretch_spans_the_largest_range_not_the_most_thresholds():
@@ -211,19 +158,6 @@ def test_the_widest_stretch_spans_the_largest_range_not_the_most_thresholds():
     assert train(histogram).x == pytest.approx(0.35, abs=1e-5)
     histogram = pixels({0.9: 2, 0.4: 2}, {0.85: 4})  # IoU 1/2 from 2**-40 to 0.4 and from 0.85 to 0.9
     assert train(histogram).x == pytest.approx(0.2, abs=1e-5)
-
-
-def test_the_higher_of_two_peaks_is_found():
-    rng = np.random.default_rng(0)
-    # A broad low peak, where a bounded search begins, and a narrow high one close to 1.
-    p = np.concatenate(
-        [np.full(700, 0.998), rng.uniform(0.3, 0.45, 300), np.full(800, 0.99), rng.uniform(0, 0.3, 9000)]
-    )
-    truth = np.arange(len(p)) < 1000
-    trained = train(histogram_of(p, truth))
-    assert 0.99 <= trained.x < 0.998
-    assert trained.metric == 0.7
-    assert max(metric for _, metric in trained.history[:-1]) < 0.6
 
 
 @pytest.mark.parametrize("shift", [-20, -8, 0, 14])
@@ -245,28 +179,16 @@ def test_every_threshold_agrees_with_scikit_learn():
     rng = np.random.default_rng(1)
     truth = rng.random(4000) < 0.2
     p = np.where(truth, rng.beta(3, 2, 4000), rng.beta(1, 4, 4000)).astype(np.float32)
-    histogram = histogram_of(p, truth)
     metric = models.class_metric("precision_at_recall_0.9")
-    trained, curve = models.train_prediction_threshold(histogram, "class0", metric, lambda *_: None)
-
-    # scikit-learn counts p >= t; this equals p > THRESHOLDS[k] for the last threshold below t
-    precision, recall, distinct = sklearn.metrics.precision_recall_curve(truth, p)
-    k = np.searchsorted(THRESHOLDS, distinct) - 1
-    single = (k >= 0) & (np.diff(k, prepend=-2) > 0)  # no smaller probability is in the same bin
-    assert single.sum() > 3000
-    np.testing.assert_allclose(curve.precision[k[single]], precision[:-1][single])
-    np.testing.assert_allclose(curve.recall[k[single]], recall[:-1][single])
-    np.testing.assert_array_equal(curve.metric, curve.precision)
+    trained, curve = models.train_prediction_threshold(histogram_of(p, truth), "class0", metric, lambda *_: None)
+    precision, recall, _ = sklearn.metrics.precision_recall_curve(truth, p)
     assert trained.metric == pytest.approx(precision[recall >= 0.9].max(), abs=1e-12)
     assert trained.metric_at_half == pytest.approx(sklearn.metrics.precision_score(truth, p > 0.5), abs=1e-12)
     assert trained.allowed_at_half == (sklearn.metrics.recall_score(truth, p > 0.5) >= 0.9)
-
     for k in (0, 20000, 66637, 90000, N - 1):
         predicted = p > THRESHOLDS[k]
-        counts = curve.tp[k], curve.fp[k], curve.fn[k], curve.tn[k]
-        assert counts == tuple(
-            np.sum((predicted == positive) & (truth == right)) for positive, right in ((1, 1), (1, 0), (0, 1), (0, 0))
-        )
+        cells = curve.tn[k], curve.fp[k], curve.fn[k], curve.tp[k]
+        assert cells == tuple(sklearn.metrics.confusion_matrix(truth, predicted).ravel())
         reference = {
             "iou_score": sklearn.metrics.jaccard_score(truth, predicted, zero_division=0),
             "f1_score": sklearn.metrics.f1_score(truth, predicted, zero_division=0),
@@ -278,11 +200,10 @@ def test_every_threshold_agrees_with_scikit_learn():
             "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(truth, predicted),
             "matthews_corrcoef": sklearn.metrics.matthews_corrcoef(truth, predicted),
         }
-        assert reference.keys() == models.CLASS_METRICS.keys()
-        for name, value in reference.items():
-            metric = models.class_metric(name)
-            assert metric(*(np.array([count]) for count in counts))[0] == pytest.approx(value, abs=1e-12), name
-            assert float(metric(*map(int, counts))) == pytest.approx(value, abs=1e-12), name
+        ours = {
+            name: metric(curve.tp, curve.fp, curve.fn, curve.tn)[k] for name, metric in models.CLASS_METRICS.items()
+        }
+        assert ours == pytest.approx(reference, abs=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -290,45 +211,25 @@ def test_every_threshold_agrees_with_scikit_learn():
 
 
 def test_the_level_is_reached_exactly():
-    tenth = 10**16  # recall is 19 / 20 at the higher probability, then less by one pixel
-    for pixels, allowed in ((19 * tenth, True), (19 * tenth - 1, False)):
-        assert pixels / (20 * tenth) == 0.95  # equal in float64
-        histogram = np.zeros((2, N + 1), np.int64)
-        histogram[1, [90000, 30000]] = pixels, 20 * tenth - pixels
-        histogram[0, [60000, 10]] = tenth, tenth
-        trained = train(histogram, "precision_at_recall_0.95")
-        assert (60000 <= trained.index < 90000) == allowed
+    for pixels_above, allowed in ((19, True), (18, False)):  # recall is 19 / 20 at the higher probability, then less
+        trained = train(
+            pixels({0.9: pixels_above, 0.3: 20 - pixels_above}, {0.6: 1, 0.01: 9}), "precision_at_recall_0.95"
+        )
+        assert (trained.x > 0.6) == allowed
         assert trained.metric == pytest.approx(1.0 if allowed else 20 / 21, abs=1e-12)
-        metric = models.class_metric("recall_at_precision_0.95")
-        assert metric.allowed(pixels, 20 * tenth - pixels, 1, 1) == allowed
-        arrays = (np.array([[count]]) for count in (pixels, 20 * tenth - pixels, 1, 1))
-        np.testing.assert_array_equal(metric.allowed(*arrays), [[allowed]])
 
 
 def test_a_level_that_is_not_reached_is_an_error_that_names_the_highest(monkeypatch):
-    # 70 pixels of the class at 0.6, 25 at 0.25, 5 at 0; all others at 0.125
-    p, truth = np.repeat([0.6, 0.25, 0.0, 0.125], [70, 25, 5, 900]), np.repeat([1, 0], [100, 900])
-    assert train(histogram_of(p, truth), "precision_at_recall_0.95").metric == 1
+    histogram = pixels({0.6: 70, 0.25: 25, 0.0: 5}, {0.125: 900})
     with pytest.raises(
         ModelError, match=r"class0: recall .*_\.951 at any threshold: .* highest is 0\.95, at 9\.\S+e-13"
     ):
-        train(histogram_of(p, truth), "iou_score_at_recall_.951")
+        train(histogram, "iou_score_at_recall_.951")
     monkeypatch.setattr(models, "OPT_BOUNDS", [0.5, 1])
     with pytest.raises(ModelError, match=r"highest is 0\.333333, at 0\.5;"):  # rounded down, so that it can be reached
         train(pixels({0.9: 1, 0.3: 2}, {0.1: 9}), "precision_at_recall_0.5")
     with pytest.raises(ModelError, match=r"class0: recall .* within OPT_BOUNDS.* highest is 0\.7, at 0\.5; widen them"):
-        train(histogram_of(p, truth), "precision_at_recall_0.95")
-
-
-@pytest.mark.parametrize(
-    ("name", "level"),
-    [("precision_at_recall_0.95", 0.95), ("recall_at_precision_.9", 0.9), ("iou_score_at_recall_0.999", 0.999)],
-)
-def test_names_with_a_level(name, level):
-    metric = models.class_metric(name)
-    assert metric.name == name
-    assert metric.level == Fraction(str(level))
-    models.check_metric(metric)
+        train(histogram, "precision_at_recall_0.95")
 
 
 @pytest.mark.parametrize(
@@ -341,7 +242,7 @@ def test_names_with_a_level(name, level):
         ("binary_cross_entropy", ["does not depend on a threshold"]),
         *(
             (f"precision_at_recall_{level}", ["between 0 and 1", "precision_at_recall_0.95"])
-            for level in ["", "0", "0.0", "1", "1.0", "95", "-0.5", "nan", "1e-3", "0,9", "٠.٩", "0." + 40 * "9"]
+            for level in ["", "0.0", "1", "95", "-0.5", "1e-3", "0,9", "٠.٩"]
         ),
     ],
 )
@@ -351,58 +252,31 @@ def test_a_name_that_is_no_metric_is_an_error(name, words):
     assert all(word in str(error.value) for word in ["--optimizing-class-metric", *words])
 
 
-def raises(tp, fp, fn, tn):
-    raise KeyError("tp")
-
-
-def in_place(tp, fp, fn, tn):
-    tp += fp
-    return models.ratio(tp, tp + fn)
-
-
-def nan_where_large(tp, fp, fn, tn):
-    if isinstance(tp, np.ndarray):
-        return np.where(tp > 1000, np.nan, models.ratio(tp, tp + fn))
-    return models.ratio(tp, tp + fn)
-
-
-def integers_differ(tp, fp, fn, tn):
-    return models.ratio(tp, tp + fn) if isinstance(tp, np.ndarray) else models.ratio(tp, tp + fp)
-
-
 @pytest.mark.parametrize(
-    "function",
+    ("name", "meant"),
     [
-        raises,
-        in_place,
-        integers_differ,
-        lambda tp, fp, fn, tn: tp / (tp + fp),  # NaN for 0 / 0
-        lambda tp, fp, fn, tn: np.nan_to_num(tp / (tp + fp)),  # ZeroDivisionError for Python integers
-        lambda tp, fp, fn, tn: 0.5,
-        lambda tp, fp, fn, tn: models.ratio(tp.sum(), tp.sum() + fp.sum()),
-        lambda tp, fp, fn, tn: models.ratio(tp, tp + fp)[:-1],
-        lambda tp, fp, fn, tn: tp - fp,  # int64
-        lambda tp, fp, fn, tn: models.ratio(tp, tp + fp).astype(np.float32),
-        lambda tp, fp: models.ratio(tp, tp + fp),
-        lambda tp, fp, fn, tn: None,
+        ("f1", "f1_score"),
+        ("F1-score", "f1_score"),
+        ("dice", "f1_score"),
+        ("dice_coefficient", "f1_score"),
+        ("iou", "iou_score"),
+        ("IoU", "iou_score"),
+        ("jaccard", "iou_score"),
+        ("accuracy", "binary_accuracy_sm"),
+        ("mcc", "matthews_corrcoef"),
+        ("precision_at_recall", "precision_at_recall_<level>"),
     ],
 )
-def test_a_metric_that_breaks_the_rule_is_named(function, monkeypatch):
-    monkeypatch.setitem(models.CLASS_METRICS, "my_metric", function)
-    with pytest.raises(ConfigurationError, match="my_metric.*models.py.*ratio"):
-        models.check_metric(models.class_metric("my_metric"))
+def test_another_name_suggests_the_metric_that_is_meant(name, meant):
+    with pytest.raises(UsageError, match=f"did you mean {meant}\\?"):
+        models.class_metric(name)
 
 
-@pytest.mark.parametrize("name", models.CLASS_METRICS)
-def test_all_metrics_follow_the_rule(name):
-    models.check_metric(models.class_metric(name))
-
-
-def test_a_metric_that_breaks_the_rule_on_real_counts_only(monkeypatch):
-    monkeypatch.setitem(models.CLASS_METRICS, "my_metric", nan_where_large)
-    models.check_metric(models.class_metric("my_metric"))
-    with pytest.raises(ConfigurationError, match="my_metric.* nan .*models.py|my_metric.*models.py.* nan "):
-        train(histogram_of(np.repeat([0.2, 0.7], 2000), np.repeat([0, 1], 2000)), "my_metric")
+def test_a_line_adds_a_metric(monkeypatch):
+    specificity = {"specificity": lambda tp, fp, fn, tn: models.ratio(tn, tn + fp)}
+    monkeypatch.setattr(models, "CLASS_METRICS", {**models.CLASS_METRICS, **specificity})
+    trained = train(pixels({0.9: 4, 0.3: 2}, {0.6: 1, 0.1: 9}), "specificity")
+    assert trained.metric == 1 and trained.metric_at_half == 0.9 and trained.x > 0.6
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -421,9 +295,6 @@ ONE_STEP = [[float(THRESHOLDS[k]), float(THRESHOLDS[k + 1])] for k in (0, 1000, 
 @pytest.mark.parametrize("bounds", [[0, 1], [0.2, 0.4], [0.0, 1e-9], [0.9999, 1.0], [0.5, 0.5], *ONE_STEP], ids=str)
 def test_every_method_works_with_all_bounds(method, bounds, monkeypatch):
     configure(monkeypatch, OPT_METHOD=method, OPT_BOUNDS=bounds)
-    models.optimisation_range()
-    calls, original = [], scipy.optimize.minimize_scalar
-    monkeypatch.setattr(scipy.optimize, "minimize_scalar", lambda *a, **k: calls.append(k) or original(*a, **k))
     rng = np.random.default_rng(3)
     truth = rng.random(2000) < 0.3
     networks = {
@@ -431,22 +302,17 @@ def test_every_method_works_with_all_bounds(method, bounds, monkeypatch):
         "saturated": np.where(truth, rng.beta(0.05, 0.01, 2000), rng.beta(0.01, 0.05, 2000)),
         "constant": np.full(2000, 0.3),
     }
+    thresholds = THRESHOLDS.astype(np.float64)
+    within = (thresholds >= bounds[0]) & (thresholds <= bounds[1])
     for p in networks.values():
-        calls.clear()
         histogram = histogram_of(p, truth)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             trained = train(histogram)
-        assert len(calls) == 1
-        assert calls[0]["method"] == method
-        thresholds = THRESHOLDS.astype(np.float64)
-        within = (thresholds >= bounds[0]) & (thresholds <= bounds[1])
         iou = models.CLASS_METRICS["iou_score"](*confusion(histogram))
         assert trained.metric == iou[within].max()
         assert bounds[0] <= trained.x <= bounds[1]
-        assert trained.success is True
-        assert type(trained.status) is int
-        assert "\n" not in trained.message
+        assert (trained.success, type(trained.status)) == (True, int)
         assert 2 <= trained.nfev == len(trained.history) < 120
         assert all(t in thresholds[within] and m == iou[thresholds == t] for t, m in trained.history)
 
@@ -470,37 +336,22 @@ def test_every_evaluation_is_shown_and_uses_the_nearest_threshold(monkeypatch):
     assert shown == [(n, *point) for n, point in enumerate(trained.history)]
 
 
-def test_the_search_avoids_thresholds_that_miss_the_level(monkeypatch):
-    losses, original = [], scipy.optimize.minimize_scalar
-
-    def spy(objective, **configuration):
-        losses.extend(map(objective, np.float64(THRESHOLDS[::64])))
-        return original(objective, **configuration)
-
-    monkeypatch.setattr(scipy.optimize, "minimize_scalar", spy)
+def test_the_search_keeps_to_thresholds_that_reach_the_level():
     rng = np.random.default_rng(5)
     truth = rng.random(2000) < 0.3
     histogram = histogram_of(np.where(truth, rng.beta(8, 2, 2000), rng.beta(2, 8, 2000)), truth)
-    metric = models.class_metric("precision_at_recall_0.8")
-    curve = models.train_prediction_threshold(histogram, "class0", metric, lambda *_: None)[1]
-    allowed, losses = curve.recall[::64] >= 0.8, np.array(losses)
-    np.testing.assert_array_equal(losses[allowed], 1 - curve.metric[::64][allowed])
-    assert losses[~allowed].min() > losses[allowed].max()
-    farther, worse = np.diff(curve.recall[::64][~allowed]) < 0, np.diff(losses[~allowed]) > 0
-    np.testing.assert_array_equal(farther, worse)
+    trained = train(histogram, "precision_at_recall_0.9")
+    assert trained.history[-2][0] == pytest.approx(trained.x, abs=0.01)  # precision alone is best at the upper end
 
 
 @pytest.mark.parametrize("method", ["bounded", "brent", "golden"])
-def test_every_option_reaches_the_method(method, monkeypatch, capsys):
+def test_the_tolerance_and_the_options_reach_the_method(method, monkeypatch):
     tolerance = {"bounded": "xatol"}.get(method, "xtol")
     histogram = histogram_of([0.2, 0.4, 0.3, 0.7], [0, 0, 1, 1])
     evaluations = {}
     for tol in (0.1, 1e-5):
-        configure(monkeypatch, OPT_METHOD=method, OPT_TOL=0.01, OPT_OPTIONS={tolerance: tol, "disp": 2, "maxiter": 400})
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # SciPy warns about options that it does not know
-            evaluations[f"{tolerance} {tol}"] = train(histogram).nfev
-        assert capsys.readouterr().out
+        configure(monkeypatch, OPT_METHOD=method, OPT_TOL=0.01, OPT_OPTIONS={tolerance: tol, "maxiter": 400})
+        evaluations[f"{tolerance} {tol}"] = train(histogram).nfev
         configure(monkeypatch, OPT_TOL=tol, OPT_OPTIONS={})
         evaluations[f"OPT_TOL {tol}"] = train(histogram).nfev
     coarse, coarse_too, fine, fine_too = evaluations.values()
@@ -513,51 +364,16 @@ def test_every_option_reaches_the_method(method, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(
-            ("OPT_BOUNDS", bounds)
-            for bounds in (
-                None,
-                0.5,
-                [0.5],
-                [0, 0.5, 1],
-                ["0", "1"],
-                [0, None],
-                [False, True],
-                [float("nan"), 1],
-                [0, float("nan")],
-                [-0.1, 1],
-                [0, 1.5],
-                [0.6, 0.4],
-                [0.0, 0.0],
-                [1.0, 1.0],
-                [0.50001, 0.50001],  # between two thresholds
-                [np.float64(0), np.float64(1)],  # no plain YAML
-            )
-        ),
-        *(("OPT_METHOD", method) for method in ("powell", "", None, min, ["bounded"])),
-        *(("OPT_TOL", tol) for tol in (-1e-4, float("nan"), float("inf"), "1e-4", None, True)),
-        *(
-            ("OPT_OPTIONS", options)
-            for options in (
-                None,
-                ["maxiter"],
-                {"maxiter": 0},
-                {"maxiter": -1},
-                {"maxiter": 10.5},
-                {"maxiter": None},
-                {"xtol": 1e-3},  # brent's and golden's
-                {"xatol": -1},
-                {"xatol": float("nan")},
-                {"disp": "yes"},
-                {"max_iter": 500},
-                {1: 2},
-            )
-        ),
+        *(("OPT_BOUNDS", bounds) for bounds in (None, [0.5], [0, 0.5, 1], ["0", "1"], [float("nan"), 1], [-0.1, 1])),
+        *(("OPT_BOUNDS", bounds) for bounds in ([0.6, 0.4], [0.0, 0.0], [1.0, 1.0], [0.50001, 0.50001])),
+        *(("OPT_METHOD", method) for method in ("powell", None, ["bounded"])),
+        *(("OPT_TOL", tol) for tol in (-1e-4, float("nan"), "1e-4", None)),
+        *(("OPT_OPTIONS", options) for options in (None, ["maxiter"], {"maxiter": 0}, {"maxiter": 10.5})),
+        *(("OPT_OPTIONS", options) for options in ({"xtol": 1e-3}, {"xatol": -1}, {"max_iter": 500}, {1: 2})),
     ],
     ids=str,
 )
 def test_a_configuration_that_cannot_work_is_named(name, value, monkeypatch):
-    models.optimisation_range()
     monkeypatch.setattr(models, name, value)
     with pytest.raises(ConfigurationError, match=f"{name} = .*models.py"):
         models.optimisation_range()
@@ -570,6 +386,42 @@ def test_untrainable_classes_are_named():
             models.check_trainable(counts, ["class0 (class_a)"])
 
 
+def swapped(fit, class_pixels=1000):
+    """Warnings for channels that fit the masks as in `fit`: rows of IoUs, one a channel, for equally large masks."""
+    fit = np.array(fit)
+    overlap = np.round(2 * class_pixels * fit / (1 + fit)).astype(int)  # of two areas of `class_pixels`
+    histogram = np.stack(
+        [pixels({0.9: class_pixels // 2, 0.1: class_pixels // 2}, {0.9: class_pixels // 2})] * len(fit)
+    )
+    folders = [f"class_{i}" for i in range(len(fit))]
+    titles = [f"class{i} ({folder})" for i, folder in enumerate(folders)]
+    return models.swapped_classes(SimpleNamespace(histogram=histogram, overlap=overlap), titles, folders)
+
+
+def test_folders_in_another_order_than_the_channels_are_named():
+    first, second = swapped([[0.26, 0.85, 0.0], [0.7, 0.1, 0.0], [0.0, 0.0, 0.9]])
+    assert first.startswith("class0 (class_0): ") and "class_1 (IoU 0.85)" in first and "0.26" in first
+    assert second.startswith("class1 (class_1): ") and "class_0 (IoU 0.70)" in second
+    assert len(swapped([[0.1, 0.6, 0.0], [0.0, 0.1, 0.6], [0.6, 0.0, 0.1]])) == 3  # class_10 comes before class_2
+    assert len(swapped([[0.05, 0.8], [0.0, 0.0]])) == 1  # the other class is not found at all
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        [[0.8, 0.1], [0.1, 0.8]],
+        [[0.0, 0.0], [0.0, 0.0]],  # nothing is found at 0.5
+        [[0.3, 0.6], [0.0, 0.7]],  # a class within another one, and the network finds only the inner one
+        [[0.05, 0.4], [0.0, 0.3]],  # the same, and the inner one is found a little better by the wrong channel
+        [[0.3, 0.6], [0.6, 0.5]],  # a little better
+        [[0.05, 0.2], [0.1, 0.01]],  # all fit badly
+        [[0.9]],
+    ],
+)
+def test_classes_that_overlap_or_are_hard_are_not_called_swapped(fit):
+    assert swapped(fit) == []
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Warnings
 
@@ -577,6 +429,7 @@ CAUSES = {
     "bounds": "OPT_BOUNDS",
     "perfect": "right in every pixel",
     "everything": "% of the pixels outside the class",
+    "inverted": "seem to be inverted",
     "nothing": "mask is empty",
     "little": "% of the class",
     "not found": "does not find this class",
@@ -595,34 +448,23 @@ GOOD = {0.9: 80, 0.6: 15, 0.2: 5}, {0.95: 2, 0.5: 8, 0.1: 90, 0.01: 900}
         (None, "precision_at_recall_0.95", [0, 1], pixels({0.9: 80, 0.6: 20}, {0.7: 10, 0.1: 900})),
         (None, "iou_score", [0.5, 0.6], pixels(*GOOD)),  # bounds that hold the optimum
         (None, "iou_score", [0.5001, 0.5003], pixels(*GOOD)),  # bounds within the optimum's stretch
-        (None, "iou_score", [0, 1], pixels({1.0: 50, 1e-6: 50}, {0.0: 900, 1.0: 10})),  # saturated
         ("bounds", "iou_score", [0.7, 1], pixels(*GOOD)),
         ("bounds", "iou_score", [0, 0.3], pixels(*GOOD)),
         ("bounds", "iou_score", [0.999, 1], pixels(*GOOD)),  # where the mask is empty
-        ("bounds", "iou_score", [0, 0.001], pixels(*GOOD)),  # where it holds everything
-        (
-            "bounds",
-            "iou_score",
-            [0.7, 1],
-            pixels({0.6: 100}, {0.1: 900}),
-        ),  # perfect outside the bounds
         ("perfect", "iou_score", [0, 1], pixels({0.6: 100}, {0.1: 900})),
         ("perfect", "iou_score", [0, 1], pixels({1.0: 100}, {0.0: 900})),
-        ("perfect", "f1_score", [0, 1], pixels({1.0: 1}, {0.9: 900})),
-        ("perfect", "iou_score", [0, 1], pixels({1e-6: 100}, {1e-7: 900})),
         ("perfect", "recall", [0, 1], pixels({0.6: 100}, {0.1: 900})),
+        ("inverted", "iou_score", [0, 1], pixels(*GOOD[::-1])),
+        ("inverted", "precision_at_recall_0.95", [0, 1], pixels({0.9: 4, 0.1: 96}, {0.95: 30, 0.4: 20})),
+        (None, "iou_score", [0, 1], pixels({0.99: 100}, {0.995: 500, 0.9: 400})),  # bad, but not inverted
         ("everything", "recall", [0, 1], pixels(*GOOD)),
         ("everything", "recall", [0, 1], pixels({0.9: 80, 0.04: 20}, {0.05: 300, 1e-4: 150, 0.0: 450})),
         ("everything", "iou_score", [0, 1], pixels({0.9: 500, 0.1: 480}, {0.5: 20})),
-        ("everything", "iou_score", [0, 1], pixels({0.3: 980}, {0.35: 200, 1e-3: 1})),
-        ("everything", "binary_accuracy_sm", [0, 1], pixels({0.3: 9900}, {0.4: 100})),
         ("everything", "recall_at_precision_0.3", [0, 1], pixels({0.9: 40, 0.2: 60}, {0.7: 200})),
         ("nothing", "binary_accuracy_tfkeras", [0, 1], pixels({0.3: 10}, {0.4: 990})),
         ("little", "precision", [0, 1], pixels({0.999: 1, 0.9: 499, 0.5: 500}, {0.7: 100, 0.1: 1000})),
-        ("little", "precision", [0.4, 1], pixels({0.999: 1, 0.9: 499, 0.5: 500}, {0.7: 100, 0.1: 1000})),
         ("not found", "iou_score", [0, 1], pixels({0.0: 100}, {0.5: 900})),
         ("not found", "iou_score", [0, 1], pixels({0.0: 995, 0.7: 5}, {0.5: 900})),
-        ("not found", "recall", [0, 1], pixels({1e-13: 100}, {0.5: 900})),
     ],
 )
 def test_a_warning_names_its_cause_and_no_other(cause, metric, bounds, histogram, monkeypatch):
