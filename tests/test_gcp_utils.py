@@ -319,6 +319,7 @@ def test_a_cache_that_cannot_be_written_is_named_and_can_be_read(proxy, bucket_n
     path.mkdir()
     message = error_of(bucket.read, blob)
     assert str(path) in message and "Is a directory" in message and "in the way" in message
+    assert os.listdir(cache) == [path.name]
     (open_folder / "file").write_text("in the way")
     for name in ("file", "file/cache"):
         message = error_of(open_bucket(f"gs://{bucket_name}", open_folder / name).fetch, other)
@@ -542,14 +543,14 @@ def test_listings_without_checksums(proxy, gs, server, bucket_name):
     assert "changed in the bucket during the run" in error_of(gs.fetch, blobs[0])
 
 
-def test_requester_pays(proxy, gs, monkeypatch):
+def test_requester_pays(proxy, bucket_name, monkeypatch, tmp_path):
     def play(method, path, headers):
         if parse_qs(urlsplit(path).query).get("userProject") != ["our-project"]:
             return refusal("400_requester_pays")
 
-    blob = gs.stat("model.hdf5")
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "our-project")
-    proxy.requests.clear()
+    gs = open_bucket(f"gs://{bucket_name}", tmp_path / "cache")
+    blob = gs.stat("model.hdf5")
     all_operations(gs, "unasked.yaml")  # nobody is charged unasked
     assert not any("userProject" in request.path for request in proxy.requests)
     proxy.play = play
