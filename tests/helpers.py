@@ -23,22 +23,19 @@ SCRIPT = ROOT / "train_segmentation_model_prediction_thresholds.py"
 MODEL_ID = "segmentation-model-tiny"
 MODEL = f"models/{MODEL_ID}"
 SPLIT = "datasets/dataset-tiny/validation"
-TRAIN_CONFIG = {
-    "segmentation_model": {
-        "model_name": "Unet",
-        "model_parameters": {
-            "backbone_name": "resnet18",
-            "encoder_weights": "imagenet",
-            "decoder_filters": [8, 8, 8, 4, 4],
-            "activation": "sigmoid",
-        },
-    },
-    "loss": "cross_entropy",
-    "optimizer": "adam",
-    "validation_data_shuffle_seed": 12345,
-    "test_data_shuffle_seed": 123456,
+PARAMETERS = {
+    **{"backbone_name": "resnet18", "encoder_weights": "imagenet"},
+    **{"decoder_filters": [8, 8, 8, 4, 4], "activation": "sigmoid"},
 }
-
+TRAIN_CONFIG = {
+    "segmentation_model": {"model_name": "Unet", "model_parameters": PARAMETERS},
+    **{"loss": "cross_entropy", "optimizer": "adam"},
+    **{"validation_data_shuffle_seed": 12345, "test_data_shuffle_seed": 123456},
+}
+SMALL_CHUNKS = {  # four of the images of the fixture many_images, each kept as soon as it is counted
+    "chunks.CHUNK_PIXELS": 2**13,
+    "train_segmentation_model_prediction_thresholds.CHECKPOINT_SECONDS": 0,
+}
 
 # Starts the tool as its own last lines do, with other values in place of some of its modules' settings.
 WITH_SETTINGS = """

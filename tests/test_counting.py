@@ -194,31 +194,6 @@ def test_a_chunk_is_a_power_of_two_of_images_in_order(monkeypatch, pixels, size)
     assert {len(chunk.samples) for chunk in divided[:-1]} <= {size}
 
 
-def test_a_pixel_is_an_exact_table_value(tf, data):
-    counts, _ = count(lambda_network(tf, lambda x: tf.concat([x, 1 - x], -1)), data)
-    values = (np.stack([image for _, image, *_ in data]).ravel() * (1 / 255)).astype(np.float32)
-    expected = np.bincount(np.searchsorted(THRESHOLDS, values), minlength=len(THRESHOLDS) + 1)
-    np.testing.assert_array_equal(counts.histogram[0].sum(axis=0), expected)
-
-
-def test_32_classes_in_a_batch_of_1024(tf):
-    """Indices of all classes and images together would not fit into 32 bits."""
-    rng = np.random.default_rng(0)
-    p = rng.random((32, 32, 32), np.float32)
-    masks = (rng.random((8, 32, 32, 32)) < 0.5 * p).astype(np.uint8)
-    data = [(f"slice {i}", masks[0, ..., 0], masks[i % 8], i // 750) for i in range(1500)]
-    counts, _ = count(constant_network(tf, p), data, 1024, [f"class{i}" for i in range(32)])
-    truth = np.stack([mask for _, _, mask, _ in data]).astype(bool)
-    for k in (0, 30_000, 75_776, 100_000):
-        above = p > THRESHOLDS[k]
-        tp, fp, fn, tn = (count[:, k] for count in confusion(counts.histogram))
-        np.testing.assert_array_equal(tp, (truth & above).sum(axis=(0, 1, 2)))
-        np.testing.assert_array_equal(fp, (~truth & above).sum(axis=(0, 1, 2)))
-        np.testing.assert_array_equal(tp + fp + fn + tn, 1500 * 32 * 32)
-    tp = confusion(counts.block_histograms)[0]
-    np.testing.assert_array_equal(tp[1, :, 1184], (truth[750:] & (p > 0.5)).sum(axis=(0, 1, 2)))
-
-
 def best_iou(truth, probabilities):
     """Exact optimum over all distinct probabilities: positives are those above a threshold."""
     order = np.argsort(-probabilities, kind="stable")

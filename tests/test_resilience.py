@@ -18,6 +18,7 @@ from chaos_proxy import ChaosProxy
 from fake_gcs import answering
 from helpers import (
     MODEL,
+    SMALL_CHUNKS,
     SPLIT,
     DirectoryBucket,
     GoogleBucket,
@@ -38,11 +39,6 @@ from helpers import (
 
 from counts import Checkpoint
 from gcp_utils import open_bucket
-
-SMALL_CHUNKS = {  # four of the images of the fixture many_images, each kept at once
-    "chunks.CHUNK_PIXELS": 2**13,
-    "train_segmentation_model_prediction_thresholds.CHECKPOINT_SECONDS": 0,
-}
 
 
 @pytest.fixture
@@ -113,20 +109,14 @@ def test_runs_killed_at_any_moment_lose_nothing(proxy, many_images, work, monkey
     assert len(whole_results(bucket)) == done + 1
 
 
-@pytest.mark.parametrize(
-    ("number", "attempts"),
-    [
-        (signal.SIGTERM, 2),
-        pytest.param(signal.SIGINT, 8, marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, 8, marks=pytest.mark.slow),
-    ],
-)
-def test_interruptions_at_any_moment_are_one_line(many_images, tmp_path, number, attempts):
+@pytest.mark.parametrize("attempts", [3, pytest.param(15, marks=pytest.mark.slow)])
+def test_interruptions_at_any_moment_are_one_line(many_images, tmp_path, attempts):
     bucket = DirectoryBucket(Path(shutil.copytree(many_images[0], tmp_path / "bucket")))
-    moments, told = random.Random(number), 0
+    moments, told = random.Random(attempts), 0
     for attempt in range(attempts):
         process = start(*arguments("bucket", batch_size=1), cwd=tmp_path, settings=SMALL_CHUNKS)
         process.stdout.readline()  # it is up
+        number = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[attempt % 3]
         time.sleep(moments.uniform(0, 4) * (attempt > 0))
         for _ in range(1 + 2 * (attempt % 2)):  # hasty people press Ctrl-C more than once
             process.send_signal(number)
@@ -160,16 +150,12 @@ def test_a_bad_network_changes_no_result(tiny_bucket_template, counted_template,
         assert {request.operation for request in proxy.requests} == {"get", "list", "create"}
 
 
-@pytest.mark.parametrize(
-    ("fault", "after"),
-    [("reset", 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("503", 20), ("hang", 10)))],
-)
-def test_a_server_that_stays_down_ends_the_run(tiny_bucket_template, proxy, work, fault, after):
-    bucket = GoogleBucket(proxy, tiny_bucket_template, f"down-{fault}")
+def test_a_server_that_goes_down_ends_the_run(tiny_bucket_template, proxy, work):
+    bucket = GoogleBucket(proxy, tiny_bucket_template, "down")
     settings = {"gcp_utils.RETRY_SECONDS": 2, "gcp_utils.SOCKET_SECONDS": 1}
-    proxy.faults = (fault,)
+    proxy.faults = ("reset",)
     process = start(*arguments(bucket.address), cwd=work, settings=settings, environment=bucket.environment)
-    wait_until(lambda: len(proxy.requests) >= after, process)
+    wait_until(lambda: len(proxy.requests) >= 5, process)
     proxy.rate = 1
     assert_one_error_line(finish(process), 4, bucket.address, "gave up after")
     assert not bucket.contents()
@@ -313,14 +299,6 @@ def test_a_full_disk_costs_no_result(tiny_bucket, counted_template, tmp_path):
         assert not list(tmp_path.glob("tmp/counts/*"))
     (result,) = whole_results(DirectoryBucket(tiny_bucket))
     assert thresholds(result) == thresholds(results(counted_template / "bucket")[0])
-
-
-def test_a_disk_that_is_full_when_files_are_fetched_is_named(tiny_bucket_template, proxy, tmp_path):
-    bucket = GoogleBucket(proxy, tiny_bucket_template, "full-disk")
-    with full_disk(tmp_path / "tmp/objects", 500):
-        process = run_tool(*arguments(bucket.address), cwd=tmp_path, **bucket.environment)
-    assert_one_error_line(process, 4, "tmp/objects", "make room")
-    assert not bucket.contents()
 
 
 def test_a_screen_that_goes_away_costs_no_result(counted, no_tensorflow):
