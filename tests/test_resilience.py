@@ -215,14 +215,16 @@ def test_a_change_in_the_bucket_during_the_run_is_an_error(make_bucket, tiny_buc
     data = (tiny_bucket_template / name).read_bytes()
     changed = []
 
-    def draw(method, path):  # right after the listing
-        if "alt=media" in path and ("model.hdf5" in path or "images" in path) and not changed:
-            changed.append(path)
+    def change(_, answer):
+        """Change the object as soon as the server has said of which generation it is."""
+        if name in str(answer) and not changed:
+            changed.append(name)
             bucket.replace(name, data)
+        return answer
 
     proxy = getattr(bucket, "proxy", None)
     if proxy:
-        proxy.draw = draw
+        proxy.rewrite = change
     process = start(*arguments(bucket.address), cwd=work, environment=bucket.environment)
     if not proxy:
         process.stdout.readline()
