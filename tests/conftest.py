@@ -25,6 +25,7 @@ from helpers import (
     DirectoryBucket,
     GoogleBucket,
     arguments,
+    assert_done,
     blobs_and_masks,
     results,
     run_tool,
@@ -126,23 +127,23 @@ def no_tensorflow(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def counted_template(make_once, tiny_bucket_template):
+def counted_template(tmp_path_factory, tiny_bucket_template):
     """The folder of a first run on the tiny bucket, with that bucket, and what it wrote to stdout in a file."""
-
-    def fill(folder):
-        shutil.copytree(tiny_bucket_template, folder / "bucket")
-        process = run_tool(*arguments("bucket", batch_size=4, message="näive — note"), cwd=folder)
-        assert process.returncode == 0, process.stderr
-        assert all(line.startswith("warning: ") for line in process.stderr.splitlines())
-        (folder / "stdout").write_text(process.stdout)
-
-    return make_once("counted", fill)
+    folder = tmp_path_factory.getbasetemp() / "counted"
+    folder.mkdir()
+    shutil.copytree(tiny_bucket_template, folder / "bucket")
+    process = run_tool(*arguments("bucket", batch_size=4, message="näive — note"), cwd=folder)
+    assert_done(process)
+    (folder / "stdout").write_text(process.stdout)
+    return Path(shutil.copytree(folder, folder.with_name("counted_template")))
 
 
 @pytest.fixture
-def counted(counted_template, tmp_path):
-    """A folder for one test with the tiny bucket and its cached counts, as after a first run."""
-    return Path(shutil.copytree(counted_template, tmp_path / "counted"))
+def counted(counted_template):
+    """A folder for one test with the tiny bucket and its kept counts, which know their path, as after a first run."""
+    folder = counted_template.with_name("counted")
+    shutil.rmtree(folder, ignore_errors=True)
+    return Path(shutil.copytree(counted_template, folder))
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +157,7 @@ def many_images(make_once, tiny_bucket_template):
             write_split(bucket / SPLIT, *blobs_and_masks(120, 32, 64, 2))
             (bucket / "datasets/dataset-tiny/config.yaml").write_text("dataset_config: {target_size: [64, 32]}")
         process = run_tool(*arguments("bucket", batch_size=1), cwd=folder)
-        assert process.returncode == 0, process.stderr
+        assert_done(process)
 
     folder = make_once("many", fill)
     return folder / "template", thresholds(results(folder / "bucket")[0])

@@ -1,5 +1,6 @@
 """Helpers for several test files: the tool as a process, buckets, tiny datasets, and checks of results and errors."""
 
+import contextlib
 import csv
 import io
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 from urllib.parse import unquote
 
 import numpy as np
@@ -21,22 +23,19 @@ SCRIPT = ROOT / "train_segmentation_model_prediction_thresholds.py"
 MODEL_ID = "segmentation-model-tiny"
 MODEL = f"models/{MODEL_ID}"
 SPLIT = "datasets/dataset-tiny/validation"
-TRAIN_CONFIG = {
-    "segmentation_model": {
-        "model_name": "Unet",
-        "model_parameters": {
-            "backbone_name": "resnet18",
-            "encoder_weights": "imagenet",
-            "decoder_filters": [8, 8, 8, 4, 4],
-            "activation": "sigmoid",
-        },
-    },
-    "loss": "cross_entropy",
-    "optimizer": "adam",
-    "validation_data_shuffle_seed": 12345,
-    "test_data_shuffle_seed": 123456,
+PARAMETERS = {
+    **{"backbone_name": "resnet18", "encoder_weights": "imagenet"},
+    **{"decoder_filters": [8, 8, 8, 4, 4], "activation": "sigmoid"},
 }
-
+TRAIN_CONFIG = {
+    "segmentation_model": {"model_name": "Unet", "model_parameters": PARAMETERS},
+    **{"loss": "cross_entropy", "optimizer": "adam"},
+    **{"validation_data_shuffle_seed": 12345, "test_data_shuffle_seed": 123456},
+}
+SMALL_CHUNKS = {  # four of the images of the fixture many_images, each kept as soon as it is counted
+    "chunks.CHUNK_PIXELS": 2**13,
+    "train_segmentation_model_prediction_thresholds.CHECKPOINT_SECONDS": 0,
+}
 
 # Starts the tool as its own last lines do, with other values in place of some of its modules' settings.
 WITH_SETTINGS = """
@@ -93,13 +92,15 @@ def arguments(bucket, dataset="dataset-tiny/validation", model=MODEL_ID, **other
     return [part for name, value in named.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def run_here(patch, *given, code=0):
-    """Run the script's `main` in this process, with a pytest.MonkeyPatch; it must end with this exit code."""
+def run_here(*given, cwd):
+    """What `run_tool` does and returns, but in this process, which is quicker."""
     import train_segmentation_model_prediction_thresholds as script
 
-    with patch.context() as patch:
-        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, given)])
-        assert script.main() == code
+    out, err = io.StringIO(), io.StringIO()
+    argv = mock.patch.object(sys, "argv", [str(SCRIPT), *map(str, given)])
+    with argv, contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = script.main()
+    return subprocess.CompletedProcess(given, code, out.getvalue(), err.getvalue())
 
 
 def published(process):
@@ -134,6 +135,12 @@ def upload(server, directory, bucket, prefix=""):
             put_object(server, bucket, prefix + path.relative_to(directory).as_posix(), path.read_bytes())
 
 
+def fetched(proxy):
+    """The names of the objects that were fetched through a ChaosProxy."""
+    paths = (re.search(r"/o/([^?]*)\?.*alt=media", request.path) for request in list(proxy.requests))
+    return [unquote(path[1]) for path in paths if path]
+
+
 class GoogleBucket:
     """The files of a directory in a real server, behind a proxy."""
 
@@ -150,10 +157,6 @@ class GoogleBucket:
 
     def replace(self, name, data):
         put_object(self.server, self.name, name, data)
-
-    def fetched(self):
-        paths = (re.search(r"/o/([^?]*)\?.*alt=media", request.path) for request in list(self.proxy.requests))
-        return [unquote(path[1]) for path in paths if path]
 
 
 class DirectoryBucket:
@@ -194,13 +197,24 @@ def whole_results(bucket):
     return found
 
 
+def lines_of(process):
+    """What the tool wrote to stderr, without what TensorFlow writes before it knows how much to log."""
+    return [line for line in process.stderr.splitlines() if not re.match(r"[IWE]\d{4} |WARNING: All log", line)]
+
+
+def assert_done(process):
+    """The process ended well, and wrote only warnings to stderr."""
+    assert process.returncode == 0, process.stderr
+    assert all(line.startswith("warning: ") for line in lines_of(process)), process.stderr
+
+
 def assert_one_error_line(process, code, *words):
+    """The process ended with this code, and all on stderr, besides warnings, is one line with these words."""
     assert process.returncode == code, process.stderr
-    lines = [line for line in process.stderr.splitlines() if not line.startswith("warning: ")]
-    assert len(lines) == 1, process.stderr
-    assert lines[0].startswith("error: ")
+    (line,) = (line for line in lines_of(process) if not line.startswith("warning: "))
+    assert line.startswith("error: ")
     for word in words:
-        assert word in lines[0]
+        assert word in line
 
 
 def write_split(folder, images, masks):

@@ -5,16 +5,18 @@ bootstrap the intervals. The metrics are written out here, and the best threshol
 """
 
 import csv
+import dataclasses
 import io
 import re
 import shutil
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
-from helpers import MODEL, MODEL_ID, SPLIT, arguments, run_here, write_split
+from helpers import MODEL, MODEL_ID, SPLIT, arguments, assert_done, run_here, write_split
 from PIL import Image
 from scipy import stats
 from scipy.special import expit, logit
@@ -100,17 +102,16 @@ def run(request, bucket_template, tiny_network, tmp_path_factory):
     """What a run gives to the user, and what is needed to compute the truth."""
     folder = tmp_path_factory.mktemp("run")
     bucket = Path(shutil.copytree(bucket_template, folder / "bucket"))
-    given = arguments("bucket", batch_size=5, optimizing_class_metric=request.param)
-    drawn, stdout = {}, io.StringIO()
+    drawn = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("curves_figure", "draw_slices"):
             patch.setattr(figures, name, keep(drawn, name, getattr(figures, name)))
-        patch.setattr("sys.stdout", stdout)
-        patch.chdir(folder)
-        run_here(patch, *given)
+        process = run_here(*arguments("bucket", batch_size=5, optimizing_class_metric=request.param), cwd=folder)
+    assert_done(process)
     (path,) = (bucket / MODEL).glob("model_thresholds_*.yaml")
     result = yaml.safe_load(path.read_text())
-    rows = list(csv.DictReader(io.StringIO(path.with_name(f"{path.stem}_curves.csv").read_text())))
+    tables = [path.with_name(f"{path.stem}_{name}.csv").read_text() for name in ("curves", "stacks")]
+    rows, stacks = (list(csv.DictReader(io.StringIO(table))) for table in tables)
 
     split = bucket / SPLIT
     names = sorted(path.name for path in (split / "images").iterdir())
@@ -129,14 +130,15 @@ def run(request, bucket_template, tiny_network, tmp_path_factory):
         result=result,
         output=result["metadata"]["thresholds_training_output"],
         rows=rows,
-        stdout=stdout.getvalue(),
+        stacks=stacks,
+        stdout=process.stdout,
         figure=drawn["curves_figure"][1],
         slices=drawn["draw_slices"][0],
         names=names,
         images=images,
         p=p,
         truth=truth,
-        curves=[Curves(p[..., c], truth[..., c], request.param) for c in range(2)],
+        curves=[count_by_sorting(p[..., c], truth[..., c], request.param) for c in range(2)],
     )
 
 
@@ -149,40 +151,62 @@ def keep(drawn, name, function):
     return call
 
 
+@dataclasses.dataclass
 class Curves:
-    """Counts of one class at every threshold of the list, for each stack and for all images; computed by sorting."""
+    """Counts of one class at some thresholds, for each stack."""
 
-    def __init__(self, p, truth, metric):
-        self.metric = metric
-        stacks = p.reshape(len(STACKS), -1), truth.reshape(len(STACKS), -1)
-        self.of_stacks = np.array(
-            [[above(p[truth]), above(p[~truth])] for p, truth in zip(*stacks, strict=True)]
-        )  # (stacks, 2, N): tp, fp
-        self.positives = stacks[1].sum(axis=1)
-        self.negatives = stacks[1].shape[1] - self.positives
-        self.counts = self.drawn(np.ones(len(STACKS)))
-        self.values = self.value(*self.counts)
+    metric: str
+    thresholds: np.ndarray  # (T,)
+    of_stacks: np.ndarray  # (stacks, 2, T): tp, fp
+    positives: np.ndarray  # (stacks,)
+    negatives: np.ndarray
 
     def drawn(self, weights):
         """tp, fp, fn, tn of a replicate; `weights` says how often each stack was drawn."""
         tp, fp = np.tensordot(weights, self.of_stacks, 1)
         return tp, fp, weights @ self.positives - tp, weights @ self.negatives - fp
 
+    @cached_property
+    def counts(self):
+        return self.drawn(np.ones(len(STACKS)))
+
+    @cached_property
+    def values(self):
+        return self.value(*self.counts)
+
+    @cached_property
+    def worth(self):
+        """How many equal stacks these are worth (Kish)."""
+        return self.positives.sum() ** 2 / (self.positives.astype(float) ** 2).sum()
+
     def value(self, tp, fp, fn, tn):
         if self.metric == "iou_score":
             return tp / (tp + fp + fn)
         return np.divide(tp, tp + fp, out=np.zeros(len(tp)), where=tp + fp > 0)  # precision
 
+    def allowed(self, tp, fp, fn, tn):
+        """The metric where it may be chosen, else -1."""
+        values = self.value(tp, fp, fn, tn)
+        return values if self.metric == "iou_score" else np.where(tp / (tp + fn) >= 0.7, values, -1)
+
     def choose(self, tp, fp, fn, tn):
         """The index of the best threshold: the middle of the widest stretch of best ones."""
-        values = self.value(tp, fp, fn, tn)
-        if self.metric != "iou_score":
-            values = np.where(tp / (tp + fn) >= 0.7, values, -1)
+        values = self.allowed(tp, fp, fn, tn)
         best = np.flatnonzero(values == values.max())
         stretches = np.split(best, np.flatnonzero(np.diff(best) > 1) + 1)
-        t = THRESHOLDS.astype(float)
+        t = self.thresholds.astype(float)
         stretch = max(stretches, key=lambda s: t[s[-1]] - t[s[0]])
         return stretch[np.argmin(abs(t[stretch] - (t[stretch[0]] + t[stretch[-1]]) / 2))]
+
+    def at(self, indices):
+        return dataclasses.replace(self, thresholds=self.thresholds[indices], of_stacks=self.of_stacks[..., indices])
+
+
+def count_by_sorting(p, truth, metric):
+    p, truth = p.reshape(len(STACKS), -1), truth.reshape(len(STACKS), -1)
+    counts = [[above(own[inside]), above(own[~inside])] for own, inside in zip(p, truth, strict=True)]
+    positives = truth.sum(axis=1)
+    return Curves(metric, THRESHOLDS, np.array(counts), positives, truth.shape[1] - positives)
 
 
 def above(p):
@@ -204,7 +228,7 @@ def test_what_was_counted(run):
     metadata = run.result["metadata"]
     assert metadata["num_images"] == 24
     assert metadata["num_pixels"] == 24 * HEIGHT * WIDTH
-    assert metadata["counted_with"]["batch_size"] == 5
+    assert [(way["images"], way["batch_size"]) for way in metadata["counted_with"]] == [(24, 5)]
     confidence = metadata["confidence"]
     assert (confidence["level"], confidence["blocks"], confidence["kind_of_blocks"]) == (0.95, 8, "stacks")
 
@@ -226,7 +250,8 @@ def test_the_threshold_is_the_best_of_all(run, c):
         assert NUMBERS["recall"](*counts) >= 0.7
     low, high = map(index, output["equally_good_thresholds"])
     assert low <= k <= high
-    assert (output["success"], output["status"], output["warnings"]) == (True, 0, [])
+    assert (output["success"], output["status"]) == (True, 0)
+    assert ["miss the level" in warning for warning in output["warnings"]] == [True] * (run.metric != "iou_score")
     history = run.result["metadata"]["thresholds_training_history"][CLASSES[c]]
     assert len(history) == output["nfev"] > 3
     for n in range(output["nfev"]):
@@ -238,34 +263,36 @@ def test_the_threshold_is_the_best_of_all(run, c):
 
 @pytest.fixture(scope="module")
 def bootstraps(run):
-    """For each class, 10,000 replicates: the threshold that each chooses, and metrics there and at other thresholds."""
+    """For each class, 10,000 replicates: what each chooses, and its metrics there and at other thresholds."""
     found = []
     for c, curves in enumerate(run.curves):
         rng = np.random.default_rng(c)
         x, half = index(run.output[CLASSES[c]]["x"]), index(0.5)
-        coarse = np.unique([*range(0, len(THRESHOLDS), 64), x, half])  # replicates may choose among these
-        few = Curves.__new__(Curves)
-        vars(few).update(vars(curves), of_stacks=curves.of_stacks[..., coarse])
-        replicates = []
+        points = np.unique([*range(0, len(THRESHOLDS), 64), x, half])  # replicates may choose among these
+        few, replicates = curves.at(points), []
+        recall_of_all = few.counts[0] / curves.positives.sum()
         for _ in range(10_000):
             drawn = few.drawn(np.bincount(rng.integers(0, 8, 8), minlength=8))
-            values = few.value(*drawn)
-            allowed = (
-                values if run.metric == "iou_score" else np.where(drawn[0] / (drawn[0] + drawn[2]) >= 0.7, values, -1)
-            )
-            best = int(np.argmax(allowed))
-            at_x, at_half = values[np.searchsorted(coarse, [x, half])]
-            replicates.append(
-                (THRESHOLDS[coarse[best]], at_x, at_half, values[best], curves.values[coarse[best]], values)
-            )
-        found.append([np.array(column) for column in zip(*replicates, strict=True)])
+            values, best = few.value(*drawn), int(np.argmax(few.allowed(*drawn)))
+            recall = drawn[0][best] / (drawn[0][best] + drawn[2][best])
+            chosen = few.thresholds[best], values[best], few.values[best], recall, recall_of_all[best]
+            replicates.append((*chosen, *values[np.searchsorted(points, [x, half])], values))
+        names = ("threshold", "own", "of_all", "recall", "recall_of_all", "at_x", "at_half", "values")
+        columns = (np.array(column) for column in zip(*replicates, strict=True))
+        found.append(SimpleNamespace(points=points, **dict(zip(names, columns, strict=True))))
     return found
 
 
-def interval(replicates):
-    """95 % interval for eight blocks, widened as in Hesterberg (2015): t with 7 degrees of freedom, and sqrt(8 / 7)."""
-    tail = stats.norm.cdf(-np.sqrt(8 / 7) * stats.t.ppf(0.975, 7))
+def interval(replicates, worth):
+    """Percentiles for 95 %, widened as in Hesterberg (2015): t with k - 1 degrees of freedom, and sqrt(k / (k - 1))."""
+    tail = stats.norm.cdf(-np.sqrt(worth / (worth - 1)) * stats.t.ppf(0.975, worth - 1))
     return np.quantile(replicates, [tail, 1 - tail])
+
+
+def from_to(low, high, own, of_all, worth):
+    """Limits that lie t with k - 1 degrees of freedom, times the spread of the replicates, beyond low and high."""
+    reach = stats.t.ppf(0.975, worth - 1) * np.std(own - of_all) * np.sqrt(8 / 7)
+    return np.array([low - reach, high + reach])
 
 
 def assert_alike(limits, truth):
@@ -278,74 +305,114 @@ def assert_alike(limits, truth):
 
 @pytest.mark.parametrize("c", [0, 1])
 def test_intervals_and_what_to_expect(run, bootstraps, c):
-    output = run.output[CLASSES[c]]
-    chosen, at_x, at_half, at_own, full_at_own, _ = bootstraps[c]
-    assert output["blocks"] == 8
-    assert output["why_no_interval"] is None
-    assert_alike(output["x_confidence_interval"], interval(chosen))
-    optimism = max(np.mean(at_own - full_at_own - (at_x - output["metric"])), 0)
+    output, drawn, curves = run.output[CLASSES[c]], bootstraps[c], run.curves[c]
+    k = curves.worth
+    assert (output["blocks"], output["why_no_interval"]) == (8, None)
+    assert output["worth"] == pytest.approx(k) and 4 < k < 8
+    assert_alike(output["x_confidence_interval"], interval(drawn.threshold, k))
+    optimism = max(np.mean(drawn.own - drawn.of_all - (drawn.at_x - output["metric"])), 0)
     expected = output["metric"] - optimism
     assert output["expected_metric"] == pytest.approx(expected, abs=0.25 * optimism + 1e-3)
-    # Student's t on the logit scale. The spread is that of a replicate's best metric around that of all images there.
-    reach = stats.t.ppf(0.975, 7) * np.std(logit(at_own) - logit(full_at_own)) * np.sqrt(8 / 7)
-    limits = expit(logit(expected) - reach), expit(logit(output["metric"]) + reach)
-    assert_alike(output["metric_confidence_interval"], limits)
+    # On the logit scale. The spread is that of a replicate's best metric around that of all images there.
+    limits = from_to(logit(expected), logit(output["metric"]), logit(drawn.own), logit(drawn.of_all), k)
+    assert_alike(output["metric_confidence_interval"], expit(limits))
     for limits, value in (("metric_confidence_interval", "metric"), ("x_confidence_interval", "x")):
         assert output[limits][0] <= output[value] <= output[limits][1]
     half = index(0.5)
-    reached = run.metric == "iou_score" or run.curves[c].counts[0][half] / run.curves[c].positives.sum() >= 0.7
-    if reached:
-        assert output["gain"] == output["metric"] - output["metric_at_half"]
-        assert_alike(output["gain_confidence_interval"], interval(at_x - at_half) - [optimism, 0])
+    if run.metric == "iou_score" or curves.counts[0][half] / curves.positives.sum() >= 0.7:
+        gain = output["metric"] - output["metric_at_half"]
+        assert output["gain"] == gain
+        pairs = drawn.own - drawn.at_half, drawn.of_all - output["metric_at_half"]
+        assert_alike(output["gain_confidence_interval"], from_to(gain - optimism, gain, *pairs, k))
+        low, high = output["gain_confidence_interval"]
+        assert output["gain_unclear"] == (low <= 0 <= high)
     else:
         assert output["gain"] is None and output["gain_confidence_interval"] is None
 
 
 @pytest.mark.parametrize("c", [0, 1])
-def test_guaranteed_recall(run, c):
-    """Conformal risk control, over the stacks, on every 64th threshold."""
-    guaranteed = run.output[CLASSES[c]]["guaranteed_recall"]
+def test_what_the_next_stack_may_give(run, c):
+    """The stacks' own metrics at x: mean -+ t s sqrt(1 + 1 / m) on the logit scale."""
+    curves, x = run.curves[c], index(run.output[CLASSES[c]]["x"])
+    own = logit([curves.value(*curves.drawn(one))[x] for one in np.eye(8)])
+    reach = stats.t.ppf(0.975, 7) * own.std(ddof=1) * np.sqrt(1 + 1 / 8)
+    assert run.output[CLASSES[c]]["why_no_next_stack"] is None
+    assert_alike(run.output[CLASSES[c]]["next_stack_interval"], expit(own.mean() + [-reach, reach]))
+
+
+@pytest.mark.parametrize("c", [0, 1])
+def test_the_level_of_a_constraint_and_guaranteed_recall(run, bootstraps, c):
+    """Guaranteed is what conformal risk control over the stacks gives, on every 64th threshold."""
+    output, curves, drawn = run.output[CLASSES[c]], run.curves[c], bootstraps[c]
+    guaranteed = output["guaranteed_recall"]
     if run.metric == "iou_score":
-        assert guaranteed is None
+        assert guaranteed is None and output["constraint_value"] is None
         return
-    curves = run.curves[c]
+    recall = curves.counts[0][index(output["x"])] / curves.positives.sum()
+    assert output["constraint_value"] == recall >= 0.7
+    limits = from_to(logit(recall), logit(recall), logit(drawn.recall), logit(drawn.recall_of_all), curves.worth)
+    assert_alike(output["constraint_confidence_interval"], expit(limits))
     missed = (1 - curves.of_stacks[:, 0, ::64] / curves.positives[:, None]).sum(axis=0)
     k = 64 * np.flatnonzero((missed + 1) / 9 <= 0.3 + 1e-12)[-1]
     assert guaranteed["threshold"] == float(THRESHOLDS[k])
     assert (guaranteed["level"], guaranteed["blocks"]) == (0.7, 8)
     counts = confusion(run.p[..., c], run.truth[..., c], THRESHOLDS[k])
-    assert guaranteed["precision"] == NUMBERS["precision"](*counts)
+    assert (guaranteed["precision"], guaranteed["recall"]) == (
+        NUMBERS["precision"](*counts),
+        NUMBERS["recall"](*counts),
+    )
     assert f"threshold {THRESHOLDS[k]:.5f} guarantees recall 0.7" in run.stdout
+
+
+@pytest.mark.parametrize("c", [0, 1])
+def test_the_stacks(run, c):
+    """Blocks are counted at every 64th threshold, so at x and 0.5 their metrics are near the truth."""
+    rows = [row for row in run.stacks if row["class"] == CLASSES[c]]
+    metrics = [float(row["metric"]) for row in rows]
+    assert metrics == sorted(metrics) and sorted(row["stack"] for row in rows) == STACKS
+    x, half = index(run.output[CLASSES[c]]["x"]), index(0.5)
+    points = np.unique([*range(0, len(THRESHOLDS), 64), x, half])
+    few = run.curves[c].at(points)
+    for row in rows:
+        own = np.eye(8)[STACKS.index(row["stack"])]
+        assert (row["folder"], int(row["images"])) == (f"class_{c}", 3)
+        assert int(row["pixels"]) == own @ few.positives
+        at_x, at_half = few.value(*few.drawn(own))[np.searchsorted(points, [x, half])]
+        assert [float(row["metric"]), float(row["metric_at_half"])] == pytest.approx([at_x, at_half], abs=2e-3)
+        for kind, counts in (("own_{}", few.drawn(own)), ("{}_without", few.drawn(1 - own))):
+            allowed, best = few.allowed(*counts), float(row[kind.format("metric")])
+            assert best == pytest.approx(allowed.max(), abs=2e-3)
+            there = np.searchsorted(few.thresholds, np.float32(float(row[kind.format("x")])))
+            assert allowed[max(there - 1, 0) : there + 2].max() == pytest.approx(best, abs=2e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The table
 
 
+def assert_shows(text, *values):
+    """The numbers of a text are these values, as rounded as they are written."""
+    numbers = re.findall(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", text)
+    values = [value for value in values if value is not None]
+    assert len(numbers) == len(values), text
+    for number, value in zip(numbers, values, strict=True):
+        step = abs(float(number)) / 100 if "e" in number else 10.0 ** -len(number.partition(".")[2])
+        assert float(number.replace(",", "")) == pytest.approx(value, abs=0.51 * step), (text, value)
+
+
 def test_the_table(run):
     lines = run.stdout.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("class ") and "folder" in line)
-    cells = [re.split(r" {2,}", line) for line in lines[first : first + 3]]
-    assert cells[0] == [
-        *("class", "folder", "threshold", "95 % interval", run.metric, "95 % interval", "expected", "at 0.5", "gain")
-    ]
-    for c, row in enumerate(cells[1:]):
-        output = run.output[CLASSES[c]]
-        gain = "-" if output["gain"] is None else f"{output['gain']:+.4f}"
-        if output["gain"] is not None and output["gain_confidence_interval"][0] <= 0:
-            gain += " (none)"
-        assert row == [
-            CLASSES[c],
-            f"class_{c}",
-            f"{output['x']:.5f}",
-            " to ".join(f"{limit:.5f}" for limit in output["x_confidence_interval"]),
-            f"{output['metric']:.4f}",
-            " to ".join(f"{limit:.4f}" for limit in output["metric_confidence_interval"]),
-            f"{output['expected_metric']:.4f}",
-            f"{output['metric_at_half']:.4f}",
-            gain,
-        ]
-    assert any("8 stacks" in line for line in lines[:first])
+    assert any("8 stacks" in line for line in lines)
+    for c, name in enumerate(CLASSES):
+        output = run.output[name]
+        (first,) = (i for i, line in enumerate(lines) if line.startswith(f"{name}  "))
+        values, limits = lines[first].removeprefix(name), lines[first + 1].removeprefix(f"(class_{c})")
+        assert lines[first + 1] != limits
+        assert_shows(values, *(output[key] for key in ("x", "metric", "expected_metric", "gain")))
+        kinds = ("x_confidence_interval", "metric_confidence_interval", "next_stack_interval")
+        assert_shows(limits, *(limit for kind in kinds for limit in output[kind]))
+        assert ("unclear" in limits) == output["gain_unclear"]
+        assert max(len(lines[first]), len(lines[first + 1])) <= 80
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -356,11 +423,14 @@ def test_the_table(run):
 def test_the_curves_as_data(run, bootstraps, c):
     rows = [row for row in run.rows if row["class"] == CLASSES[c]]
     output = run.output[CLASSES[c]]
-    assert list(rows[0]) == ["class", "threshold", "tp", "fp", "fn", "tn", *NUMBERS, "band_low", "band_high"]
+    header = ["class", "folder", "threshold", "trained", "tp", "fp", "fn", "tn", *NUMBERS, "band_low", "band_high"]
+    assert list(rows[0]) == header
     thresholds = np.array([float(row["threshold"]) for row in rows], np.float32)
-    assert set(THRESHOLDS[::128]) | {np.float32(output["x"])} == set(thresholds)
+    listed = THRESHOLDS[::128]
+    assert set(listed[listed >= min(1e-6, output["x"] / 10)]) | {np.float32(output["x"])} == set(thresholds)
     assert (np.diff(thresholds) > 0).all()
     k = int(np.searchsorted(thresholds, np.float32(output["x"])))
+    assert [i for i, row in enumerate(rows) if row["trained"] == "1"] == [k]
     for row in [*rows[::40], rows[k]]:
         counts = confusion(run.p[..., c], run.truth[..., c], np.float32(float(row["threshold"])))
         assert tuple(int(row[name]) for name in ("tp", "fp", "fn", "tn")) == counts
@@ -368,11 +438,10 @@ def test_the_curves_as_data(run, bootstraps, c):
             assert float(row[name]) == pytest.approx(number(*counts), abs=1e-11)
     band = [float(rows[k][name]) for name in ("band_low", "band_high")]
     assert band == pytest.approx(output["metric_confidence_interval"], abs=1e-11)
-    replicates = bootstraps[c][-1]  # (replicates, every 64th threshold, and two more)
-    coarse = np.unique([*range(0, len(THRESHOLDS), 64), index(output["x"]), index(0.5)])
     checked = 0
     for row in rows[100:-100:40]:
-        truth = interval(replicates[:, np.searchsorted(coarse, index(float(np.float32(row["threshold"]))))])
+        column = np.searchsorted(bootstraps[c].points, index(float(np.float32(row["threshold"]))))
+        truth = interval(bootstraps[c].values[:, column], run.curves[c].worth)
         if truth[1] - truth[0] > 1e-3:
             assert_alike((float(row["band_low"]), float(row["band_high"])), truth)
             checked += 1
@@ -389,13 +458,15 @@ def test_the_figure_of_the_curves(run, c):
     output, curves = run.output[CLASSES[c]], run.curves[c]
     drawn = {artist.get_label(): artist for artist in (*axes.lines, *axes.collections, *axes.patches)}
     tp, fp, fn, _ = curves.counts
+    label = axes.get_ylabel().removesuffix(" (another scale)")
+    assert label == {"iou_score": "IoU"}.get(run.metric, "precision")
     truths = {
-        run.metric: curves.values,
+        label: curves.values,
         "precision": np.divide(tp, tp + fp, out=np.zeros(len(tp)), where=tp + fp > 0),
         "recall": tp / (tp + fn),
     }
-    for label, truth in truths.items():
-        x, y = drawn[label].get_data()
+    for name, truth in truths.items():
+        x, y = drawn[name].get_data()
         at = [np.searchsorted(x, t) for t in (0.1, 0.3, 0.5, 0.7, 0.9)]
         for i in at:  # the curve lies between neighbouring drawn points
             expected = truth[np.searchsorted(THRESHOLDS, x[i])]
@@ -409,24 +480,24 @@ def test_the_figure_of_the_curves(run, c):
     for row in band:
         y = outline[np.isclose(outline[:, 0], float(row["threshold"]), atol=1e-7), 1]
         assert (y.min(), y.max()) == pytest.approx((float(row["band_low"]), float(row["band_high"])), abs=1e-4)
-    (point,) = (line for line in axes.lines if line.get_marker() == "o")
-    assert [value[0] for value in map(np.atleast_1d, point.get_data())] == [output["x"], output["metric"]]
-    assert axes.get_ylabel() == run.metric
-    assert axes.get_xlabel() == "threshold"
+    points = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert [[output["x"], output["metric"]]] in points
+    _, own_metric = drawn["stacks, each at its own best"].get_data()
+    rows = [row for row in run.stacks if row["class"] == CLASSES[c]]
+    assert sorted(own_metric) == pytest.approx(sorted(float(row["own_metric"]) for row in rows))
 
     texts = "\n".join(text.get_text() for text in axes.texts)
-    x, metric = output["x_confidence_interval"], output["metric_confidence_interval"]
     assert f"{CLASSES[c]} (class_{c})" in texts
-    assert f"threshold {output['x']:.5f} [{x[0]:.5f}, {x[1]:.5f}]" in texts
-    assert f"{run.metric} {output['metric']:.4f} [{metric[0]:.4f}, {metric[1]:.4f}]" in texts
-    if output["gain"] is None:
-        assert "gain unknown" in texts
-    else:
-        gain = output["gain_confidence_interval"]
-        assert f"gain {output['gain']:+.4f} [{gain[0]:+.4f}, {gain[1]:+.4f}]" in texts
-    assert f"over {output['metric_at_half']:.4f} at 0.5" in texts
-    assert f"{output['expected_metric']:.4f} expected" in texts
-    assert f"{np.count_nonzero(run.truth[..., c]):,} positive" in texts
+    shown = texts.replace(f"{CLASSES[c]} (class_{c})", "").replace("worth", "\nworth").splitlines()
+    numbers = {line.split()[0]: line for line in shown if line}
+    x, metric, gain = (output[f"{kind}_confidence_interval"] for kind in ("x", "metric", "gain"))
+    assert_shows(numbers["threshold"], output["x"], *x)
+    assert_shows(numbers[label], output["metric"], *metric, output["metric_at_half"], 0.5)
+    assert_shows(numbers["gain"], output["gain"], *(gain or ()))
+    (expected,) = (line for line in shown if "expected" in line)
+    assert_shows(expected, output["expected_metric"], *output["next_stack_interval"])
+    (positives,) = (line for line in shown if "positives" in line)
+    assert int(positives.split()[0].replace(",", "")) == np.count_nonzero(run.truth[..., c])
     title, note = sorted((text.get_text() for text in run.figure.texts), key=lambda text: MODEL_ID not in text)
     assert title == f"{MODEL_ID} on dataset-tiny/validation (24 images)"
     assert "8 stacks" in note.replace("\n", " ")
@@ -434,11 +505,14 @@ def test_the_figure_of_the_curves(run, c):
 
 def test_the_slices_are_drawn_at_the_trained_thresholds(run):
     thresholds = np.array([run.output[name]["x"] for name in CLASSES], np.float32)
-    assert len(run.slices) == 6
-    assert len({shown.name for shown in run.slices}) == 6
+    # For each class, the three slices with most of its pixels, each of another stack.
+    pixels = run.truth.sum(axis=(1, 2))
+    best = [[max(range(3 * s, 3 * s + 3), key=lambda i, c=c: pixels[i, c]) for s in range(8)] for c in (0, 1)]
+    chosen = {run.names[i] for c in (0, 1) for i in sorted(best[c], key=lambda i, c=c: -pixels[i, c])[:3]}
+    assert {shown.name for shown in run.slices} == chosen and len(run.slices) == len(chosen)
     for shown in run.slices:
         i = run.names.index(shown.name)
         np.testing.assert_array_equal(shown.image, run.images[i])
         np.testing.assert_array_equal(shown.truth, run.truth[i])
         np.testing.assert_array_equal(shown.prediction, run.p[i] > thresholds)
-        assert (shown.prediction != (run.p[i] > 0.5)).any()
+        np.testing.assert_array_equal(shown.at_half, run.p[i] > 0.5)
