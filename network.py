@@ -86,8 +86,8 @@ def import_tensorflow():
 def is_out_of_memory(error):
     """Whether an error, of whatever type, says that there is no memory, in the words of TensorFlow, oneDNN or CUDA."""
     words = (
-        r"out.of.memory|\bOOM\b|MemoryError|alloc_failed|failed to alloc|resource.exhausted|could not create a primitive"
-        "|no algorithm worked|Dst tensor is not initialized"  # the last is of a copy to a GPU whose memory is full
+        r"out.of.memory|\bOOM\b|MemoryError|alloc_failed|failed to alloc|resource.exhausted|no algorithm worked"
+        "|could not create a primitive|Dst tensor is not initialized"  # the last: of a copy to a GPU that is full
     )
     return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
 
