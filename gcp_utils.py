@@ -517,11 +517,11 @@ def _answer_to_gcsfs(error):
 
 
 def _is_transient(error):
-    """Whether a request that failed may succeed when it is tried again."""
+    """Whether a request that failed may succeed when it is tried again, unless `_tell` knows that it cannot."""
     if isinstance(error, GoogleAPICallError):
         is_limit = "ratelimit" in f"{error.errors}{_message(error)}".lower().replace(" ", "")
         return error.code in (408, 429) or error.code >= 500 or (error.code == 403 and is_limit)
-    return (isinstance(error, _PASSING) or getattr(error, "retryable", False)) and not _advice(error)
+    return isinstance(error, _PASSING) or getattr(error, "retryable", False)
 
 
 def _advice(error):
