@@ -144,36 +144,23 @@ def test_every_class_has_a_panel_and_no_text_overlaps_another_or_the_edge(classe
         assert not [texts[k] for k in range(i) if box.overlaps(boxes[k])], text
 
 
-def test_a_narrow_peak_is_drawn_at_its_place():
-    # Spikes one threshold wide, which would be lost if points were left out to thin the curve.
-    metric = np.full(len(T), 0.1)
-    metric[index_of(47001 / 65536)], metric[index_of(20001 / 65536)] = 0.9, 0.7
+@pytest.mark.parametrize("x", [0.6, 1e-4])
+def test_the_curve_is_drawn_at_its_place(x):
+    metric = np.where(T < 0.3, 0.4, 0.7)
+    metric[index_of(x)] = 0.9  # a peak of one threshold
     shown = result(metric=metric, next_stack_interval=None)
     figure, (axes,) = panels([shown])
-    png = draw([shown])
-    assert is_drawn(figures.VERMILLION, png, figure, axes, 47001 / 65536, 0.9).all()
-    assert is_drawn(figures.BLUE, png, figure, axes, 20001 / 65536, 0.5).any()
-    assert not is_drawn(figures.BLUE, png, figure, axes, 20001 / 65536 + 0.02, 0.5).any()
-
-
-@pytest.mark.parametrize("centre", [0.5, 1e-4])
-def test_the_drawn_curve_is_within_a_column_of_the_true_one(centre):
-    metric = np.random.default_rng(0).random(len(T))
-    metric[index_of(centre)] = 1.1  # the trained threshold, which decides the kind of axis
-    _, (axes,) = panels([result(metric=metric)])
     drawn_x, drawn_y = line(axes, "IoU").get_data()
-    x = np.log(T / (1 - T)) if centre < 0.02 else T
-    column = np.ptp(axes.get_xlim()) / 400
-    assert (np.diff(drawn_x) >= 0).all() and len(drawn_x) < 5000
-    seen = np.flatnonzero((x > axes.get_xlim()[0]) & (x < axes.get_xlim()[1]))
-    order = seen[np.argsort(metric[seen])]
-    for k in order[-50:]:  # peaks
-        assert drawn_y[np.abs(drawn_x - x[k]) <= column].max() >= metric[k]
-    for k in order[:50]:  # dips
-        assert drawn_y[np.abs(drawn_x - x[k]) <= column].min() <= metric[k]
+    coarse = [k for k in range(0, len(T), 64) if drawn_x[0] <= T[k] <= drawn_x[-1]]
+    assert len(coarse) > 500 and (np.interp(T[coarse], drawn_x, drawn_y) == metric[coarse]).all()
+    assert (shown.trained.x, 0.9) in zip(drawn_x, drawn_y, strict=True)
+    png = draw([shown])
+    assert is_drawn(figures.VERMILLION, png, figure, axes, shown.trained.x, 0.9).all()
+    assert is_drawn(figures.BLUE, png, figure, axes, 0.02, 0.4).any()
+    assert not is_drawn(figures.BLUE, png, figure, axes, 0.02, 0.5).any()
 
 
-@pytest.mark.parametrize("x", [2.0**-40, 1e-9, 1e-5, 0.002, 0.998, 0.9999999, 1 - 2.0**-24])
+@pytest.mark.parametrize("x", [2.0**-40, 1e-5, 0.002, 0.998, 1 - 2.0**-24])
 def test_the_axis_reaches_as_far_as_a_threshold_close_to_an_end(x):
     logit = np.log(T / (1 - T))
     shown = result(metric=0.8 * np.exp(-(((logit - logit[index_of(x)]) / 0.3) ** 2)), next_stack_interval=None)
@@ -187,10 +174,10 @@ def test_the_axis_reaches_as_far_as_a_threshold_close_to_an_end(x):
     assert is_drawn(figures.VERMILLION, draw([shown]), figure, axes, at, 0.8).all()
     ticks = [label.get_text() for label in axes.get_xticklabels()]
     assert 3 <= len(ticks) <= 8 and "0.5" in ticks and "logit" in axes.get_xlabel()
-    assert np.log(np.array(ticks, float) / (1 - np.array(ticks, float))) == pytest.approx(list(axes.get_xticks()))
+    assert [float(tick) for tick in ticks] == list(axes.get_xticks())
 
 
-@pytest.mark.parametrize("height", [0.0004, 0.013, 0.15, 0.35, 0.93, 1.0])
+@pytest.mark.parametrize("height", [0.0004, 0.15, 0.93, 1.0])
 def test_a_curve_fills_its_panel(height):
     _, (axes,) = panels([result(metric=bump(0.6, 0.2, height))])
     bottom, top = axes.get_ylim()
@@ -416,25 +403,8 @@ def test_cracks_one_pixel_wide_have_no_gaps_in_large_slices():
     assert len(found) == 342 + 342 - 1 + 1
 
 
-def test_a_cell_shows_its_most_frequent_outcome():
-    side = 1152
-    truth, prediction = np.random.default_rng(side).random((2, side, side)) < 0.1
-    masks = truth[..., None], prediction[..., None], prediction[..., None]
-    picture = decode(figures.draw_slices([figures.Slice("s", np.full((side, side), 12, np.uint8), *masks)], ["a"], "t"))
-    hits, misses, false_alarms = cells = [
-        of.reshape(384, 3, 384, 3).sum(axis=(1, 3))
-        for of in (truth & prediction, truth & ~prediction, ~truth & prediction)
-    ]
-    outcome = np.where(hits > np.maximum(misses, false_alarms), 0, np.where(misses >= false_alarms, 1, 2))
-    outcome = np.where(sum(cells) > 0, outcome, 3)
-    colors = np.stack([*(tint(i, 12) for i in range(3)), [12, 12, 12]])
-    top, left = positions(picture, colors[0]).min(axis=0) - np.argwhere(outcome == 0).min(axis=0)
-    assert np.abs(picture[top : top + 384, left : left + 384] - colors[outcome]).max() <= 2
-
-
-@pytest.mark.parametrize("side", [384, 512])
-def test_twelve_classes_of_noisy_images_and_odd_names_stay_below_4_mb(side):
-    rng = np.random.default_rng(0)
+def test_twelve_classes_of_noisy_images_and_odd_names_stay_below_4_mb():
+    rng, side = np.random.default_rng(0), 512
     masks = (rng.random((3, side // 32, side // 32, 12)) < 0.3).repeat(32, axis=1).repeat(32, axis=2)
     slices = [
         figures.Slice(name, rng.normal(128, 40, (side, side)).clip(0, 255).astype(np.uint8), *masks)

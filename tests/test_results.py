@@ -36,7 +36,7 @@ def table(shown, metric="iou_score"):
 @pytest.mark.parametrize(
     "folders", [["class_0", "class_1", "class_2"], ["裂纹", "m" * 60, "e\N{COMBINING ACUTE ACCENT}"]]
 )
-@pytest.mark.parametrize("metric", models.CLASS_METRICS)
+@pytest.mark.parametrize("metric", ["iou_score", "balanced_accuracy", "precision_at_recall_0.9"])
 def test_the_table_of_three_classes_fits_a_terminal_and_its_columns_are_straight(folders, metric):
     unclear = {"gain_unclear": True, "gain_interval": (-0.512, 0.487), "x_interval": (0.581, 0.62), "worth": 4.6}
     shown = [result(f"class{i}", folder, x=0.6, **unclear) for i, folder in enumerate(folders)]
@@ -60,7 +60,7 @@ def test_the_table_says_what_is_known():
         "0.48 to 0.96",
         "+0.04\n",
         "(unclear)",
-        "from 11 stacks, worth 4.6",
+        "class0: 11 stacks, worth 4.6",
         "-              -",
         "No range for the next stack: too few stacks",
     ):
@@ -87,29 +87,18 @@ def test_what_the_screen_says_of_a_class():
     level = {"constraint_value": 0.9004, "constraint_interval": (0.81, 0.96), "gain": None, "gain_interval": None}
     limited = result(guaranteed=KEPT, **level)
     limited.trained.allowed_at_half = False
-    told = "\n".join(results.remarks(limited, "precision_at_recall_0.9"))
-    for words in (
-        "recall is 0.90 ",
-        "0.81 to 0.96",
-        "0.9 was asked for",
-        "0.5 does not reach",
-        "0.20000",
-        "recall 0.976",
-    ):
+    told = "\n".join(results.remarks(limited))
+    for words in ("0.5 does not reach", "0.20000 guarantees recall 0.9 ", "keeps recall 0.976", "precision 0.500"):
         assert words in told
     (warned,) = results.warnings(limited, "precision_at_recall_0.9")
-    assert "may well miss" in warned and "recall 0.9" in warned
+    assert "recall is 0.90 here (95 % interval 0.81 to 0.96)" in warned and "miss the 0.9 that was asked for" in warned
 
-    none = result(guaranteed=KEPT._replace(threshold=None) if hasattr(KEPT, "_replace") else GuaranteedRecall(
-        0.9, None, None, None, 3, "S7 loses too much"), warned=["doubtful"], **NOTHING)  # fmt: skip
-    assert [sentence.rpartition(": ")[2] for sentence in results.warnings(none, "iou_score")] == [
-        "doubtful",
-        "too few stacks",
-        "S7 loses too much",
-    ]
+    nothing = GuaranteedRecall(0.9, None, None, None, 3, "S7 loses too much")
+    sentences = results.warnings(result(guaranteed=nothing, warned=["doubtful"], **NOTHING), "iou_score")
+    assert [sentence.rpartition(": ")[2] for sentence in sentences] == ["doubtful", "too few stacks", nothing.reason]
     (unclear,) = results.warnings(result(gain_unclear=True, gain_interval=(-0.83, 0.22)), "iou_score")
     assert "not shown to be better than 0.5 (-0.83 to +0.22" in unclear
-    assert results.warnings(result(), "iou_score") == results.remarks(result(), "iou_score") == []
+    assert results.warnings(result(), "iou_score") == results.remarks(result()) == []
 
 
 def test_the_stack_that_moves_a_result_is_named():
@@ -170,7 +159,7 @@ def test_the_stacks_as_data():
 # The YAML
 
 
-def test_the_yaml_has_every_key_that_other_tools_read_and_every_warning():
+def test_the_yaml_says_what_was_found_how_it_was_counted_and_what_to_beware_of():
     arguments = dict.fromkeys(
         ["message", "gcp_bucket", "dataset_directory", "model_id", "batch_size", "dataset_downsample_factor",
          "random_module_global_seed", "numpy_random_global_seed", "tf_random_global_seed"], 1
@@ -190,17 +179,8 @@ def test_the_yaml_has_every_key_that_other_tools_read_and_every_warning():
     assert content["final_trained_prediction_thresholds"] == {one.name: one.trained.x for one in shown}
     assert list(content) == ["final_trained_prediction_thresholds", "metadata", "metadata_system"]
     metadata = content["metadata"]
-    assert set(metadata) > {
-        "message", "gcp_bucket", "created_datetime", "num_classes", "target_size", "git_hash", "elapsed_minutes",
-        "dataset_directory", "model_id", "batch_size", "dataset_config", "train_config",
-        "random-module-global-seed", "numpy_random_global_seed", "tf_random_global_seed",
-    }  # fmt: skip
     assert metadata["message"] == "a\\udcff\x1b — ü"
     assert metadata["counted_with"] == made and metadata["warnings"] == ["run", "class"]
-    assert set(metadata["thresholds_training_configuration"]) == {
-        "opt_bounds", "opt_method", "opt_tol", "opt_options", "opt_class_metric", "opt_dataset_generator",
-        "opt_dataset_downsample_factor",
-    }  # fmt: skip
     output = metadata["thresholds_training_output"]["class0"]
     trained = shown[0].trained
     assert (output["x"], output["success"], output["fun"]) == (trained.x, True, 1 - trained.metric)
