@@ -289,24 +289,25 @@ def _write_numbers(axes, result, metric_name, wide):
         text, interval = texts(*value)
         return text if interval == "-" else f"{text} ({interval})"
 
-    expected, _ = texts(confidence.expected_metric, confidence.metric_interval)
-    _, next_stack = texts(None, confidence.next_stack_interval)
     at_half, _ = texts(trained.metric_at_half, confidence.metric_interval)
-    gain = with_interval(confidence.gain, confidence.gain_interval, SIGNED)
-    unclear = ", unclear" * confidence.gain_unclear
     lines = [
         f"threshold {with_interval(trained.x, confidence.x_interval, threshold_text)}",
         f"{label(metric_name)} {with_interval(trained.metric, confidence.metric_interval)}; {at_half} at 0.5",
-        f"gain {gain}{unclear}",
-        f"{expected} expected on new images; next stack {next_stack}",
-        f"{curve.tp[0] + curve.fn[0]:,} positives" + (f" in {result.worth}" if result.worth else ""),
     ]
+    if confidence.gain is not None:
+        unclear = ", unclear" * confidence.gain_unclear
+        lines.append(f"gain {with_interval(confidence.gain, confidence.gain_interval, SIGNED)}{unclear}")
+    if confidence.expected_metric is not None:
+        lines.append(f"{texts(confidence.expected_metric, confidence.metric_interval)[0]} expected on new images")
+    if confidence.next_stack_interval is not None:
+        lines[-1] += f"; next stack {texts(None, confidence.next_stack_interval)[1]}"
+    lines.append(f"{curve.tp[0] + curve.fn[0]:,} positives" + (f" in {result.worth}" if result.worth else ""))
     room = 0.98 * wide * DPI
-    lines = "\n".join(_fitted(line, 7.5 * DPI / 72, room)[0] for line in lines)
     title, _ = _fitted(result.title, 9 * DPI / 72, room, bold=True)
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(title, (0, 1), (0, 54), **place, size=9, weight="bold")
-    axes.annotate(lines, (0, 1), (0, 5.5), **place, size=7.5)
+    axes.annotate(title, (0, 1), (0, 9 + 9 * len(lines)), **place, size=9, weight="bold")
+    text = "\n".join(_fitted(line, 7.5 * DPI / 72, room)[0] for line in lines)
+    axes.annotate(text, (0, 1), (0, 5.5), **place, size=7.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -233,7 +233,8 @@ def table(results, metric_name):
     others = sum(max(map(columns, column)) + 2 for column in list(zip(*rows, strict=True))[1:])
     rows = [(shortened(first, max(TABLE_WIDTH - others, 9)), *cells) for first, *cells in rows]
     widths = [max(map(columns, column)) for column in zip(*rows, strict=True)]
-    reasons = dict.fromkeys(result.confidence.why_no_next_stack for result in results)
+    without = (result.confidence for result in results if result.confidence.why_no_next_stack)
+    reasons = dict.fromkeys(of.why_no_next_stack for of in without if of.why_no_next_stack != of.reason)
     return [
         "",
         f"Best thresholds for {metric_name}:",
@@ -242,7 +243,7 @@ def table(results, metric_name):
         "",
         "Intervals and expected values are for all pixels of new images together,",
         "the range of the next stack is for one new stack on its own.",
-        *(f"No range for the next stack: {reason}" for reason in reasons if reason),
+        *(f"No range for the next stack: {reason}" for reason in reasons),
         *(f"{result.name}: {result.worth} of equal weight" for result in results if result.worth),
         "",
     ]

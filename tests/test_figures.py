@@ -76,7 +76,7 @@ NOTHING = dict.fromkeys(
         "band_low",
         "band_high",
     ]
-) | {"reason": "too few stacks", "why_no_next_stack": "too few stacks"}
+) | {"reason": "too few stacks", "why_no_next_stack": "these are runs"}
 
 
 def stack(name, own_x, own_metric, x_without=0.6, metric_without=0.8):
