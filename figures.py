@@ -105,7 +105,7 @@ def draw_curves(results, metric_name, title, note):
         Precision and recall are drawn too, and the level of a constraint.
     title : str
     note : str
-        A text below the panels: where the intervals come from.
+        A text below the title: where the intervals come from.
 
     Returns
     -------
@@ -141,53 +141,28 @@ def _data_folder():
 
 
 def curves_figure(results, metric_name, title, note):
-    """The matplotlib figure of `draw_curves`. Margins are set in inches: a constrained layout takes twice as long."""
+    """The matplotlib figure of `draw_curves`."""
     from matplotlib.figure import Figure
 
     columns = len(results) if len(results) <= 3 else min(4, math.ceil(math.sqrt(len(results))))
     rows = math.ceil(len(results) / columns)
-    wide, high = (3.0, 2.1) if len(results) > 1 else (6.3, 3.2)
-    left, right, above, below, head = 0.68, 0.12, 0.95, 0.4, 0.3
-    width = columns * (left + wide + right)
-
-    figure = Figure(dpi=DPI)
+    width, height = (3.8 * columns, 3.45 * rows) if len(results) > 1 else (7.1, 4.4)
+    figure = Figure((width, height + 0.8), DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     panels = figure.subplots(rows, columns, squeeze=False)
     shared = _vertical_range(results, metric_name)
     entries = {}
     for axes, result in zip(panels.flat, results, strict=False):
         _draw_panel(axes, result, metric_name)
         _set_vertical(axes, result, metric_name, shared)
-        _write_numbers(axes, result, metric_name, wide)
+        _write_numbers(axes, result, metric_name, width / columns - 0.8)
         entries |= {entry.get_label(): entry for entry in axes.get_legend_handles_labels()[0]}
     for axes in panels.flat[len(results) :]:
         axes.remove()
-
-    lines = textwrap.wrap(note, int(15 * width))
-    entries_per_line = max(3, 2 * columns)
-    foot = 0.14 * len(lines) + 0.18 * math.ceil(len(entries) / entries_per_line) + 0.2
-    height = head + rows * (above + high + below) + foot
-    figure.set_size_inches(width, height)
-    figure.subplots_adjust(
-        left=left / width,
-        right=1 - right / width,
-        top=1 - (head + above) / height,
-        bottom=(foot + below) / height,
-        wspace=(left + right) / wide,
-        hspace=(above + below) / high,
-    )
-    figure.text(
-        left / width, 1 - 0.12 / height, _fitted(title, 8 * DPI / 72, 0.98 * (width - left - right) * DPI)[0], va="top"
-    )
-    figure.text(left / width, 0.06 / height, "\n".join(lines), va="bottom", size=7.5)
-    figure.legend(
-        handles=entries.values(),
-        loc="lower center",
-        bbox_to_anchor=(0.5, (0.14 * len(lines) + 0.04) / height),
-        ncols=entries_per_line,
-        frameon=False,
-        handlelength=2.6,
-        columnspacing=1.6,
-    )
+    head = [_fitted(title, 8 * DPI / 72, (width - 0.9) * DPI)[0], *textwrap.wrap(note, int(14 * width))]
+    figure.suptitle("\n".join(head), x=0.4 / width, ha="left", size=8)
+    style = {"frameon": False, "handlelength": 2.6, "columnspacing": 1.6}
+    figure.legend(handles=entries.values(), loc="outside lower center", ncols=max(3, 2 * columns), **style)
     return figure
 
 
@@ -360,7 +335,7 @@ def draw_slices(slices, classes, title):
     shrink, grow = math.ceil(max(height, width) / side), max(side // max(height, width), 1)
     high, wide = (math.ceil(length / shrink) * grow for length in (height, width))
     top, row, column = GAP + 4 * LINE + GAP, 2 * LINE + high + GAP, max(wide, COLUMN) + GAP
-    page = Image.new("P", (max(GAP + len(slices) * column, 900), top + len(classes) * row), WHITE)
+    page = Image.new("P", (max(GAP + len(slices) * column, 1020), top + len(classes) * row), WHITE)
     page.putpalette(_palette())
 
     room = page.width - 2 * GAP
