@@ -381,15 +381,14 @@ def change(shown, k):
     truth, prediction, at_half = (masks[..., k] for masks in (shown.truth, shown.prediction, shown.at_half))
     if not (truth | prediction | at_half).any():
         return "none"
-    gained, lost = prediction & ~at_half, at_half & ~prediction
-    hits, false_alarms = (int((gained & of).sum()) - int((lost & of).sum()) for of in (truth, ~truth))
+    hits, false_alarms = (np.count_nonzero(prediction & of) - np.count_nonzero(at_half & of) for of in (truth, ~truth))
     return f"hits {hits:+,}, false alarms {false_alarms:+,}" if hits or false_alarms else "as at 0.5"
 
 
 def _panel(shown, k, shrink):
     """Indices into the palette for class k of a slice, shape (ceil(height / shrink), ceil(width / shrink))."""
-    grey = np.asarray(Image.fromarray(shown.image).reduce(shrink)).astype(np.uint16)
-    grey = (grey * WHITE + 127) // 255
+    grey = np.asarray(Image.fromarray(shown.image).reduce(shrink))
+    grey = np.rint(grey * (WHITE / 255)).astype(int)
     outcome, before = (_outcomes(shown.truth[..., k], of[..., k], shrink) for of in (shown.prediction, shown.at_half))
     return np.where(outcome == before, grey + GREYS * outcome, 4 * GREYS + outcome).astype(np.uint8)
 
@@ -409,7 +408,7 @@ def _outcomes(truth, prediction, shrink):
     uint8 array, shape (ceil(height / shrink), ceil(width / shrink))
         0 for none, then in the order of OUTCOMES.
     """
-    # Three counts of 20 bits in one integer, so that one sum counts all three.
+    # Three counts of 20 bits in one integer, so that one sum counts all three: large slices take most of the time here.
     packed = np.array([0, 1 << 40, 1 << 20, 1]).take(prediction + 2 * truth.astype(np.uint8))
     packed = np.pad(packed, [(0, -length % shrink) for length in truth.shape])
     packed = sum(packed[i::shrink] for i in range(shrink))
