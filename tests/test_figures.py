@@ -270,7 +270,7 @@ def test_the_users_matplotlib_settings_change_nothing_or_cost_one_figure(tmp_pat
             **os.environ,
             "PYTHONPATH": f"{Path(__file__).parent}:{Path(figures.__file__).parent}",
             "XDG_CONFIG_HOME": str(tmp_path),
-            "MPLBACKEND": "module://matplotlib_inline.backend_of_a_notebook",
+            "MPLBACKEND": "a_notebook",
         },
         capture_output=True,
         text=True,
@@ -307,6 +307,8 @@ def test_each_slice_is_shown_once_and_empty_ones_only_where_there_are_no_others(
     shown = figures.slices(SimpleNamespace(shown=[one, empty, one]), [index_of(0.6)])
     assert [slice.name for slice in shown] == ["a"]
     assert not shown[0].prediction.any() and shown[0].at_half.sum() == 100
+    at_half = shown_slice(probability=0.5)  # not above
+    assert not figures.slices(SimpleNamespace(shown=[at_half]), [index_of(0.4)])[0].at_half.any()
     assert [slice.name for slice in figures.slices(SimpleNamespace(shown=[empty, empty]), [index_of(0.6)])] == ["b"]
 
 
