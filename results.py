@@ -314,9 +314,22 @@ def about_split(dataset_directory):
     ]
 
 
-def remarks(result):
+def _reached(result, metric):
+    """What the metric's constraint demands, as the images at hand have it: the beginning of a sentence."""
+    value, interval = texts(result.confidence.constraint_value, result.confidence.constraint_interval)
+    return f"{result.title}: {metric.constraint_name} is {value} here (95 % interval {interval})"
+
+
+def _may_miss(result, metric):
+    interval = result.confidence.constraint_interval
+    return interval is not None and interval[0] < metric.level
+
+
+def remarks(result, metric_name):
     """Sentences that explain the numbers of a class in the table."""
-    sentences, guaranteed = [], result.guaranteed_recall
+    sentences, guaranteed, metric = [], result.guaranteed_recall, models.class_metric(metric_name)
+    if metric.constraint and not _may_miss(result, metric):
+        sentences.append(f"{_reached(result, metric)}: {float(metric.level):g} was asked for")
     if not result.trained.allowed_at_half:
         sentences.append(
             f"{result.title}: 0.5 does not reach the level that was asked for, so there is no gain over it"
@@ -340,11 +353,10 @@ def warnings(result, metric_name):
     if confidence.gain_unclear:
         _, interval = texts(None, confidence.gain_interval, SIGNED)
         sentences.append(f"{result.title}: not shown to be better than 0.5 ({interval} in {label(metric_name)})")
-    if confidence.constraint_interval and confidence.constraint_interval[0] < metric.level:
-        value, interval = texts(confidence.constraint_value, confidence.constraint_interval)
+    if _may_miss(result, metric):
         sentences.append(
-            f"{result.title}: {metric.constraint_name} is {value} here (95 % interval {interval}): new images may miss "
-            f"the {float(metric.level):g} that was asked for, as they do for about half of the thresholds chosen so"
+            f"{_reached(result, metric)}: new images may miss the {float(metric.level):g} that was asked for, as they "
+            "do for about half of the thresholds chosen so"
         )
     if guaranteed and guaranteed.threshold is None:
         sentences.append(f"{result.title}: no recall can be guaranteed: {guaranteed.reason}")

@@ -87,18 +87,23 @@ def test_what_the_screen_says_of_a_class():
     level = {"constraint_value": 0.9004, "constraint_interval": (0.81, 0.96), "gain": None, "gain_interval": None}
     limited = result(guaranteed=KEPT, **level)
     limited.trained.allowed_at_half = False
-    told = "\n".join(results.remarks(limited))
+    told = "\n".join(results.remarks(limited, "precision_at_recall_0.9"))
     for words in ("0.5 does not reach", "0.20000 guarantees recall 0.9 ", "keeps recall 0.976", "precision 0.500"):
         assert words in told
     (warned,) = results.warnings(limited, "precision_at_recall_0.9")
     assert "recall is 0.90 here (95 % interval 0.81 to 0.96)" in warned and "miss the 0.9 that was asked for" in warned
+
+    safe = result(constraint_value=0.95, constraint_interval=(0.91, 0.98))
+    assert results.warnings(safe, "precision_at_recall_0.9") == []
+    (told,) = results.remarks(safe, "precision_at_recall_0.9")
+    assert "recall is 0.950 here (95 % interval 0.910 to 0.980): 0.9 was asked for" in told
 
     nothing = GuaranteedRecall(0.9, None, None, None, 3, "S7 loses too much")
     sentences = results.warnings(result(guaranteed=nothing, warned=["doubtful"], **NOTHING), "iou_score")
     assert [sentence.rpartition(": ")[2] for sentence in sentences] == ["doubtful", "too few stacks", nothing.reason]
     (unclear,) = results.warnings(result(gain_unclear=True, gain_interval=(-0.83, 0.22)), "iou_score")
     assert "not shown to be better than 0.5 (-0.83 to +0.22" in unclear
-    assert results.warnings(result(), "iou_score") == results.remarks(result()) == []
+    assert results.warnings(result(), "iou_score") == results.remarks(result(), "iou_score") == []
 
 
 def test_the_stack_that_moves_a_result_is_named():
