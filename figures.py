@@ -269,7 +269,9 @@ def _write_numbers(axes, result, metric_name, wide):
         f"threshold {with_interval(trained.x, confidence.x_interval, threshold_text)}",
         f"{label(metric_name)} {with_interval(trained.metric, confidence.metric_interval)}; {at_half} at 0.5",
     ]
-    if confidence.gain is not None:
+    if confidence.gain is None:
+        lines.append("0.5 does not reach the level that was asked for")
+    else:
         unclear = ", unclear" * confidence.gain_unclear
         lines.append(f"gain {with_interval(confidence.gain, confidence.gain_interval, SIGNED)}{unclear}")
     if confidence.expected_metric is not None:
