@@ -86,7 +86,9 @@ def draw(results, counts, metric_name, title, note):
         try:
             files[ending] = make()
         except Exception as error:
-            problems.append(f"the figure model_thresholds_<timestamp>{ending} cannot be drawn: {error!r}")
+            problems.append(
+                f"the figure model_thresholds_<timestamp>{ending} cannot be drawn, all else is uploaded: {error!r}"
+            )
     return files, problems
 
 
