@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from counts import BLOCK_THRESHOLDS, THRESHOLDS
+from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
 from models import class_metric
-from results import label, texts, threshold_text
+from results import SIGNED, label, shortened, texts, threshold_text
 
 # Colours of Okabe and Ito, which colour-blind people can distinguish. Line style differs too, for print without colour.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -51,19 +51,8 @@ STYLE = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
 }
-# Matplotlib brings DejaVu Sans along. It has no Chinese, Japanese or Korean characters: these are taken from one of
-# the following fonts where the machine has it.
-WIDE_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "Droid Sans Fallback",
-    "Arial Unicode MS",
-    "PingFang SC",
-    "Microsoft YaHei",
-)
+# Matplotlib brings DejaVu Sans along, which has no Chinese characters: these are taken from one of the others.
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei")
 
 
 class Slice(NamedTuple):
@@ -77,13 +66,9 @@ class Slice(NamedTuple):
 
 
 def draw(results, counts, metric_name, title, note):
-    """Draw both figures. One that cannot be drawn, because of what else is installed or set here, costs a warning only.
+    """Draw both figures. One that cannot be drawn, because of what else is set or installed here, costs a warning only.
 
-    Parameters
-    ----------
-    results, metric_name, title, note
-        As in `draw_curves`.
-    counts : counts.Counts
+    The arguments are those of `draw_curves`, and a counts.Counts.
 
     Returns
     -------
@@ -92,17 +77,18 @@ def draw(results, counts, metric_name, title, note):
     warnings : list of str
     """
     rows = [f"{result.title}, threshold {threshold_text(result.trained.x)}" for result in results]
-    chosen = slices(counts, [result.trained.index for result in results])
-    figures = {
-        ".png": lambda: draw_curves(results, metric_name, title, note),
-        "_slices.png": lambda: draw_slices(chosen, rows, f"{title}: best {metric_name}"),
-    }
+    shown = slices(counts, [result.trained.index for result in results])
     files, problems = {}, []
-    for ending, make in figures.items():
+    for ending, make in (
+        (".png", lambda: draw_curves(results, metric_name, title, note)),
+        ("_slices.png", lambda: draw_slices(shown, rows, f"{title}: best {metric_name}")),
+    ):
         try:
             files[ending] = make()
         except Exception as error:
-            problems.append(f"the figure model_thresholds_<timestamp>{ending} cannot be drawn: {error!r}")
+            problems.append(
+                f"the figure model_thresholds_<timestamp>{ending} cannot be drawn, all else is uploaded: {error!r}"
+            )
     return files, problems
 
 
@@ -121,7 +107,7 @@ def draw_curves(results, metric_name, title, note):
         Precision and recall are drawn too, and the level of a constraint.
     title : str
     note : str
-        A text below the panels: where the intervals come from.
+        A text below the title: where the intervals come from.
 
     Returns
     -------
@@ -131,7 +117,7 @@ def draw_curves(results, metric_name, title, note):
     matplotlib = _matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with matplotlib.rc_context(STYLE | {"font.family": ["DejaVu Sans", *_wide_font("name")]}):
+    with matplotlib.rc_context(STYLE | {"font.family": [font.name for font in _fonts()]}):
         canvas = FigureCanvasAgg(curves_figure(results, metric_name, title, note))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box takes its place
@@ -157,51 +143,28 @@ def _data_folder():
 
 
 def curves_figure(results, metric_name, title, note):
-    """The matplotlib figure of `draw_curves`. Margins are set in inches: a constrained layout takes twice as long."""
+    """The matplotlib figure of `draw_curves`."""
     from matplotlib.figure import Figure
 
     columns = len(results) if len(results) <= 3 else min(4, math.ceil(math.sqrt(len(results))))
     rows = math.ceil(len(results) / columns)
-    wide, high = (3.0, 2.1) if len(results) > 1 else (6.3, 3.2)
-    left, right, above, below, head = 0.68, 0.12, 0.95, 0.4, 0.3
-    width = columns * (left + wide + right)
-
-    figure = Figure(dpi=DPI)
+    width, height = (3.8 * columns, 3.45 * rows) if len(results) > 1 else (7.1, 4.4)
+    figure = Figure((width, height + 0.8), DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     panels = figure.subplots(rows, columns, squeeze=False)
-    shared = _shown_range(results, metric_name)
+    shared = _vertical_range(results, metric_name)
     entries = {}
     for axes, result in zip(panels.flat, results, strict=False):
         _draw_panel(axes, result, metric_name)
-        _set_range(axes, result, metric_name, shared)
-        _write_numbers(axes, result, metric_name, wide)
+        _set_vertical(axes, result, metric_name, shared)
+        _write_numbers(axes, result, metric_name, width / columns - 0.8)
         entries |= {entry.get_label(): entry for entry in axes.get_legend_handles_labels()[0]}
     for axes in panels.flat[len(results) :]:
         axes.remove()
-
-    lines = textwrap.wrap(note, int(15 * width))
-    entries_per_line = max(3, 2 * columns)
-    foot = 0.14 * len(lines) + 0.18 * math.ceil(len(entries) / entries_per_line) + 0.2
-    height = head + rows * (above + high + below) + foot
-    figure.set_size_inches(width, height)
-    figure.subplots_adjust(
-        left=left / width,
-        right=1 - right / width,
-        top=1 - (head + above) / height,
-        bottom=(foot + below) / height,
-        wspace=(left + right) / wide,
-        hspace=(above + below) / high,
-    )
-    figure.text(left / width, 1 - 0.12 / height, _shortened(title, 8, width - left - right), va="top")
-    figure.text(left / width, 0.06 / height, "\n".join(lines), va="bottom", size=7.5)
-    figure.legend(
-        handles=entries.values(),
-        loc="lower center",
-        bbox_to_anchor=(0.5, (0.14 * len(lines) + 0.04) / height),
-        ncols=entries_per_line,
-        frameon=False,
-        handlelength=2.6,
-        columnspacing=1.6,
-    )
+    head = [_fitted(title, 8 * DPI / 72, (width - 0.9) * DPI)[0], *textwrap.wrap(note, int(14 * width))]
+    figure.suptitle("\n".join(head), x=0.4 / width, ha="left", size=8)
+    style = {"frameon": False, "handlelength": 2.6, "columnspacing": 1.6}
+    figure.legend(handles=entries.values(), loc="outside lower center", ncols=max(3, 2 * columns), **style)
     return figure
 
 
@@ -209,22 +172,21 @@ def _draw_panel(axes, result, metric_name):
     """Draw the curves, points and ranges of a class."""
     trained, curve, confidence = result.trained, result.curve, result.confidence
     metric, guaranteed = class_metric(metric_name), result.guaranteed_recall
-    position, (low, high) = _scale(result)
+    low, high = _set_horizontal(axes, result)
+    drawn = np.union1d(np.arange(0, len(THRESHOLDS), BLOCK_STEP), trained.index)
+    drawn = drawn[(THRESHOLDS[drawn] >= low) & (THRESHOLDS[drawn] <= high)]
 
     def draw(values, **style):
-        axes.plot(*_drawable(position(THRESHOLDS), values), **style)
+        axes.plot(THRESHOLDS[drawn].astype(float), values[drawn], **style)
 
     draw(curve.metric, color=BLUE, lw=1.8, zorder=3, label=label(metric_name))
     if confidence.band_low is not None:
         band = confidence.band_low, confidence.band_high
-        axes.fill_between(
-            position(BLOCK_THRESHOLDS), *band, color=BLUE, alpha=0.25, lw=0, label="its 95 % confidence band"
-        )
-    axes.axvline(position(trained.x), color=VERMILLION, lw=1.1, label="trained threshold")
+        axes.fill_between(BLOCK_THRESHOLDS, *band, color=BLUE, alpha=0.25, lw=0, label="its 95 % confidence band")
+    axes.axvline(trained.x, color=VERMILLION, lw=1.1, label="trained threshold")
     if confidence.x_interval is not None:
-        limits = position(np.array(confidence.x_interval))
-        axes.axvspan(*limits, color=VERMILLION, alpha=0.15, lw=0, label="its 95 % interval")
-    axes.axvline(position(0.5), color="0.45", lw=0.9, ls=(0, (1, 1.5)), label="threshold 0.5")
+        axes.axvspan(*confidence.x_interval, color=VERMILLION, alpha=0.15, lw=0, label="its 95 % interval")
+    axes.axvline(0.5, color="0.45", lw=0.9, ls=(0, (1, 1.5)), label="threshold 0.5")
     for name, color, style in (("precision", GREEN, (0, (5, 2))), ("recall", PURPLE, (0, (6, 1.5, 1, 1.5)))):
         if name != label(metric_name):
             weight = 1.5 if name == metric.constraint_name else 0.9
@@ -233,69 +195,67 @@ def _draw_panel(axes, result, metric_name):
         wanted = f"{metric.constraint_name} asked for"
         axes.axhline(float(metric.level), color="black", lw=0.9, ls=(0, (4, 2, 1, 2)), label=wanted)
     if guaranteed and guaranteed.threshold is not None:
-        where = position(guaranteed.threshold)
-        axes.axvline(where, color=PURPLE, lw=1.1, ls=(0, (3, 1)), label=f"recall {guaranteed.level:g} guaranteed")
-    points = [(stack.own_x, stack.own_metric) for stack in result.stacks if stack.own_x is not None]
-    if points:
+        kept = f"recall {guaranteed.level:g} guaranteed"
+        axes.axvline(guaranteed.threshold, color=PURPLE, lw=1.1, ls=(0, (3, 1)), label=kept)
+    if points := [(stack.own_x, stack.own_metric) for stack in result.stacks if stack.own_x is not None]:
         x, y = np.array(points).T
-        x = np.clip(position(x), low, high)
         name = f"{result.kind.split()[0]}, each at its own best"
-        axes.plot(x, y, "o", color="black", alpha=0.6, mec="none", ms=2.4, zorder=3.5, label=name)
+        axes.plot(x.clip(low, high), y, "o", color="black", alpha=0.6, mec="none", ms=2.4, zorder=3.5, label=name)
     if confidence.next_stack_interval is not None:
         middle, reach = np.mean(confidence.next_stack_interval), np.ptp(confidence.next_stack_interval) / 2
         name = "next stack (95 % range)"
-        axes.errorbar(position(trained.x), middle, reach, fmt="none", color="black", capsize=3, lw=1, label=name)
-    axes.plot(position(trained.x), trained.metric, "o", color=VERMILLION, mec="black", mew=0.6, ms=4.5, zorder=4)
-    axes.set_xlim(low, high)
+        axes.errorbar(trained.x, middle, reach, fmt="none", color="black", capsize=3, lw=1, label=name)
+    axes.plot(trained.x, trained.metric, "o", color=VERMILLION, mec="black", mew=0.6, ms=4.5, zorder=4)
 
 
-def _scale(result):
-    """The function that gives the place of a threshold on the horizontal axis, and the limits of the axis.
+def _set_horizontal(axes, result):
+    """Set scale, range and ticks of the axis of thresholds, and return the range.
 
-    On a linear axis, a threshold close to 0 or 1 would lie on the frame: a logit axis spreads these thresholds.
+    On a linear axis, a trained threshold close to 0 or 1 would lie on the frame: a logit axis spreads these thresholds.
     """
-    x, interval = result.trained.x, result.confidence.x_interval
+    x, interval = result.trained.x, result.confidence.x_interval or ()
     if 0.02 <= x <= 0.98:
-        return np.asarray, (-0.02, 1.02)
-    shown = _logit([x, *(interval or ()), 1e-4, 1 - 1e-4])
-    first, last = _logit(THRESHOLDS[[0, -1]])
-    room = 0.08 * np.ptp(shown)
-    return _logit, (max(shown.min() - room, first - 0.5), min(shown.max() + room, last + 0.5))
+        low, high, ticks = -0.02, 1.02, ["0", "0.25", "0.5", "0.75", "1"]
+        axes.set_xlabel("threshold", labelpad=2)
+    else:
+        low, high = min(x, *interval, 1e-4) / 4, 1 - (1 - max(x, *interval, 1 - 1e-4)) / 4
+        below = [f"{10.0**-k:g}" for k in range(2, 14) if 10.0**-k > low]
+        above = [f"{1 - 10.0**-k:.{k}f}" for k in range(2, 14) if 1 - 10.0**-k < high]
+        axes.set_xscale("logit")
+        axes.minorticks_off()
+        axes.set_xlabel("threshold (logit scale)", labelpad=2)
+        step = math.ceil(len(below + above) / 4)
+        ticks = ["0.5", *below[step - 1 :: step], *above[step - 1 :: step]]
+    axes.set_xticks([float(tick) for tick in ticks], ticks)
+    axes.set_xlim(low, high)
+    return low, high
 
 
-def _set_range(axes, result, metric_name, shared):
-    """Set range, ticks and labels of the axes. Panels share the vertical range, except where a curve would be flat."""
-    range_ = _shown_range([result], metric_name)
-    own = range_[1] - range_[0] < 0.2 * (shared[1] - shared[0])
-    bottom, top = range_ if own else shared
+def _set_vertical(axes, result, metric_name, shared):
+    """Set range and ticks of the axis of the metric. Panels share it, except where a curve would be flat."""
+    bottom, top = _vertical_range([result], metric_name)
+    own = top - bottom < 0.2 * (shared[1] - shared[0])
+    bottom, top = (bottom, top) if own else shared
     margin = 0.02 * (top - bottom)
     axes.set_ylim(bottom - margin * (bottom > 0), top + margin)
     levels = np.linspace(bottom, top, 6)
     axes.set_yticks(levels, [f"{level:g}" for level in levels])
     axes.set_ylabel(label(metric_name) + " (another scale)" * own)
-    position, limits = _scale(result)
-    spread = position is _logit
-    ticks = _logit_ticks(*limits) if spread else ["0", "0.25", "0.5", "0.75", "1"]
-    axes.set_xticks(position(np.array(ticks, float)), ticks)
-    axes.set_xlabel("threshold (logit scale)" if spread else "threshold", labelpad=2)
 
 
-def _shown_range(results, metric_name):
-    """The vertical range: 0 to 1, or the lower or upper part of it where all that matters lies in that part."""
-    matters = [level] if (level := class_metric(metric_name).level) else []
-    highest, lowest = list(matters), list(matters)
+def _vertical_range(results, metric_name):
+    """0 to 1, or the lower or upper part of it where all that matters lies in that part."""
+    level = class_metric(metric_name).level
+    matters = [] if level is None else [float(level)]
     for result in results:
-        values = [result.trained.metric, *(stack.own_metric for stack in result.stacks if stack.own_x is not None)]
-        for limits in (result.confidence.metric_interval, result.confidence.next_stack_interval):
-            values += limits or ()
-        highest.append(max(values))
-        lowest.append(min(*values, np.median(result.curve.metric)))
-
-    def room_for(span):
-        steps = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1)
-        return next(step for step in steps if step >= min(1.1 * span, 1))
-
-    return 1 - room_for(1 - min(lowest)) if min(lowest) > 0.9 else 0, room_for(max(highest))
+        matters += [result.trained.metric, float(np.median(result.curve.metric))]
+        matters += [stack.own_metric for stack in result.stacks if stack.own_x is not None]
+        matters += result.confidence.metric_interval or ()
+        matters += result.confidence.next_stack_interval or ()
+    steps = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1]
+    if min(matters) > 0.9:
+        return 1 - next(step for step in steps if step >= 1.1 * (1 - min(matters))), 1
+    return 0, next((step for step in steps if step >= 1.1 * max(matters)), 1)
 
 
 def _write_numbers(axes, result, metric_name, wide):
@@ -306,56 +266,27 @@ def _write_numbers(axes, result, metric_name, wide):
         text, interval = texts(*value)
         return text if interval == "-" else f"{text} ({interval})"
 
-    expected, _ = texts(confidence.expected_metric, confidence.metric_interval)
-    _, next_stack = texts(None, confidence.next_stack_interval)
     at_half, _ = texts(trained.metric_at_half, confidence.metric_interval)
-    gain = with_interval(confidence.gain, confidence.gain_interval, "{:+.{}f}".format)
-    unclear = ", unclear" * confidence.gain_unclear
     lines = [
         f"threshold {with_interval(trained.x, confidence.x_interval, threshold_text)}",
         f"{label(metric_name)} {with_interval(trained.metric, confidence.metric_interval)}; {at_half} at 0.5",
-        f"gain {gain}{unclear}",
-        f"{expected} expected on new images; next stack {next_stack}",
-        f"{curve.tp[0] + curve.fn[0]:,} positives" + (f" in {result.worth}" if result.worth else ""),
     ]
-    lines = "\n".join(_shortened(line, 7.5, wide) for line in lines)
+    if confidence.gain is None:
+        lines.append("0.5 does not reach the level that was asked for")
+    else:
+        unclear = ", unclear" * confidence.gain_unclear
+        lines.append(f"gain {with_interval(confidence.gain, confidence.gain_interval, SIGNED)}{unclear}")
+    if confidence.expected_metric is not None:
+        lines.append(f"{texts(confidence.expected_metric, confidence.metric_interval)[0]} expected on new images")
+    if confidence.next_stack_interval is not None:
+        lines[-1] += f"; next stack {texts(None, confidence.next_stack_interval)[1]}"
+    lines.append(f"{curve.tp[0] + curve.fn[0]:,} positives" + (f" in {result.worth}" if result.worth else ""))
+    room = 0.98 * wide * DPI
+    title, _ = _fitted(result.title, 9 * DPI / 72, room, bold=True)
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(_shortened(result.title, 9, wide, bold=True), (0, 1), (0, 54), **place, size=9, weight="bold")
-    axes.annotate(lines, (0, 1), (0, 5.5), **place, size=7.5)
-
-
-def _logit(thresholds):
-    thresholds = np.asarray(thresholds, np.float64)
-    return np.log(thresholds / (1 - thresholds))
-
-
-def _logit_ticks(low, high):
-    """Labels of some five ticks on a logit axis: 0.5, and thresholds that are a power of ten away from 0 or 1."""
-    decades = range(2, 14)
-    below = [f"{10.0**-k:g}" for k in decades if low <= _logit(10.0**-k)]
-    above = [f"{1 - 10.0**-k:.{k}f}" for k in decades if _logit(1 - 10.0**-k) <= high]
-    step = math.ceil(len(below + above) / 4)
-    return [*below[step - 1 :: step][::-1], "0.5", *above[step - 1 :: step]]
-
-
-def _drawable(x, y, columns=1500):
-    """The curve with fewer points: the lowest and the highest value in each of `columns` columns of its panel.
-
-    So no peak is lost, because a panel has hardly more pixels than that from left to right.
-
-    Parameters
-    ----------
-    x, y : arrays, shape (n,)
-        x increases.
-
-    Returns
-    -------
-    x, y : arrays, shape (m,), m <= 2 * columns + 3
-    """
-    column = np.floor((x - x[0]) * (columns / (x[-1] - x[0])))
-    starts = np.flatnonzero(np.diff(column, prepend=-1))
-    extremes = np.stack([np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)], axis=1)
-    return np.append(np.repeat(x[starts], 2), x[-1]), np.append(extremes, y[-1])
+    axes.annotate(title, (0, 1), (0, 9 + 9 * len(lines)), **place, size=9, weight="bold")
+    text = "\n".join(_fitted(line, 7.5 * DPI / 72, room)[0] for line in lines)
+    axes.annotate(text, (0, 1), (0, 5.5), **place, size=7.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -408,7 +339,7 @@ def draw_slices(slices, classes, title):
     shrink, grow = math.ceil(max(height, width) / side), max(side // max(height, width), 1)
     high, wide = (math.ceil(length / shrink) * grow for length in (height, width))
     top, row, column = GAP + 4 * LINE + GAP, 2 * LINE + high + GAP, max(wide, COLUMN) + GAP
-    page = Image.new("P", (max(GAP + len(slices) * column, 900), top + len(classes) * row), WHITE)
+    page = Image.new("P", (max(GAP + len(slices) * column, 1020), top + len(classes) * row), WHITE)
     page.putpalette(_palette())
 
     room = page.width - 2 * GAP
@@ -442,8 +373,7 @@ def _draw_legend(page):
 
 def _write(page, x, y, text, room, size=13, bold=False):
     """Write a line of text, at most `room` pixels wide; returns its width."""
-    font = _font(size, bold, _is_wide(text))
-    text = _cut(text, font, room)
+    text, font = _fitted(text, size, room, bold)
     pen = ImageDraw.Draw(page)
     pen.fontmode = "L"  # smooth: between black and white, the palette has greys only
     pen.text((x, y + LINE / 2), text, fill=0, font=font, anchor="lm")
@@ -455,15 +385,14 @@ def change(shown, k):
     truth, prediction, at_half = (masks[..., k] for masks in (shown.truth, shown.prediction, shown.at_half))
     if not (truth | prediction | at_half).any():
         return "none"
-    gained, lost = prediction & ~at_half, at_half & ~prediction
-    hits, false_alarms = (int((gained & of).sum()) - int((lost & of).sum()) for of in (truth, ~truth))
+    hits, false_alarms = (np.count_nonzero(prediction & of) - np.count_nonzero(at_half & of) for of in (truth, ~truth))
     return f"hits {hits:+,}, false alarms {false_alarms:+,}" if hits or false_alarms else "as at 0.5"
 
 
 def _panel(shown, k, shrink):
     """Indices into the palette for class k of a slice, shape (ceil(height / shrink), ceil(width / shrink))."""
-    grey = np.asarray(Image.fromarray(shown.image).reduce(shrink)).astype(np.uint16)
-    grey = (grey * WHITE + 127) // 255
+    grey = np.asarray(Image.fromarray(shown.image).reduce(shrink))
+    grey = np.rint(grey * (WHITE / 255)).astype(int)
     outcome, before = (_outcomes(shown.truth[..., k], of[..., k], shrink) for of in (shown.prediction, shown.at_half))
     return np.where(outcome == before, grey + GREYS * outcome, 4 * GREYS + outcome).astype(np.uint8)
 
@@ -483,7 +412,7 @@ def _outcomes(truth, prediction, shrink):
     uint8 array, shape (ceil(height / shrink), ceil(width / shrink))
         0 for none, then in the order of OUTCOMES.
     """
-    # Three counts of 20 bits in one integer, so that one sum counts all three.
+    # Three counts of 20 bits in one integer, so that one sum counts all three: large slices take most of the time here.
     packed = np.array([0, 1 << 40, 1 << 20, 1]).take(prediction + 2 * truth.astype(np.uint8))
     packed = np.pad(packed, [(0, -length % shrink) for length in truth.shape])
     packed = sum(packed[i::shrink] for i in range(shrink))
@@ -504,40 +433,28 @@ def _palette():
 # Text
 
 
-def _shortened(text, points, inches, bold=False):
-    return _cut(text, _font(points * DPI / 72, bold, _is_wide(text)), 0.98 * inches * DPI)
-
-
-def _cut(text, font, room):
-    """The text, without its middle if it is wider than `room` pixels; a mark replaces unprintable characters."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    cut, length = text, len(text)
-    while font.getlength(cut) > room and length > 1:
-        length -= 1
-        cut = text[: (length + 1) // 2] + "…" + text[len(text) - length // 2 :]
-    return cut
+def _fitted(text, size, room, bold=False):
+    """The text, without its middle where it is wider than `room` pixels, and its font of `size` pixels."""
+    font = _font(size, bold, any(unicodedata.east_asian_width(c) in "WF" for c in text))
+    return shortened(text, room, font.getlength), font
 
 
 @functools.cache
 def _font(size, bold, wide):
-    """A font of `size` pixels; `wide`: one with Chinese characters where the machine has one."""
     path = _data_folder() / "fonts" / "ttf" / f"DejaVuSans{'-Bold' * bold}.ttf"
-    if wide:
-        path = next(iter(_wide_font("fname")), path)
+    if wide and len(_fonts()) > 1:
+        path = _fonts()[1].fname
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
-def _is_wide(text):
-    return any(unicodedata.east_asian_width(c) in "WF" for c in text)
-
-
-def _wide_font(attribute):
-    """Name or file (`fname`) of the first of WIDE_FONTS that this machine has, in a list; an empty list without one."""
+@functools.cache
+def _fonts():
+    """DejaVu Sans and, where the machine has one, a font with Chinese characters, as matplotlib describes them."""
     _matplotlib()
     from matplotlib.font_manager import fontManager
 
     there = {font.name: font for font in fontManager.ttflist}
-    return [getattr(there[name], attribute) for name in WIDE_FONTS if name in there][:1]
+    return [there[name] for name in FONTS if name in there][:2]
 
 
 def _png(image, **options):

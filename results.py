@@ -21,16 +21,15 @@ import yaml
 import models
 import network
 import terminal
-from confidence import FEWEST_BLOCKS, LEVEL, REPLICATES, Confidence, GuaranteedRecall
+from confidence import FEWEST_BLOCKS, LEVEL, REPLICATES, Confidence, GuaranteedRecall, StackResult
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
 from errors import BucketError, printable
 
 CURVE_STEP = 2  # the file of the curves has a row for every second of BLOCK_THRESHOLDS; 0.5 is one of them
 LOWEST_IN_CURVES = 1e-6  # and none below, except where the trained threshold is near
 TABLE_WIDTH = 80
-UNEQUAL = (
-    0.8  # stacks that are worth less than this part of their number do not weigh the same: say what they are worth
-)
+UNSIGNED, SIGNED = "{:.{}f}".format, "{:+.{}f}".format
+UNEQUAL = 0.8  # stacks worth less than this part of their number weigh too differently to count them only
 
 # What the field calls a metric, on axes and in the table; the others go by their own names.
 LABELS = {
@@ -76,22 +75,8 @@ class ClassResult(NamedTuple):
 def describe(arguments, inputs, counts, results, started, warnings):
     """The content of the YAML, in plain Python values; `publish` sets its created_datetime.
 
-    Parameters
-    ----------
-    arguments : dict
-        The command line's, by name.
-    inputs : Inputs
-        Of the entry script.
-    counts : counts.Counts
-    results : list of ClassResult
-    started : float
-        `time.monotonic()` at the beginning of the run, in seconds.
-    warnings : list of str
-        Every warning that the run has shown.
-
-    Returns
-    -------
-    dict
+    `arguments` is the command line by name, `inputs` the entry script's Inputs, `counts` a counts.Counts, `results` a
+    list of ClassResult, `started` the `time.monotonic()` at the beginning, `warnings` every warning that was shown.
     """
     metric = arguments["optimizing_class_metric"].name
     return {
@@ -126,7 +111,7 @@ def describe(arguments, inputs, counts, results, started, warnings):
             },
             "thresholds_training_output": {result.name: _describe_class(result, metric) for result in results},
             "thresholds_training_history": {
-                result.name: {f"{n}_threshold_metric": list(point) for n, point in enumerate(result.trained.history)}
+                result.name: {f"{n}_threshold_metric": point for n, point in enumerate(result.trained.history)}
                 for result in results
             },
             "counted_with": counts.counted_with,
@@ -167,24 +152,20 @@ def _describe_class(result, metric_name):
         "gain": confidence.gain,
         "gain_unclear": confidence.gain_unclear,
         "expected_metric": confidence.expected_metric,
-        "x_confidence_interval": _plain(confidence.x_interval),
-        "metric_confidence_interval": _plain(confidence.metric_interval),
-        "gain_confidence_interval": _plain(confidence.gain_interval),
-        "next_stack_interval": _plain(confidence.next_stack_interval),
+        "x_confidence_interval": confidence.x_interval,
+        "metric_confidence_interval": confidence.metric_interval,
+        "gain_confidence_interval": confidence.gain_interval,
+        "next_stack_interval": confidence.next_stack_interval,
         "why_no_next_stack": confidence.why_no_next_stack,
         "constraint_value": confidence.constraint_value,
-        "constraint_confidence_interval": _plain(confidence.constraint_interval),
+        "constraint_confidence_interval": confidence.constraint_interval,
         "blocks": confidence.blocks,
         "worth": confidence.worth,
         "why_no_interval": confidence.reason,
         "guaranteed_recall": None if guaranteed is None else asdict(guaranteed),
-        "equally_good_thresholds": list(trained.best_stretch),
+        "equally_good_thresholds": trained.best_stretch,
         "warnings": warnings(result, metric_name),
     }
-
-
-def _plain(limits):
-    return None if limits is None else list(limits)
 
 
 def git_hash():
@@ -243,59 +224,54 @@ def label(metric_name):
 
 
 def table(results, metric_name):
-    """The lines of the table: two for each class, with values in the first and 95 % intervals in the second.
-
-    They have at most TABLE_WIDTH columns, unless a number needs an odd many digits.
-    """
+    """The lines of the table: two for each class, values in the first and 95 % intervals in the second."""
     rows = [
         ("class", "threshold", label(metric_name), "expected", "next stack", "gain"),
         ("(folder)", "95 % interval", "95 % interval", "", "95 % range", "over 0.5"),
+        *(row for result in results for row in _rows(result)),
     ]
-    for result in results:
-        trained, confidence = result.trained, result.confidence
-        threshold, its_interval = texts(trained.x, confidence.x_interval, threshold_text)
-        value, interval = texts(trained.metric, confidence.metric_interval)
-        expected, _ = texts(confidence.expected_metric, confidence.metric_interval)
-        _, next_stack = texts(None, confidence.next_stack_interval)
-        gain, _ = texts(confidence.gain, confidence.gain_interval, "{:+.{}f}".format)
-        rows.append((result.name, threshold, value, expected, "", gain))
-        unclear = "(unclear)" * confidence.gain_unclear
-        rows.append((f"({printable(result.folder)})", its_interval, interval, "", next_stack, unclear))
-
-    others = sum(max(map(_width, column)) + 2 for column in list(zip(*rows, strict=True))[1:])
-    rows = [(_cut(first, max(TABLE_WIDTH - others, 9)), *cells) for first, *cells in rows]
-    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(_filled, row, widths)).rstrip() for row in rows]
-    for i, result in reversed(list(enumerate(results))):
-        if result.worth:
-            lines.insert(2 * i + 4, " " * (widths[0] + 2) + f"from {result.worth}")
-    reasons = dict.fromkeys(result.confidence.why_no_next_stack for result in results)
+    others = sum(max(map(columns, column)) + 2 for column in list(zip(*rows, strict=True))[1:])
+    rows = [(shortened(first, max(TABLE_WIDTH - others, 9)), *cells) for first, *cells in rows]
+    widths = [max(map(columns, column)) for column in zip(*rows, strict=True)]
+    without = (result.confidence for result in results if result.confidence.why_no_next_stack)
+    reasons = dict.fromkeys(of.why_no_next_stack for of in without if of.why_no_next_stack != of.reason)
     return [
         "",
         f"Best thresholds for {metric_name}:",
         "",
-        *lines,
+        *("  ".join(map(_filled, row, widths)).rstrip() for row in rows),
         "",
         "Intervals and expected values are for all pixels of new images together,",
         "the range of the next stack is for one new stack on its own.",
-        *(f"No range for the next stack: {reason}" for reason in reasons if reason),
+        *(f"No range for the next stack: {reason}" for reason in reasons),
+        *(f"{result.name}: {result.worth} of equal weight" for result in results if result.worth),
         "",
     ]
 
 
-def texts(value, limits, form="{:.{}f}".format):
+def _rows(result):
+    """The two rows of a class in the table."""
+    trained, confidence = result.trained, result.confidence
+    threshold, its_interval = texts(trained.x, confidence.x_interval, threshold_text)
+    value, interval = texts(trained.metric, confidence.metric_interval)
+    expected, _ = texts(confidence.expected_metric, confidence.metric_interval)
+    _, next_stack = texts(None, confidence.next_stack_interval)
+    gain, _ = texts(confidence.gain, confidence.gain_interval, SIGNED)
+    unclear = "(unclear)" * confidence.gain_unclear
+    return [
+        (result.name, threshold, value, expected, "", gain),
+        (f"({result.folder})", its_interval, interval, "", next_stack, unclear),
+    ]
+
+
+def _filled(cell, width):
+    return cell + " " * (width - columns(cell))
+
+
+def texts(value, limits, form=UNSIGNED):
     """A value and its interval as two texts, with as many decimals as the interval carries; "-" for None.
 
-    Parameters
-    ----------
-    value : float or None
-    limits : (float, float) or None
-    form : callable
-        Takes a number and the number of decimals; gives a text.
-
-    Returns
-    -------
-    (str, str)
+    `form` takes a number and the number of decimals, and gives a text.
     """
     decimals = 4
     if limits is not None and limits[0] < limits[1]:
@@ -313,22 +289,19 @@ def threshold_text(threshold, decimals=5):
     return f"{threshold:.{max(decimals, 1 - math.floor(math.log10(min(threshold, 1 - threshold))))}f}"
 
 
-def _width(text):
+def columns(text):
     """How many columns of a terminal the text takes: Chinese characters take two, combining accents none."""
     return sum((1 + (unicodedata.east_asian_width(c) in "WF")) * (not unicodedata.combining(c)) for c in text)
 
 
-def _filled(text, width):
-    return text + " " * (width - _width(text))
-
-
-def _cut(text, width):
-    """The text, without its middle if it takes more than `width` columns."""
-    short, length = text, len(text)
-    while _width(short) > width:
+def shortened(text, room, width_of=columns):
+    """The text without its middle where it is wider than `room`; what steers a terminal is escaped."""
+    cut = text = printable(text)
+    length = len(text)
+    while width_of(cut) > room and length > 1:
         length -= 1
-        short = f"{text[: (length + 1) // 2]}...{text[len(text) - length // 2 :]}"
-    return short
+        cut = f"{text[: (length + 1) // 2]}…{text[len(text) - length // 2 :]}"
+    return cut
 
 
 def about_split(dataset_directory):
@@ -341,16 +314,22 @@ def about_split(dataset_directory):
     ]
 
 
+def _reached(result, metric):
+    """What the metric's constraint demands, as the images at hand have it: the beginning of a sentence."""
+    value, interval = texts(result.confidence.constraint_value, result.confidence.constraint_interval)
+    return f"{result.title}: {metric.constraint_name} is {value} here (95 % interval {interval})"
+
+
+def _may_miss(result, metric):
+    interval = result.confidence.constraint_interval
+    return interval is not None and interval[0] < metric.level
+
+
 def remarks(result, metric_name):
     """Sentences that explain the numbers of a class in the table."""
-    sentences, guaranteed, confidence = [], result.guaranteed_recall, result.confidence
-    if confidence.constraint_value is not None:
-        metric = models.class_metric(metric_name)
-        value, interval = texts(confidence.constraint_value, confidence.constraint_interval)
-        sentences.append(
-            f"{result.title}: {metric.constraint_name} is {value} at the trained threshold (95 % interval {interval}), "
-            f"and {float(metric.level):g} was asked for"
-        )
+    sentences, guaranteed, metric = [], result.guaranteed_recall, models.class_metric(metric_name)
+    if metric.constraint and not _may_miss(result, metric):
+        sentences.append(f"{_reached(result, metric)}: {float(metric.level):g} was asked for")
     if not result.trained.allowed_at_half:
         sentences.append(
             f"{result.title}: 0.5 does not reach the level that was asked for, so there is no gain over it"
@@ -359,7 +338,7 @@ def remarks(result, metric_name):
         sentences.append(
             f"{result.title}: threshold {threshold_text(guaranteed.threshold)} guarantees recall "
             f"{guaranteed.level:g} on average over new {result.kind} with the class. The price: to be safe with "
-            f"{guaranteed.blocks} {result.kind} it keeps recall {guaranteed.recall:.3f} here, at precision "
+            f"{guaranteed.blocks} {result.kind}, it keeps recall {guaranteed.recall:.3f} here, at precision "
             f"{guaranteed.precision:.3f}"
         )
     return sentences
@@ -367,19 +346,17 @@ def remarks(result, metric_name):
 
 def warnings(result, metric_name):
     """Sentences that warn of relying on the numbers of a class in the table."""
-    confidence, guaranteed = result.confidence, result.guaranteed_recall
+    confidence, guaranteed, metric = result.confidence, result.guaranteed_recall, models.class_metric(metric_name)
     sentences = list(result.trained.warnings)
     if confidence.reason:
         sentences.append(f"{result.title}: no interval can be given: {confidence.reason}")
     if confidence.gain_unclear:
-        _, interval = texts(None, confidence.gain_interval, "{:+.{}f}".format)
+        _, interval = texts(None, confidence.gain_interval, SIGNED)
         sentences.append(f"{result.title}: not shown to be better than 0.5 ({interval} in {label(metric_name)})")
-    metric = models.class_metric(metric_name)
-    if confidence.constraint_interval and confidence.constraint_interval[0] < metric.level:
+    if _may_miss(result, metric):
         sentences.append(
-            f"{result.title}: new images may well miss the level: {metric.constraint_name} "
-            f"{float(metric.level):g} is reached on the images that chose the threshold, and about half of all such "
-            "thresholds miss it on others"
+            f"{_reached(result, metric)}: new images may miss the {float(metric.level):g} that was asked for, as they "
+            "do for about half of the thresholds chosen so"
         )
     if guaranteed and guaranteed.threshold is None:
         sentences.append(f"{result.title}: no recall can be guaranteed: {guaranteed.reason}")
@@ -391,31 +368,23 @@ def influence(results):
     sentences = []
     for result in results:
         trained, confidence = result.trained, result.confidence
-        if confidence.reason:
-            continue
-        moved = [(_moved(stack, trained, confidence), i) for i, stack in enumerate(result.stacks)]
-        most, i = max(moved, default=(0, None))
-        if most > 0.5:
-            stack = result.stacks[i]
-            threshold, _ = texts(trained.x, confidence.x_interval, threshold_text)
-            threshold_without, _ = texts(stack.x_without, confidence.x_interval, threshold_text)
-            value, _ = texts(trained.metric, confidence.metric_interval)
-            value_without, _ = texts(stack.metric_without, confidence.metric_interval)
+        known = [stack for stack in result.stacks if stack.x_without is not None and not confidence.reason]
+        stack = max(known, key=lambda stack, result=result: _shift(result, stack), default=None)
+        if stack and _shift(result, stack) > 0.5:
+            x, x_before = (texts(of, confidence.x_interval, threshold_text)[0] for of in (stack.x_without, trained.x))
+            at_x, before = (texts(of, confidence.metric_interval)[0] for of in (stack.metric_without, trained.metric))
             sentences.append(
-                f"{result.title}: much of this result comes from {printable(stack.stack)} alone: without it the "
-                f"threshold is {threshold_without} instead of {threshold}, and the metric {value_without} instead of "
-                f"{value}"
+                f"{result.title}: much of this result comes from {stack.stack} alone: without it the threshold is {x} "
+                f"instead of {x_before}, and the metric {at_x} instead of {before}"
             )
     return sentences
 
 
-def _moved(stack, trained, confidence):
-    """How far a result moves without this stack: the larger of both shifts, in widths of their intervals."""
-    if stack.x_without is None:
-        return 0
-    shifts = abs(stack.x_without - trained.x), abs(stack.metric_without - trained.metric)
-    intervals = confidence.x_interval, confidence.metric_interval
-    return max(shift / max(high - low, 1e-9) for shift, (low, high) in zip(shifts, intervals, strict=True))
+def _shift(result, stack):
+    """How far the result of a class moves without a stack: the larger of two shifts, in widths of their intervals."""
+    trained, confidence = result.trained, result.confidence
+    of_x, of_metric = (max(high - low, 1e-9) for low, high in (confidence.x_interval, confidence.metric_interval))
+    return max(abs(stack.x_without - trained.x) / of_x, abs(stack.metric_without - trained.metric) / of_metric)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -423,18 +392,10 @@ def _moved(stack, trained, confidence):
 
 
 def curves_csv(results):
-    """The curves: for each class a row per threshold, at some 800 thresholds and the trained one.
+    """The curves as CSV: for each class a row per threshold, at some 800 thresholds and the trained one.
 
-    Parameters
-    ----------
-    results : list of ClassResult
-
-    Returns
-    -------
-    bytes
-        CSV with a header: class, folder, threshold, trained (1 in the row of the trained threshold, else 0), the four
-        counts, every metric of models.CLASS_METRICS, and the limits of the 95 % band of the metric that was optimised
-        (empty where there is none).
+    `trained` is 1 in the row of the trained threshold. The limits of the 95 % band of the metric that was optimised are
+    empty where there is none. Returns bytes.
     """
     header = ["class", "folder", "threshold", "trained", "tp", "fp", "fn", "tn"]
     rows = [[*header, *models.CLASS_METRICS, "band_low", "band_high"]]
@@ -443,10 +404,10 @@ def curves_csv(results):
         indices = sorted(limits)
         counts = [count[indices] for count in (result.curve.tp, result.curve.fp, result.curve.fn, result.curve.tn)]
         metrics = [metric(*counts) for metric in models.CLASS_METRICS.values()]
-        columns = [column.tolist() for column in (THRESHOLDS[indices], *counts, *metrics)]
-        for index, threshold, *numbers in zip(indices, *columns, strict=True):
-            trained = int(index == result.trained.index)
-            rows.append([result.name, result.folder, threshold, trained, *numbers, *(limits[index] or ("", ""))])
+        numbers = zip(*(column.tolist() for column in (*counts, *metrics)), strict=True)
+        for index, of_threshold in zip(indices, numbers, strict=True):
+            first = result.name, result.folder, float(THRESHOLDS[index]), int(index == result.trained.index)
+            rows.append([*first, *of_threshold, *(limits[index] or ("", ""))])
     return _csv(rows)
 
 
@@ -462,19 +423,8 @@ def _band_limits(result):
 
 
 def stacks_csv(results):
-    """What each stack does at the trained threshold, and without it: a row for each class and stack, worst first.
-
-    Parameters
-    ----------
-    results : list of ClassResult
-
-    Returns
-    -------
-    bytes
-        CSV with a header: class, folder, and the fields of confidence.StackResult; empty where undefined.
-    """
-    header = ["class", "folder", "stack", "images", "pixels", "metric", "metric_at_half", "own_x", "own_metric"]
-    rows = [[*header, "x_without", "metric_without"]]
+    """What each stack does at the trained threshold, and without it, as CSV: a row for each class and stack; bytes."""
+    rows = [["class", "folder", *StackResult._fields]]
     for result in results:
         rows += [[result.name, result.folder, *stack] for stack in result.stacks]
     return _csv(rows)

@@ -76,7 +76,7 @@ NOTHING = dict.fromkeys(
         "band_low",
         "band_high",
     ]
-) | {"reason": "too few stacks", "why_no_next_stack": "too few stacks"}
+) | {"reason": "too few stacks", "why_no_next_stack": "these are runs"}
 
 
 def stack(name, own_x, own_metric, x_without=0.6, metric_without=0.8):
@@ -93,12 +93,15 @@ def decode(png):
     return np.asarray(image.convert("RGB")).astype(int)
 
 
-def panels(results, metric_name="iou_score"):
+def panels(results, metric_name="iou_score", title="title"):
     """The figure and its panels' axes, laid out as in the PNG."""
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     with matplotlib.rc_context(figures.STYLE):
-        figure = figures.curves_figure(results, metric_name, "title", NOTE)
+        figure = figures.curves_figure(results, metric_name, title, NOTE)
+        with warnings.catch_warnings(action="ignore"):  # glyphs that are missing
+            FigureCanvasAgg(figure).draw()
     return figure, figure.axes
 
 
@@ -119,8 +122,6 @@ def line(axes, label):
 
 @pytest.mark.parametrize(("classes", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 2, 2), (12, 3, 4)])
 def test_every_class_has_a_panel_and_no_text_overlaps_another_or_the_edge(classes, rows, columns):
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
     # Long names everywhere, the widest tick labels, and every entry of the legend.
@@ -128,13 +129,10 @@ def test_every_class_has_a_panel_and_no_text_overlaps_another_or_the_edge(classe
     unclear = {"gain_interval": (-0.00029, 0.00071), "gain_unclear": True, "worth": 4.6}
     metric = bump(0.6, 0.2, 0.0007)
     results = [result("class10", "m" * 80, metric, None, guaranteed, [stack("a", 0.5, 0.0006)], **unclear)] * classes
-    with matplotlib.rc_context(figures.STYLE):
-        figure = figures.curves_figure(results, "precision_at_recall_0.95", "long title " * 40, NOTE)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
-        boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
-    places = [axes.get_position() for axes in figure.axes]
+    figure, axes = panels(results, "precision_at_recall_0.95", "long title " * 40)
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    boxes = [text.get_window_extent() for text in texts]
+    places = [one.get_position() for one in axes]
     assert len(places) == classes
     assert len({round(place.x0, 6) for place in places}) == columns
     assert len({round(place.y0, 6) for place in places}) == rows
@@ -144,36 +142,23 @@ def test_every_class_has_a_panel_and_no_text_overlaps_another_or_the_edge(classe
         assert not [texts[k] for k in range(i) if box.overlaps(boxes[k])], text
 
 
-def test_a_narrow_peak_is_drawn_at_its_place():
-    # Spikes one threshold wide, which would be lost if points were left out to thin the curve.
-    metric = np.full(len(T), 0.1)
-    metric[index_of(47001 / 65536)], metric[index_of(20001 / 65536)] = 0.9, 0.7
+@pytest.mark.parametrize("x", [0.6, 1e-4])
+def test_the_curve_is_drawn_at_its_place(x):
+    metric = np.where(T < 0.3, 0.4, 0.7)
+    metric[index_of(x)] = 0.9  # a peak of one threshold
     shown = result(metric=metric, next_stack_interval=None)
     figure, (axes,) = panels([shown])
-    png = draw([shown])
-    assert is_drawn(figures.VERMILLION, png, figure, axes, 47001 / 65536, 0.9).all()
-    assert is_drawn(figures.BLUE, png, figure, axes, 20001 / 65536, 0.5).any()
-    assert not is_drawn(figures.BLUE, png, figure, axes, 20001 / 65536 + 0.02, 0.5).any()
-
-
-@pytest.mark.parametrize("centre", [0.5, 1e-4])
-def test_the_drawn_curve_is_within_a_column_of_the_true_one(centre):
-    metric = np.random.default_rng(0).random(len(T))
-    metric[index_of(centre)] = 1.1  # the trained threshold, which decides the kind of axis
-    _, (axes,) = panels([result(metric=metric)])
     drawn_x, drawn_y = line(axes, "IoU").get_data()
-    x = np.log(T / (1 - T)) if centre < 0.02 else T
-    column = np.ptp(axes.get_xlim()) / 400
-    assert (np.diff(drawn_x) >= 0).all() and len(drawn_x) < 5000
-    seen = np.flatnonzero((x > axes.get_xlim()[0]) & (x < axes.get_xlim()[1]))
-    order = seen[np.argsort(metric[seen])]
-    for k in order[-50:]:  # peaks
-        assert drawn_y[np.abs(drawn_x - x[k]) <= column].max() >= metric[k]
-    for k in order[:50]:  # dips
-        assert drawn_y[np.abs(drawn_x - x[k]) <= column].min() <= metric[k]
+    coarse = [k for k in range(0, len(T), 64) if drawn_x[0] <= T[k] <= drawn_x[-1]]
+    assert len(coarse) > 500 and (np.interp(T[coarse], drawn_x, drawn_y) == metric[coarse]).all()
+    assert (shown.trained.x, 0.9) in zip(drawn_x, drawn_y, strict=True)
+    png = draw([shown])
+    assert is_drawn(figures.VERMILLION, png, figure, axes, shown.trained.x, 0.9).all()
+    assert is_drawn(figures.BLUE, png, figure, axes, 0.02, 0.4).any()
+    assert not is_drawn(figures.BLUE, png, figure, axes, 0.02, 0.5).any()
 
 
-@pytest.mark.parametrize("x", [2.0**-40, 1e-9, 1e-5, 0.002, 0.998, 0.9999999, 1 - 2.0**-24])
+@pytest.mark.parametrize("x", [2.0**-40, 1e-5, 0.002, 0.998, 1 - 2.0**-24])
 def test_the_axis_reaches_as_far_as_a_threshold_close_to_an_end(x):
     logit = np.log(T / (1 - T))
     shown = result(metric=0.8 * np.exp(-(((logit - logit[index_of(x)]) / 0.3) ** 2)), next_stack_interval=None)
@@ -187,10 +172,10 @@ def test_the_axis_reaches_as_far_as_a_threshold_close_to_an_end(x):
     assert is_drawn(figures.VERMILLION, draw([shown]), figure, axes, at, 0.8).all()
     ticks = [label.get_text() for label in axes.get_xticklabels()]
     assert 3 <= len(ticks) <= 8 and "0.5" in ticks and "logit" in axes.get_xlabel()
-    assert np.log(np.array(ticks, float) / (1 - np.array(ticks, float))) == pytest.approx(list(axes.get_xticks()))
+    assert [float(tick) for tick in ticks] == list(axes.get_xticks())
 
 
-@pytest.mark.parametrize("height", [0.0004, 0.013, 0.15, 0.35, 0.93, 1.0])
+@pytest.mark.parametrize("height", [0.0004, 0.15, 0.93, 1.0])
 def test_a_curve_fills_its_panel(height):
     _, (axes,) = panels([result(metric=bump(0.6, 0.2, height))])
     bottom, top = axes.get_ylim()
@@ -245,7 +230,7 @@ def test_the_numbers_of_a_class_stand_above_its_panel():
     ]:
         assert part in text
     assert axes.get_ylabel() == "F1" and axes.get_xlabel() == "threshold"
-    assert NOTE.split() == next(text for text in figure.texts if "stacks" in text.get_text()).get_text().split()
+    assert NOTE.split() == figure.get_suptitle().split()[1:]
 
 
 def test_without_an_interval_there_is_no_band():
@@ -285,7 +270,7 @@ def test_the_users_matplotlib_settings_change_nothing_or_cost_one_figure(tmp_pat
             **os.environ,
             "PYTHONPATH": f"{Path(__file__).parent}:{Path(figures.__file__).parent}",
             "XDG_CONFIG_HOME": str(tmp_path),
-            "MPLBACKEND": "module://matplotlib_inline.backend_of_a_notebook",
+            "MPLBACKEND": "a_notebook",
         },
         capture_output=True,
         text=True,
@@ -322,6 +307,8 @@ def test_each_slice_is_shown_once_and_empty_ones_only_where_there_are_no_others(
     shown = figures.slices(SimpleNamespace(shown=[one, empty, one]), [index_of(0.6)])
     assert [slice.name for slice in shown] == ["a"]
     assert not shown[0].prediction.any() and shown[0].at_half.sum() == 100
+    at_half = shown_slice(probability=0.5)  # not above
+    assert not figures.slices(SimpleNamespace(shown=[at_half]), [index_of(0.4)])[0].at_half.any()
     assert [slice.name for slice in figures.slices(SimpleNamespace(shown=[empty, empty]), [index_of(0.6)])] == ["b"]
 
 
@@ -416,25 +403,8 @@ def test_cracks_one_pixel_wide_have_no_gaps_in_large_slices():
     assert len(found) == 342 + 342 - 1 + 1
 
 
-def test_a_cell_shows_its_most_frequent_outcome():
-    side = 1152
-    truth, prediction = np.random.default_rng(side).random((2, side, side)) < 0.1
-    masks = truth[..., None], prediction[..., None], prediction[..., None]
-    picture = decode(figures.draw_slices([figures.Slice("s", np.full((side, side), 12, np.uint8), *masks)], ["a"], "t"))
-    hits, misses, false_alarms = cells = [
-        of.reshape(384, 3, 384, 3).sum(axis=(1, 3))
-        for of in (truth & prediction, truth & ~prediction, ~truth & prediction)
-    ]
-    outcome = np.where(hits > np.maximum(misses, false_alarms), 0, np.where(misses >= false_alarms, 1, 2))
-    outcome = np.where(sum(cells) > 0, outcome, 3)
-    colors = np.stack([*(tint(i, 12) for i in range(3)), [12, 12, 12]])
-    top, left = positions(picture, colors[0]).min(axis=0) - np.argwhere(outcome == 0).min(axis=0)
-    assert np.abs(picture[top : top + 384, left : left + 384] - colors[outcome]).max() <= 2
-
-
-@pytest.mark.parametrize("side", [384, 512])
-def test_twelve_classes_of_noisy_images_and_odd_names_stay_below_4_mb(side):
-    rng = np.random.default_rng(0)
+def test_twelve_classes_of_noisy_images_and_odd_names_stay_below_4_mb():
+    rng, side = np.random.default_rng(0), 512
     masks = (rng.random((3, side // 32, side // 32, 12)) < 0.3).repeat(32, axis=1).repeat(32, axis=2)
     slices = [
         figures.Slice(name, rng.normal(128, 40, (side, side)).clip(0, 255).astype(np.uint8), *masks)

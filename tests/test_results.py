@@ -36,7 +36,7 @@ def table(shown, metric="iou_score"):
 @pytest.mark.parametrize(
     "folders", [["class_0", "class_1", "class_2"], ["裂纹", "m" * 60, "e\N{COMBINING ACUTE ACCENT}"]]
 )
-@pytest.mark.parametrize("metric", models.CLASS_METRICS)
+@pytest.mark.parametrize("metric", ["iou_score", "balanced_accuracy", "precision_at_recall_0.9"])
 def test_the_table_of_three_classes_fits_a_terminal_and_its_columns_are_straight(folders, metric):
     unclear = {"gain_unclear": True, "gain_interval": (-0.512, 0.487), "x_interval": (0.581, 0.62), "worth": 4.6}
     shown = [result(f"class{i}", folder, x=0.6, **unclear) for i, folder in enumerate(folders)]
@@ -53,18 +53,18 @@ def test_the_table_of_three_classes_fits_a_terminal_and_its_columns_are_straight
 
 def test_the_table_says_what_is_known():
     shown = result(x_interval=(0.41, 0.59), gain=0.04, gain_interval=(-0.12, 0.2), gain_unclear=True, worth=4.61)
-    text = "\n".join(table([shown, result("class1", **NOTHING)]))
+    text = "\n".join(table([shown, result("class1", **NOTHING | {"worth": 9.9})]))
     for words in (
         "next stack",
         "0.41 to 0.59",
         "0.48 to 0.96",
         "+0.04\n",
         "(unclear)",
-        "from 11 stacks, worth 4.6",
+        "class0: 11 stacks, worth 4.6",
         "-              -",
-        "No range for the next stack: too few stacks",
+        "No range for the next stack: these are runs",
     ):
-        assert words in text, text
+        assert words in text
     assert text.count("worth") == text.count("(unclear)") == text.count("No range") == 1
 
 
@@ -88,25 +88,19 @@ def test_what_the_screen_says_of_a_class():
     limited = result(guaranteed=KEPT, **level)
     limited.trained.allowed_at_half = False
     told = "\n".join(results.remarks(limited, "precision_at_recall_0.9"))
-    for words in (
-        "recall is 0.90 ",
-        "0.81 to 0.96",
-        "0.9 was asked for",
-        "0.5 does not reach",
-        "0.20000",
-        "recall 0.976",
-    ):
+    for words in ("0.5 does not reach", "0.20000 guarantees recall 0.9 ", "keeps recall 0.976", "precision 0.500"):
         assert words in told
     (warned,) = results.warnings(limited, "precision_at_recall_0.9")
-    assert "may well miss" in warned and "recall 0.9" in warned
+    assert "recall is 0.90 here (95 % interval 0.81 to 0.96)" in warned and "miss the 0.9 that was asked for" in warned
 
-    none = result(guaranteed=KEPT._replace(threshold=None) if hasattr(KEPT, "_replace") else GuaranteedRecall(
-        0.9, None, None, None, 3, "S7 loses too much"), warned=["doubtful"], **NOTHING)  # fmt: skip
-    assert [sentence.rpartition(": ")[2] for sentence in results.warnings(none, "iou_score")] == [
-        "doubtful",
-        "too few stacks",
-        "S7 loses too much",
-    ]
+    safe = result(constraint_value=0.95, constraint_interval=(0.91, 0.98))
+    assert results.warnings(safe, "precision_at_recall_0.9") == []
+    (told,) = results.remarks(safe, "precision_at_recall_0.9")
+    assert "recall is 0.950 here (95 % interval 0.910 to 0.980): 0.9 was asked for" in told
+
+    nothing = GuaranteedRecall(0.9, None, None, None, 3, "S7 loses too much")
+    sentences = results.warnings(result(guaranteed=nothing, warned=["doubtful"], **NOTHING), "iou_score")
+    assert [sentence.rpartition(": ")[2] for sentence in sentences] == ["doubtful", "too few stacks", nothing.reason]
     (unclear,) = results.warnings(result(gain_unclear=True, gain_interval=(-0.83, 0.22)), "iou_score")
     assert "not shown to be better than 0.5 (-0.83 to +0.22" in unclear
     assert results.warnings(result(), "iou_score") == results.remarks(result(), "iou_score") == []
@@ -150,7 +144,9 @@ def test_the_curves_as_data_mark_the_trained_row(x):
         assert {row["folder"] for row in of_class} == {one.folder}
         thresholds = [float(row["threshold"]) for row in of_class]
         assert thresholds == sorted(set(thresholds)) and len(thresholds) > 700 and 0.5 in thresholds
-        assert (min(thresholds) < 1e-6) == (one.trained.x < 1e-6)
+        assert sum(threshold < 1e-6 for threshold in thresholds) == (
+            0 if one.trained.x > 1e-6 else pytest.approx(60, abs=30)
+        )
         assert all((row["band_low"] == "") == (one.name == "class1") for row in of_class)
         at_half = next(row for row in of_class if row["threshold"] == "0.5")
         assert (at_half["tp"], at_half["fn"], at_half["precision"], at_half["recall"]) == ("12345", "0", "0.5", "1.0")
@@ -170,7 +166,7 @@ def test_the_stacks_as_data():
 # The YAML
 
 
-def test_the_yaml_has_every_key_that_other_tools_read_and_every_warning():
+def test_the_yaml_says_what_was_found_how_it_was_counted_and_what_to_beware_of():
     arguments = dict.fromkeys(
         ["message", "gcp_bucket", "dataset_directory", "model_id", "batch_size", "dataset_downsample_factor",
          "random_module_global_seed", "numpy_random_global_seed", "tf_random_global_seed"], 1
@@ -190,17 +186,8 @@ def test_the_yaml_has_every_key_that_other_tools_read_and_every_warning():
     assert content["final_trained_prediction_thresholds"] == {one.name: one.trained.x for one in shown}
     assert list(content) == ["final_trained_prediction_thresholds", "metadata", "metadata_system"]
     metadata = content["metadata"]
-    assert set(metadata) > {
-        "message", "gcp_bucket", "created_datetime", "num_classes", "target_size", "git_hash", "elapsed_minutes",
-        "dataset_directory", "model_id", "batch_size", "dataset_config", "train_config",
-        "random-module-global-seed", "numpy_random_global_seed", "tf_random_global_seed",
-    }  # fmt: skip
     assert metadata["message"] == "a\\udcff\x1b — ü"
     assert metadata["counted_with"] == made and metadata["warnings"] == ["run", "class"]
-    assert set(metadata["thresholds_training_configuration"]) == {
-        "opt_bounds", "opt_method", "opt_tol", "opt_options", "opt_class_metric", "opt_dataset_generator",
-        "opt_dataset_downsample_factor",
-    }  # fmt: skip
     output = metadata["thresholds_training_output"]["class0"]
     trained = shown[0].trained
     assert (output["x"], output["success"], output["fun"]) == (trained.x, True, 1 - trained.metric)
@@ -258,7 +245,7 @@ def test_a_result_takes_the_next_free_second_without_waiting_and_overwrites_noth
     folder.mkdir(parents=True)
     now = int(time.time())
     taken = {}
-    for second in range(90):  # as after a clock that was set back
+    for second in range(91):  # as after a clock that was set back
         stem = f"model_thresholds_{datetime.fromtimestamp(now + second, UTC):%Y%m%dT%H%M%SZ}"
         ending = (".png", "_curves.csv", ".yaml")[second % 3]
         taken[folder / f"{stem}{ending}"] = f"mine {second}"
@@ -267,7 +254,7 @@ def test_a_result_takes_the_next_free_second_without_waiting_and_overwrites_noth
     path = tmp_path / publish(bucket, tmp_path)
     assert all(path.read_text() == content for path, content in taken.items())
     created = yaml.safe_load(path.read_text())["metadata"]["created_datetime"]
-    assert created == f"{datetime.fromtimestamp(now + 90, UTC):%Y%m%dT%H%M%SZ}"
+    assert created == f"{datetime.fromtimestamp(now + 91, UTC):%Y%m%dT%H%M%SZ}"
     assert path.name == f"model_thresholds_{created}.yaml"
     for ending, content in FILES.items():
         assert path.with_name(path.name.replace(".yaml", ending)).read_bytes() == content
