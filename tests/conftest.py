@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -22,8 +21,6 @@ from helpers import (
     SCRIPT,
     SPLIT,
     TRAIN_CONFIG,
-    DirectoryBucket,
-    GoogleBucket,
     arguments,
     assert_done,
     blobs_and_masks,
@@ -174,19 +171,6 @@ def server():
 def proxy(server):
     with ChaosProxy(server) as proxy:
         yield proxy
-
-
-@pytest.fixture(params=["gs", "directory"])
-def make_bucket(request, tmp_path):
-    """Fill a bucket with a template: `make_bucket(template)`, once on either backend."""
-
-    def make(template):
-        if request.param == "directory":
-            return DirectoryBucket(Path(shutil.copytree(template, tmp_path / "bucket")))
-        name = re.sub("[^a-z]", "", request.node.name)
-        return GoogleBucket(request.getfixturevalue("proxy"), template, name)
-
-    return make
 
 
 @pytest.fixture

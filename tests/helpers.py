@@ -103,11 +103,6 @@ def run_here(*given, cwd):
     return subprocess.CompletedProcess(given, code, out.getvalue(), err.getvalue())
 
 
-def published(process):
-    """Where a run has put its YAML, as it says."""
-    return re.search(r"(?m)^Result: (.+)$", process.stdout)[1]
-
-
 def wait_until(condition, process):
     """Wait; returns at once when the process ends."""
     deadline = time.monotonic() + 300
@@ -155,32 +150,13 @@ class GoogleBucket:
         new = set(list_objects(self.server, self.name)) - self.given
         return {name: get_object(self.server, self.name, name) for name in new}
 
-    def replace(self, name, data):
-        put_object(self.server, self.name, name, data)
-
-
-class DirectoryBucket:
-    """The same for a directory."""
-
-    environment = {}
-
-    def __init__(self, directory):
-        self.directory, self.address = directory, str(directory)
-        self.given = {name for name in self._names() if "model_thresholds_" not in name}
-
-    def _names(self):
-        return [path.relative_to(self.directory).as_posix() for path in self.directory.rglob("*") if path.is_file()]
-
-    def contents(self):
-        return {name: (self.directory / name).read_bytes() for name in set(self._names()) - self.given}
-
-    def replace(self, name, data):
-        (self.directory / name).write_bytes(data)
-
 
 def whole_results(bucket):
-    """Check that all that is new in a bucket is whole; returns the content of the YAML files, oldest first."""
-    contents = bucket.contents()
+    """Check that all that is new in a bucket, a directory or a GoogleBucket, is whole; its YAML files, oldest first."""
+    if isinstance(bucket, GoogleBucket):
+        contents = bucket.contents()
+    else:
+        contents = {f"{MODEL}/{path.name}": path.read_bytes() for path in (bucket / MODEL).glob("model_thresholds_*")}
     for name, data in contents.items():
         assert re.fullmatch(rf"{MODEL}/model_thresholds_\d{{8}}T\d{{6}}Z({'|'.join(map(re.escape, ENDINGS))})", name)
         if name.endswith(".png"):

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import pytest
 from chaos_proxy import ChaosProxy
-from fake_gcs import answering
+from fake_gcs import answering, put_object
 from helpers import (
     MODEL,
     SMALL_CHUNKS,
     SPLIT,
-    DirectoryBucket,
     GoogleBucket,
     arguments,
     assert_done,
@@ -111,7 +110,7 @@ def test_runs_killed_at_any_moment_lose_nothing(proxy, many_images, work, monkey
 
 @pytest.mark.parametrize("attempts", [3, pytest.param(15, marks=pytest.mark.slow)])
 def test_interruptions_at_any_moment_are_one_line(many_images, tmp_path, attempts):
-    bucket = DirectoryBucket(Path(shutil.copytree(many_images[0], tmp_path / "bucket")))
+    bucket = Path(shutil.copytree(many_images[0], tmp_path / "bucket"))
     moments, told = random.Random(attempts), 0
     for attempt in range(attempts):
         process = start(*arguments("bucket", batch_size=1), cwd=tmp_path, settings=SMALL_CHUNKS)
@@ -210,26 +209,19 @@ def test_runs_from_nothing_at_once_share_a_folder(proxy, many_images, work):
 
 
 @pytest.mark.parametrize("name", [f"{SPLIT}/images/slice_0010.png", f"{MODEL}/model.hdf5"])
-def test_a_change_in_the_bucket_during_the_run_is_an_error(make_bucket, tiny_bucket_template, work, name):
-    bucket = make_bucket(tiny_bucket_template)
-    data = (tiny_bucket_template / name).read_bytes()
-    changed = []
+def test_a_change_in_the_bucket_during_the_run_is_an_error(proxy, tiny_bucket_template, work, name):
+    bucket, changed = GoogleBucket(proxy, tiny_bucket_template, f"changes-{len(name)}"), []
 
     def change(_, answer):
-        """Change the object as soon as the server has said of which generation it is."""
+        """Write the object anew as soon as the server has said of which generation it is."""
         if name in str(answer) and not changed:
             changed.append(name)
-            bucket.replace(name, data)
+            put_object(bucket.server, bucket.name, name, (tiny_bucket_template / name).read_bytes())
         return answer
 
-    proxy = getattr(bucket, "proxy", None)
-    if proxy:
-        proxy.rewrite = change
-    process = start(*arguments(bucket.address), cwd=work, environment=bucket.environment)
-    if not proxy:
-        process.stdout.readline()
-        bucket.replace(name, data[:-1] + b"\0")
-    assert_one_error_line(finish(process), 4, name, "changed in the bucket during the run")
+    proxy.rewrite = change
+    process = run_tool(*arguments(bucket.address), cwd=work, **bucket.environment)
+    assert_one_error_line(process, 4, name, "changed in the bucket during the run")
     assert not bucket.contents()
     assert not list(work.glob("tmp/counts/*"))
 
@@ -263,7 +255,7 @@ def test_a_read_only_folder_is_no_reason_to_lose_a_result(tiny_bucket, counted_t
     (tmp_path / "work").mkdir(0o555)
     process = run_as_others_do(*arguments("../bucket", batch_size=4), cwd=tmp_path / "work")
     assert_warnings(process, "tmp/counts (Permission denied)", "tmp/results (Permission denied)")
-    (result,) = whole_results(DirectoryBucket(tiny_bucket))
+    (result,) = whole_results(tiny_bucket)
     assert thresholds(result) == thresholds(results(counted_template / "bucket")[0])
     assert not list((tmp_path / "work").iterdir())
 
@@ -299,7 +291,7 @@ def test_a_full_disk_costs_no_result(tiny_bucket, counted_template, tmp_path):
         process = run_tool(*arguments("bucket", batch_size=4), cwd=tmp_path)
         assert_warnings(process, "cannot be kept in tmp/counts (", "no copy of the result can be kept in tmp/results (")
         assert not list(tmp_path.glob("tmp/counts/*"))
-    (result,) = whole_results(DirectoryBucket(tiny_bucket))
+    (result,) = whole_results(tiny_bucket)
     assert thresholds(result) == thresholds(results(counted_template / "bucket")[0])
 
 
@@ -310,4 +302,4 @@ def test_a_screen_that_goes_away_costs_no_result(counted, no_tensorflow):
     process.stdout.close()
     process.stderr.close()
     assert process.wait(300) == 0
-    assert len(whole_results(DirectoryBucket(counted / "bucket"))) == 2
+    assert len(whole_results(counted / "bucket")) == 2

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from build_sandbox import DATASET_ID, MODEL_ID, ROOT
 from fake_gcs import get_object, list_objects
-from helpers import ENDINGS, assert_done, finish, published, start_program, thresholds, upload
+from helpers import ENDINGS, assert_done, finish, start_program, thresholds, upload
 from PIL import Image
 
 import network
@@ -66,7 +66,7 @@ def test_the_documented_commands_work_as_written(sandbox, server, tmp_path):
         environment = {"STORAGE_EMULATOR_HOST": server}
         process = finish(start_program(sys.executable, ROOT / script, *words, cwd=tmp_path, environment=environment))
         assert_done(process)
-        url = published(process)
+        url = re.search(r"(?m)^Result: (.+)$", process.stdout)[1]
         assert url.startswith(f"gs://sandbox/models/{MODEL_ID}/model_thresholds_")
         result = yaml.safe_load(get_object(server, "sandbox", url.removeprefix("gs://sandbox/")))
         total = len(list((sandbox / "datasets" / split / "images").iterdir()))
