@@ -309,7 +309,7 @@ def publish(arguments, inputs, counts, trained, started):
     description = results.describe(arguments, inputs, counts, trained, started, terminal.warned)
     name = results.publish(inputs.bucket, model_id, description, files, TMP / "results")
     show(f"Result: {inputs.bucket.url(name)}")
-    show(f"To test or infer with it: --trained-thresholds-id {name.rpartition('/')[2]}")
+    show(f"Your testing and inference tools take it as --trained-thresholds-id {name.rpartition('/')[2]}")
 
 
 def main():
