@@ -51,7 +51,7 @@ def work(tmp_path):
 # Killed and interrupted
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_runs_killed_at_any_moment_lose_nothing(proxy, many_images, work, monkeypatch, kills):
     """Kills at any moment, during the pass, and, once the counts are there, around the uploads."""
     template, expected = many_images

@@ -401,6 +401,7 @@ def test_a_terminal_gets_progress_bars_and_no_noise(tiny_bucket, tmp_path):
     assert code == 0, screen
     assert "11/11" in screen
     assert "images/s" in screen
+    assert len(re.findall(r"\r\x1b\[K +\d+  threshold", screen)) > 6  # each evaluation in place of the one before
     assert "Segmentation Models" not in screen
 
 
