@@ -88,7 +88,7 @@ def updating_line():
 
 
 def progress(title, total, **options):
-    """A progress bar with rates; shown only on a terminal."""
+    """A progress bar with rates; shown only on a terminal, from the first progress on."""
     from tqdm import tqdm
 
-    return tqdm(desc=title, total=total, disable=None, dynamic_ncols=True, mininterval=0.25, **options)
+    return tqdm(desc=title, total=total, disable=None, dynamic_ncols=True, mininterval=0.25, delay=0.01, **options)

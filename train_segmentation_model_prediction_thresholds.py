@@ -215,8 +215,8 @@ def count_what_is_missing(job, inputs, parts, kept, path):
     absent = [blob for blob in blobs if not inputs.bucket.is_here(blob)]
     problems, saved = [], time.monotonic()
     with (
-        progress("download", sum(blob.size for blob in absent), unit="B", unit_scale=True) as download,
         progress("inference", len(inputs.samples), initial=kept.counts.images, unit=" images") as bar,
+        progress("download", sum(blob.size for blob in absent), unit="B", unit_scale=True, leave=False) as download,
     ):
         inputs.bucket.on_bytes = download.update
         for counted in chunks.counted_chunks(job, inputs.bucket, parts, bar.update):
