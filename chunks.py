@@ -25,7 +25,7 @@ import numpy as np
 
 import inference
 import network
-from counts import Counts
+from counts import Counts, add_remarks
 from errors import ClusterError, ModelError, first_line
 from gcp_utils import Blob, open_bucket
 from image_utils import decode_samples
@@ -141,9 +141,8 @@ def _usable(chunk, decoded, counted):
     for sample, label in zip(decoded, chunk.labels, strict=True):
         counted.digests.append(sample.digest)
         counted.problems += sample.problems
-        for kind, *example in sample.remarks:
-            count, *other = counted.remarks.get(kind, (0, *example))
-            counted.remarks[kind] = (count + 1, *min(example, other))
+        for kind, name, detail in sample.remarks:
+            add_remarks(counted.remarks, {kind: (1, name, detail)})
         if not counted.problems:
             yield sample.sample.name, sample.image, sample.masks, label
 

@@ -4,6 +4,7 @@ Bin k holds the probabilities in (THRESHOLDS[k - 1], THRESHOLDS[k]]. So the sum 
 pixels with `p > THRESHOLDS[k]`: exactly what a Keras metric with `thresholds=THRESHOLDS[k]` counts, but in int64.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -206,21 +207,19 @@ class Checkpoint:
     remarks: dict
 
     @classmethod
-    def empty(cls, classes, blocks, files, chunk_sizes):
+    def empty(cls, classes, blocks, files, chunks):
         """Nothing is counted yet.
 
         Parameters
         ----------
-        classes, blocks : int
+        classes, blocks, chunks : int
             Their numbers.
-        files : list of tuples of blobs (gcp_utils.Blob)
+        files : list of tuples of gcp_utils.Blob
             The weights, then for each image itself and its masks.
-        chunk_sizes : list of int
-            The number of images of each chunk.
         """
         counts = Counts.empty(classes, np.arange(blocks))
         digests = np.zeros((len(files), 16), np.uint8)
-        return cls(counts, np.zeros(len(chunk_sizes), bool), _versions(files), digests, {})
+        return cls(counts, np.zeros(chunks, bool), _versions(files), digests, {})
 
     def add(self, counted):
         """Add a chunks.CountedChunk."""
@@ -229,15 +228,11 @@ class Checkpoint:
         self.digests[0] = np.frombuffer(counted.weights_digest, np.uint8)
         first = 1 + counted.first
         self.digests[first : first + len(counted.digests)] = [np.frombuffer(d, np.uint8) for d in counted.digests]
-        for kind, (count, *example) in counted.remarks.items():
-            so_far, *other = self.remarks.get(kind, (0, *example))
-            self.remarks[kind] = (so_far + count, *min(example, other))
+        add_remarks(self.remarks, counted.remarks)
 
     def still_holds(self, files, bucket):
         """Whether what was counted still has the same content. Only a file that may have changed is read again."""
-        now = _versions(files)
-        doubtful = np.flatnonzero(self.digests.any(axis=1) & (self.versions != now).any(axis=1))
-        self.versions = now
+        doubtful = np.flatnonzero(self.digests.any(axis=1) & (self.versions != _versions(files)).any(axis=1))
         with ThreadPoolExecutor(bucket.threads) as pool:
             digests = pool.map(lambda i: _digest(files[i], bucket), doubtful)
             return all(self.digests[i].tobytes() == digest for i, digest in zip(doubtful, digests, strict=True))
@@ -269,6 +264,21 @@ class Checkpoint:
             partial.unlink(missing_ok=True)
 
     @classmethod
+    def load_if_it_holds(cls, path, files, bucket):
+        """Read what `save` wrote; None where that is missing, damaged, or of files with other content.
+
+        `files` is as for `empty`, from the `bucket` (as gcp_utils.open_bucket gives).
+        """
+        kept = cls.load(path)
+        if kept is None or not kept.still_holds(files, bucket):
+            return None
+        if (kept.versions != (versions := _versions(files))).any():
+            kept.versions = versions
+            with contextlib.suppress(OSError):  # without this, the next run reads the files again
+                kept.save(path)
+        return kept
+
+    @classmethod
     def load(cls, path):
         """Read what `save` wrote; None if there is no such file, or if it is damaged, which zip's checksums tell."""
         try:
@@ -285,6 +295,13 @@ class Checkpoint:
             counted_with=about["counted_with"],
         )
         return cls(counts, *(arrays[name] for name in ("done", "versions", "digests")), about["remarks"])
+
+
+def add_remarks(total, more):
+    """Add remarks on masks, kind -> (count, name, detail), to others. The example is the one of the smallest name."""
+    for kind, (count, *example) in more.items():
+        so_far, *other = total.get(kind, (0, *example))
+        total[kind] = (so_far + count, *min(example, other))
 
 
 COUNT_ARRAYS = ("histogram", "block_histograms", "block_labels", "overlap")

@@ -165,9 +165,7 @@ def say_what_is_there(bucket, error, args):
         names = bucket.folders(folder)
         if name not in names:
             close = difflib.get_close_matches(name, names, 5, 0)
-            there = (
-                f"there are {', '.join(close)}{' ...' if len(names) > 5 else ''}" if names else "it holds no folders"
-            )
+            there = f"it has {', '.join(close)}{' ...' if len(names) > 5 else ''}" if names else "it holds no folders"
             return type(error)(f"{flag} names {name!r}, which is not in {bucket.url(folder)}: {there}")
     return error
 
@@ -192,9 +190,9 @@ def count_images(inputs, args):
         [sample.name for sample in inputs.samples],
     )
     files = [(inputs.weights,), *((sample.image, *sample.masks) for sample in inputs.samples)]
-    kept = Checkpoint.load(path)
-    if not (kept and kept.still_holds(files, inputs.bucket)):
-        kept = Checkpoint.empty(len(inputs.class_folders), inputs.blocks.number, files, [len(p.samples) for p in parts])
+    kept = Checkpoint.load_if_it_holds(path, files, inputs.bucket) or Checkpoint.empty(
+        len(inputs.class_folders), inputs.blocks.number, files, len(parts)
+    )
     if kept.done.all():
         show(f"Counts of these images by this model are in {path}: no inference needed.")
     else:

@@ -317,7 +317,7 @@ def test_images_that_the_network_cannot_take_are_an_error(tiny_network):
 def kept(counts, path):
     """Keep counts, as if they were all of one chunk."""
     files = [()] * (1 + counts.images)
-    checkpoint = Checkpoint.empty(2, 3, files, [counts.images])
+    checkpoint = Checkpoint.empty(2, 3, files, 1)
     digests = [bytes([i]) * 16 for i in range(counts.images)]
     checkpoint.add(chunks.CountedChunk(0, 0, counts, b"w" * 16, digests, remarks={"grey": (2, "a", "b")}))
     checkpoint.save(path)
