@@ -134,7 +134,7 @@ def test_counts_are_those_of_keras_metrics(tf, tiny_network, data):
         np.testing.assert_array_equal(confusion(counts.block_histograms[block])[0][:, ::100], tp)
 
     # for each class, of each block the slice with the most pixels of the class
-    pixels = truth.sum(axis=(1, 2))
+    pixels = truth.sum(axis=(1, 2), dtype=int)
     expected = [sorted((-pixels[b::3, c].max(), b + 3 * pixels[b::3, c].argmax()) for b in range(3)) for c in (0, 1)]
     assert [shown.name for shown in counts.shown] == [f"slice {i:02d}" for of in expected for _, i in of]
     for shown in counts.shown:
