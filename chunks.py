@@ -25,7 +25,7 @@ import numpy as np
 
 import inference
 import network
-from counts import Counts, add_remarks
+from counts import Counts, add_remarks, slices_to_show
 from errors import ClusterError, ModelError, first_line
 from gcp_utils import Blob, open_bucket
 from image_utils import decode_samples
@@ -105,7 +105,7 @@ def divide(samples, labels, target_size):
     ]
 
 
-def count_chunk(chunk, decoded, counter, on_images):
+def count_chunk(chunk, decoded, counter, on_images, shown=()):
     """Count one chunk. After the first file that cannot be used, the others are only checked.
 
     Parameters
@@ -117,6 +117,8 @@ def count_chunk(chunk, decoded, counter, on_images):
         None to check the files only.
     on_images : callable
         Is called with a number of images that were just counted.
+    shown : list of counts.ShownSlice
+        Slices of other chunks, without their pixels: this one's are kept only where they are better.
 
     Returns
     -------
@@ -130,8 +132,10 @@ def count_chunk(chunk, decoded, counter, on_images):
     counted = CountedChunk(chunk.number, chunk.first, counts)
     usable = _usable(chunk, decoded, counted)
     if counter:
-        for images in counter.count(usable, counted.counts):
+        counts.shown = list(shown)
+        for images in counter.count(usable, counts):
             on_images(images)
+        counts.shown = [one for one in counts.shown if one.image is not None]
     collections.deque(usable, maxlen=0)
     return counted
 
@@ -245,7 +249,7 @@ def environment():
 
 def _count_on_cluster(job, address, chunks, on_images):
     packed_job, run = pickle.dumps(job), uuid.uuid4().hex
-    waiting, running, check_only = collections.deque(chunks), {}, False
+    waiting, running, check_only, shown = collections.deque(chunks), {}, False, []
     with _connected(address) as client:
         patience = _Patience(client, address)
         show(f"Counting the probabilities of {images_text(sum(len(c.samples) for c in chunks))} on {address}.")
@@ -253,7 +257,7 @@ def _count_on_cluster(job, address, chunks, on_images):
             while waiting and len(running) < CHUNKS_PER_WORKER * max(1, patience.workers):
                 chunk = waiting.popleft()
                 # Compressed, because the scheduler keeps it. With a key of its own, because other runs may count too.
-                packed = zlib.compress(pickle.dumps(chunk))
+                packed = zlib.compress(pickle.dumps((chunk, shown)))
                 key = f"count-{run}-{chunk.number}-{check_only}"
                 running[client.submit(count_on_worker, packed_job, packed, check_only, key=key, pure=False)] = chunk
             for future in patience.wait(running):
@@ -261,6 +265,8 @@ def _count_on_cluster(job, address, chunks, on_images):
                 counted = _result(future, chunk, address)
                 on_images(counted.counts.images)
                 check_only = check_only or bool(counted.problems)
+                new = [one._replace(image=None, truth=None, bins=None) for one in counted.counts.shown]
+                shown = slices_to_show(shown + new, len(job.class_titles))  # so later chunks send few
                 yield counted
 
 
@@ -371,7 +377,7 @@ def count_on_worker(packed_job, packed_chunk, check_only):
     Parameters
     ----------
     packed_job, packed_chunk : bytes
-        A pickled Job, and a pickled and compressed Chunk.
+        A pickled Job; a Chunk with the `shown` of `count_chunk`, pickled and compressed.
     check_only : bool
         Whether the files are only checked.
 
@@ -390,7 +396,7 @@ def count_on_worker(packed_job, packed_chunk, check_only):
         if task is None or task.state not in ("executing", "long-running"):
             raise _NoLongerWanted(key)
 
-    job, chunk = pickle.loads(packed_job), pickle.loads(zlib.decompress(packed_chunk))
+    job, (chunk, shown) = pickle.loads(packed_job), pickle.loads(zlib.decompress(packed_chunk))
     _check_environment(job, worker.address)
     bucket = _opened(job.address)
     with contextlib.closing(_decode(job, bucket, chunk.samples)) as decoded:
@@ -400,7 +406,7 @@ def count_on_worker(packed_job, packed_chunk, check_only):
             _watch(worker)
             distributed.secede()  # the worker takes the next chunk, which waits here when it is decoded
             counter, weights_digest, sentences = (None, b"", []) if check_only else _kept_counter(packed_job)
-            counted = count_chunk(chunk, decoded, counter, check_wanted)
+            counted = count_chunk(chunk, decoded, counter, check_wanted, shown)
             _last_use[0] = time.monotonic()
     counted.weights_digest, counted.warnings = weights_digest, sentences
     counted.counts = counted.counts.smallest()

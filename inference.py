@@ -253,7 +253,7 @@ class Counter:
         name, image, masks, block = sample
         new = [ShownSlice(i, name, block, int(pixels[i]), image, None, None) for i in range(len(pixels))]
         chosen = slices_to_show(counts.shown + new, len(pixels))
-        if any(one.bins is None for one in chosen):
+        if any(one.image is image for one in chosen):
             bins, truth = _bins_of(probabilities, *self._cells).numpy().astype(np.int32), masks.astype(bool)
-            chosen = [one._replace(truth=truth, bins=bins) if one.bins is None else one for one in chosen]
+            chosen = [one._replace(truth=truth, bins=bins) if one.image is image else one for one in chosen]
         counts.shown = chosen
