@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from fake_gcs import free_port
 from helpers import (
+    ENDINGS,
+    MODEL,
     ROOT,
     SPLIT,
     arguments,
@@ -106,11 +108,14 @@ def command(cluster, bucket, folder, settings=None, **given):
     return start(*given, cwd=folder, settings=SETTINGS | (settings or {}), environment=environment)
 
 
-def training(result):
-    """The parts of a result that must not depend on who counts."""
-    metadata = result["metadata"]
+def outcome(bucket):
+    """The parts of the newest result that must not depend on who counts, and its YAML."""
+    result = results(bucket)[-1]
+    metadata, folder = result["metadata"], bucket / MODEL
     about = ("thresholds_training_output", "thresholds_training_history", "num_images", "num_pixels")
-    return result["final_trained_prediction_thresholds"], *(metadata[name] for name in about)
+    stem = f"model_thresholds_{metadata['created_datetime']}"
+    files = [(folder / f"{stem}{ending}").read_bytes() for ending in ENDINGS if ending != ".yaml"]
+    return [result["final_trained_prediction_thresholds"], *(metadata[name] for name in about), *files], result
 
 
 @pytest.fixture
@@ -121,12 +126,12 @@ def bucket(many_images, tmp_path):
 
 @pytest.fixture(scope="module")
 def alone(many_images, tmp_path_factory):
-    """The result of one process."""
+    """The outcome of one process."""
     folder = tmp_path_factory.mktemp("alone")
     shutil.copytree(many_images[0], folder / "bucket")
     process = run_tool(*arguments("bucket", batch_size=4), cwd=folder, settings=SETTINGS)
     assert process.returncode == 0, process.stderr
-    return results(folder / "bucket")[0]
+    return outcome(folder / "bucket")[0]
 
 
 def counted(folder):
@@ -136,11 +141,11 @@ def counted(folder):
 
 
 def same(process, bucket, alone):
-    """Check that a run ended well, with the numbers of one process; returns its result."""
+    """Check that a run ended well, with the numbers and figures of one process; returns its YAML."""
     process = finish(process)
     assert process.returncode == 0, process.stderr
-    result = results(bucket)[-1]
-    assert training(result) == training(alone)
+    ours, result = outcome(bucket)
+    assert ours == alone
     return result
 
 
@@ -317,7 +322,7 @@ def test_all_files_that_cannot_be_used_are_named_once(cluster, bucket, tmp_path)
 
 def test_an_error_on_a_worker_is_the_commands_own(cluster, bucket, tmp_path):
     cluster.worker()
-    (bucket / "models/segmentation-model-tiny/model.hdf5").write_bytes(b"PK\x03\x04")
+    (bucket / MODEL / "model.hdf5").write_bytes(b"PK\x03\x04")
     process = finish(command(cluster, bucket, tmp_path / "command"))
     assert_one_error_line(process, INPUT, "model.hdf5")
 
