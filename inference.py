@@ -222,8 +222,9 @@ class Counter:
         if not network.is_out_of_memory(error):
             raise error
         if self.batch_size == 1:
+            reason = next(filter(network.is_out_of_memory, str(error).splitlines()), first_line(error))
             raise ModelError(
-                f"a batch of one image does not fit into memory ({first_line(error)}): end other programs, or use a "
+                f"a batch of one image does not fit into memory ({reason.strip()[:300]}): end other programs, or use a "
                 "machine with more memory"
             ) from error
         tried, self.batch_size = self.batch_size, self.batch_size // 2

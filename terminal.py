@@ -19,6 +19,8 @@ def prepare():
     """Make the process end well from the start: on a signal, on a missing package, and not on an odd character."""
     if not sys.platform.startswith("linux"):
         sys.exit(_end(USAGE, f"this program runs on Linux, not on {sys.platform}: use a VM, a container or WSL"))
+    if sys.stdout is None:  # closed, as some schedulers of jobs do
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding does not have
     sys.excepthook = _explain_missing_package
     ends = {signal.SIGINT, signal.SIGTERM}
