@@ -289,10 +289,8 @@ def _connected(address):
         ) from error
     try:
         yield client
-    except (OSError, distributed.client.FutureCancelledError) as error:
-        raise ClusterError(
-            f"{where} was lost ({first_line(error)}): run the same command again to continue, when it is back"
-        ) from error
+    except (OSError, distributed.CancelledError) as error:
+        raise ClusterError(f"{where} was lost: run the same command again to continue, when it is back") from error
     finally:
         client.close(timeout=2)
 
