@@ -29,7 +29,7 @@ from counts import Counts, add_remarks, slices_to_show
 from errors import ClusterError, ModelError, first_line
 from gcp_utils import Blob, open_bucket
 from image_utils import decode_samples
-from terminal import show, warn
+from terminal import progress, show, warn
 
 CHUNK_PIXELS = 2**25  # half a second on an A100, 50 s on two cores
 DECODED_BYTES = 2**25  # of decoded images and masks that may wait for the network
@@ -183,7 +183,14 @@ def counted_chunks(job, bucket, chunks, on_images):
 
 def _count_here(job, bucket, chunks, on_images):
     samples = [sample for chunk in chunks for sample in chunk.samples]
-    with contextlib.closing(_decode(job, bucket, samples)) as decoded:  # fetches while TensorFlow is imported
+    blobs = [job.weights, *(blob for sample in samples for blob in (sample.image, *sample.masks))]
+    absent = [blob for blob in blobs if not bucket.is_here(blob)]
+    bucket.check_room(absent)
+    with (
+        progress("download", sum(blob.size for blob in absent), unit="B", unit_scale=True, leave=False) as download,
+        contextlib.closing(_decode(job, bucket, samples)) as decoded,  # fetches while TensorFlow is imported
+    ):
+        bucket.on_bytes = download.update
         counter, weights_digest = _make_counter(job, bucket, warn)
         device = network.device_facts()["gpu"] or "the CPU"
         show(f"Counting the probabilities of {images_text(len(samples))} on {device}.")

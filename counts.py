@@ -322,7 +322,7 @@ def _digest(blobs, bucket):
     return content.digest()
 
 
-def kept_counts_path(folder, *parts):
+def checkpoint_path(folder, *parts):
     """The file in which the counts of a pass are kept: its name is a hash of what they depend on.
 
     Parameters

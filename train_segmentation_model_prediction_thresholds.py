@@ -33,7 +33,7 @@ import image_utils
 import models
 import results
 from confidence import Blocks, assess, blocks_of, guarantee_recall, stack_results
-from counts import THRESHOLDS, Checkpoint, kept_counts_path
+from counts import THRESHOLDS, Checkpoint, checkpoint_path
 from errors import BUG, DONE, EXIT_CODES, BlobNotFoundError, DatasetError, ExpectedError, UsageError
 from gcp_utils import Blob, open_bucket, sweep
 from terminal import progress, show, warn
@@ -183,40 +183,32 @@ def count_images(inputs, args):
         environment=chunks.environment(),
     )
     parts = chunks.divide(inputs.samples, inputs.blocks.labels, inputs.target_size)
-    path = kept_counts_path(
+    path = checkpoint_path(
         TMP / "counts",
         (inputs.bucket.address, args.dataset_directory, args.model_id, inputs.train_config.get("segmentation_model")),
         (inputs.class_folders, inputs.target_size, len(parts[0].samples), inputs.blocks.labels.tolist()),
         [sample.name for sample in inputs.samples],
     )
     files = [(inputs.weights,), *((sample.image, *sample.masks) for sample in inputs.samples)]
-    kept = Checkpoint.load_if_it_holds(path, files, inputs.bucket) or Checkpoint.empty(
+    checkpoint = Checkpoint.load_if_it_holds(path, files, inputs.bucket) or Checkpoint.empty(
         len(inputs.class_folders), inputs.blocks.number, files, len(parts)
     )
-    if kept.done.all():
+    if checkpoint.done.all():
         show(f"Counts of these images by this model are in {path}: no inference needed.")
     else:
-        if kept.done.any():
-            show(
-                f"Continuing after {kept.counts.images} of {len(inputs.samples)} images, which an earlier run counted."
-            )
-        count_what_is_missing(job, inputs, [part for part in parts if not kept.done[part.number]], kept, path)
-    for sentence in image_utils.explain_remarks(kept.remarks, len(inputs.samples), inputs.bucket.url):
+        if checkpoint.done.any():
+            show(f"Continuing after {say_what_is_kept(checkpoint)}, which an earlier run counted.")
+        missing = [part for part in parts if not checkpoint.done[part.number]]
+        count_what_is_missing(job, inputs, missing, checkpoint, path)
+    for sentence in image_utils.explain_remarks(checkpoint.remarks, len(inputs.samples), inputs.bucket.url):
         warn(sentence)
-    return kept.counts
+    return checkpoint.counts
 
 
-def count_what_is_missing(job, inputs, parts, kept, path):
+def count_what_is_missing(job, inputs, parts, checkpoint, path):
     """Count chunks, and add them to the Checkpoint, which is saved now and then and at the end."""
-    samples = [sample for part in parts for sample in part.samples]
-    blobs = [inputs.weights, *(blob for sample in samples for blob in (sample.image, *sample.masks))]
-    absent = [blob for blob in blobs if not inputs.bucket.is_here(blob)]
     problems, saved = [], time.monotonic()
-    with (
-        progress("inference", len(inputs.samples), initial=kept.counts.images, unit=" images") as bar,
-        progress("download", sum(blob.size for blob in absent), unit="B", unit_scale=True, leave=False) as download,
-    ):
-        inputs.bucket.on_bytes = download.update
+    with progress("inference", len(inputs.samples), initial=checkpoint.counts.images, unit=" images") as bar:
         for counted in chunks.counted_chunks(job, inputs.bucket, parts, bar.update):
             for sentence in counted.warnings:
                 warn(sentence)
@@ -225,21 +217,19 @@ def count_what_is_missing(job, inputs, parts, kept, path):
             problems += counted.problems
             if problems:
                 continue
-            kept.add(counted)
-            if time.monotonic() - saved > CHECKPOINT_SECONDS or kept.done.all():
-                keep(kept, len(inputs.samples), path)
+            checkpoint.add(counted)
+            if time.monotonic() - saved > CHECKPOINT_SECONDS or checkpoint.done.all():
+                save(checkpoint, path)
                 saved = time.monotonic()
     if problems:
         raise image_utils.problems_error(problems, inputs.problems_path)
 
 
-def keep(kept, number, path):
+def save(checkpoint, path):
     """Save the Checkpoint. A full disk is only a warning: this run does not need it."""
     try:
-        kept.save(path)
-        terminal.say_kept(
-            f"what was fetched, and the counts of {kept.counts.images} of {number} images, are kept in tmp"
-        )
+        checkpoint.save(path)
+        say_what_is_kept(checkpoint)
     except OSError as error:
         warn(
             f"counts cannot be kept in {path.parent} ({error.strerror or error}): make room there, or make it "
@@ -247,9 +237,9 @@ def keep(kept, number, path):
         )
 
 
-def say_kept(kept, number):
-    """Let an interruption say how many of the images are counted; returns that as text."""
-    counted = f"{kept.counts.images} of {chunks.images_text(number)}"
+def say_what_is_kept(checkpoint):
+    """Let an interruption say how many images are counted; returns that as text."""
+    counted = f"{checkpoint.counts.images:,} of {chunks.images_text(len(checkpoint.digests) - 1)}"
     terminal.say_kept(f"what was fetched and the counts of {counted} are kept in tmp")
     return counted
 
