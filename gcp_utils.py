@@ -15,8 +15,7 @@ them thread-safe; they raise `BucketError`:
                                    name and other content
     url(name) -> str               its address, for messages
     address                        gs://... or the absolute path of the directory
-    on_bytes                       assign a callable: it is called, in any thread, with the number of bytes downloaded,
-                                   and with a negative number for bytes that must be downloaded again
+    on_bytes                       assign a callable: it is called, in any thread, with the size of each file downloaded
     threads                        the number of reads in parallel that is worth while
 
 Google Cloud Storage is asked for objects.get, objects.list and objects.create only. google-cloud-storage makes all
@@ -26,7 +25,6 @@ requests but those for content. gcsfs fetches the content, because it needs less
 import base64
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -125,11 +123,11 @@ def open_bucket(gcp_bucket: str, cache_directory: Path):
 
 
 def sweep(folder):
-    """Delete what killed runs left behind: ``*.partial`` in a folder and its subfolders, if older than STRAY_SECONDS.
+    """Delete what killed runs left behind: ``*.partial`` anywhere below a folder, if older than STRAY_SECONDS.
 
     A run that is alive keeps writing to its partial files, so they are younger.
     """
-    for path in itertools.chain(Path(folder).glob("*.partial"), Path(folder).glob("*/*.partial")):
+    for path in list(Path(folder).rglob("*.partial")):
         with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime > STRAY_SECONDS:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -180,8 +178,7 @@ class _GoogleBucket:
         self._emulator, emulator = "", os.environ.get("STORAGE_EMULATOR_HOST")
         if emulator:
             emulator = _server(emulator, "STORAGE_EMULATOR_HOST")
-            host = urllib3.util.parse_url(emulator).netloc
-            self._emulator = f" (at {host}, which STORAGE_EMULATOR_HOST names)"  # for messages
+            self._emulator = f" (at {_shown(emulator)}, which STORAGE_EMULATOR_HOST names)"  # for messages
         self._client, credentials = _connect(self.url(""), emulator)
         self._gcsfs = _open_gcsfs(self._client.api_endpoint, credentials, self._tell)
 
@@ -244,18 +241,16 @@ class _GoogleBucket:
             listed, blob = blob, self.stat(blob.name)
             if blob.generation != listed.generation:
                 raise _has_changed(self.url(blob.name))
-            if not blob.checksum:
-                raise BucketError(f"{self.url(blob.name)}: has no checksum; upload it again without your own key")
         with _disk_errors_named(path, "what is fetched cannot be kept here; make room, or delete what is in the way"):
             if path.exists() and _checksum(path) == blob.checksum:
                 return path
             partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-            received = _Received(self.on_bytes)
             try:
-                self._ask("get", blob.name, lambda bucket: self._download(bucket, blob, partial, received))
+                self._ask("get", blob.name, lambda bucket: self._download(bucket, blob, partial))
                 os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
+        self.on_bytes(blob.size)
         return path
 
     def create(self, name, data):
@@ -310,12 +305,12 @@ class _GoogleBucket:
                     f"{self.url('')}: '{printable(blobs[0].name)}' has '\\' in its name; upload it again with '/'"
                 )
 
-    def _download(self, bucket, blob, path, received):
+    def _download(self, bucket, blob, path):
         """Let gcsfs download a file, which repeats what fails some six times, in half a minute."""
         try:
             self._gcsfs.get_file(
                 f"{self._bucket}/{self._folder}{blob.name}", str(path), generation=blob.generation,
-                userProject=bucket.user_project, callback=received, concurrency=1,
+                userProject=bucket.user_project, concurrency=1,
             )  # fmt: skip
         except Exception as error:
             if isinstance(error, FileNotFoundError) and error.errno is None:
@@ -367,22 +362,6 @@ class _GoogleBucket:
         else:
             advice = "check --gcp-bucket, and the settings of the network (HTTPS_PROXY, STORAGE_EMULATOR_HOST)"
         return BucketError(f"{self.url(name)}{self._emulator}: {said}; {advice}")
-
-
-class _Received:
-    """Tells of the bytes that gcsfs has received: its callback for one file."""
-
-    def __init__(self, on_bytes):
-        self._on_bytes, self._number = on_bytes, 0
-
-    def set_size(self, size):
-        """Begin an attempt, so what an earlier one has received does not count."""
-        self._on_bytes(-self._number)
-        self._number = 0
-
-    def relative_update(self, number):
-        self._on_bytes(number)
-        self._number += number
 
 
 def _connect(url, emulator):

@@ -303,23 +303,11 @@ def test_an_upload_that_nobody_reads_is_given_up(brief, monkeypatch, tmp_path):
 
 
 def test_a_slow_line_is_no_fault_and_a_cut_after_a_long_time_is_tried_again(proxy, brief, gs):
-    blob, told = gs.stat("model.hdf5"), []
+    blob = gs.stat("model.hdf5")
     proxy.bandwidth, proxy.latency, proxy.requests[:] = 5e5, 0.1, []
-    gs.on_bytes = told.append
     proxy.draw = lambda *request, draw=proxy.draw: draw(*request) or ("cut" if len(proxy.requests) == 1 else None)
     assert gs.read(blob) == IN_THE_BUCKET["model.hdf5"]  # takes longer than any of the limits
-    assert len(proxy.requests) == 2 and sum(told) == len(IN_THE_BUCKET["model.hdf5"])
-    assert len(told) > 10  # as they come
-
-
-def test_a_mistake_of_ours_is_no_fault_of_the_network(proxy, gs):
-    """It is shown with its traceback, at once."""
-    blob = gs.stat("model.hdf5")
-    proxy.requests.clear()
-    gs.on_bytes = lambda: None
-    with pytest.raises(TypeError):
-        gs.read(blob)
-    assert len(proxy.requests) == 1
+    assert len(proxy.requests) == 2
 
 
 def test_listings_without_checksums(proxy, gs, server, bucket_name):
@@ -477,7 +465,7 @@ def test_a_missing_bucket_is_told_and_an_emulator_that_is_left_over(server, monk
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.replace("//", "//me:secret@"))
     message = error_of(open_bucket("gs://no-such-bucket", tmp_path).list, "x")
     assert "no such bucket" in message and "secret" not in message
-    assert f"(at {server[7:]}, which STORAGE_EMULATOR_HOST names)" in message
+    assert f"(at {server}, which STORAGE_EMULATOR_HOST names)" in message
 
 
 def test_missing_credentials_are_told_and_never_shown(monkeypatch, tmp_path):
