@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-FAULTS = ("reset", "lost", "delay", "429", "500", "503", "cut", "wrong")
+FAULTS = ("reset", "lost", "delay", "403", "429", "500", "503", "cut", "wrong")
 
 
 class Request(NamedTuple):
@@ -48,8 +48,8 @@ class ChaosProxy:
     server : address of the storage server, "http://host:port"
     rate : share of the requests that meet a fault, in [0, 1], drawn from the seed
     faults : which: "reset" (the connection, before the request reaches the server), "lost" (the connection is reset
-        once the server has done its work), "delay" (for `delay` seconds), "429", "500", "503", "cut" (half a body),
-        "wrong" (a whole body of the right length, of other bytes), "hang" (no answer as long as the proxy lives)
+        once the server has done its work), "delay" (for `delay` seconds), "403" (as for too many requests), "429",
+        "500", "503", "cut" (half a body), "wrong" (a whole body of the right length, of other bytes)
     bandwidth : of the line back, shared by all connections, in bytes/s; None: no limit
     latency : of each answer, in seconds
     permissions : operations that are not refused
@@ -60,17 +60,16 @@ class ChaosProxy:
     """
 
     def __init__(
-        self, server, rate=0.0, faults=FAULTS, seed=0, delay=0.5, bandwidth=None, latency=0.0,
-        permissions=("get", "list", "create", "other"), token=None, certificate=None,
+        self, server, rate=0.0, faults=FAULTS, seed=0, delay=0.5, permissions=("get", "list", "create", "other"),
+        token=None, certificate=None,
     ):  # fmt: skip
         self.server, self.rate, self.faults, self.delay = server, rate, faults, delay
-        self.bandwidth, self.latency, self.permissions = bandwidth, latency, permissions
-        self.token = token
+        self.permissions, self.token = permissions, token
+        self.bandwidth, self.latency = None, 0.0
         self.play, self.rewrite = lambda *request: None, lambda operation, answer: answer
         self.requests = []
-        self.closing = threading.Event()
         self.line = threading.Lock()
-        self.connections, self._changed = 0, threading.Condition()
+        self.connections = set()
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._listener = _Listener(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
         self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{self._listener.server_port}"
@@ -84,7 +83,6 @@ class ChaosProxy:
         return self
 
     def __exit__(self, *_):
-        self.closing.set()
         self._listener.shutdown()
         self._listener.server_close()
 
@@ -93,13 +91,8 @@ class ChaosProxy:
 
     def settle(self):
         """Wait until all clients have gone, and what they asked for is done and logged."""
-        with self._changed:
-            assert self._changed.wait_for(lambda: not self.connections, 60)
-
-    def connected(self, change):
-        with self._changed:
-            self.connections += change
-            self._changed.notify_all()
+        while self.connections:
+            time.sleep(0.01)
 
     def draw(self, method, path):
         """Log a request and choose its fault."""
@@ -129,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def setup(self):
-        self.proxy.connected(1)
+        self.proxy.connections.add(self)
         super().setup()
 
     def finish(self):
@@ -137,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.upstream.close()
         with contextlib.suppress(OSError, ValueError):
             super().finish()
-        self.proxy.connected(-1)
+        self.proxy.connections.discard(self)
 
     def _handle(self):
         proxy = self.proxy
@@ -146,16 +139,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.path = urlsplit(self.path)._replace(scheme="", netloc="").geturl()
         fault = proxy.draw(self.command, self.path)
         time.sleep(proxy.latency)
-        if fault == "hang":
-            proxy.closing.wait()
-        if fault in ("reset", "hang"):
+        if fault == "reset":
             return self._reset()
         if operation(self.command, self.path) not in proxy.permissions:
             return self._refuse(403, "someone@example.com does not have access to the Google Cloud Storage object.")
         if proxy.token and self.headers.get("Authorization") != f"Bearer {proxy.token}":
             return self._refuse(401, "Invalid Credentials")
-        if fault in ("429", "500", "503"):
-            return self._refuse(int(fault), "Try again")
+        if fault in ("403", "429", "500", "503"):
+            return self._refuse(int(fault), "User Rate Limit Exceeded")
         if played := proxy.play(self.command, self.path, self.headers):
             return self._answer(*played)
         if fault == "delay":
@@ -165,13 +156,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {key: value for key, value in self.headers.items() if key.lower() not in ("host", "connection")}
         self.upstream.request(self.command, self.path, body, headers)
         answer = self.upstream.getresponse()
-        content = answer.read()
+        content, is_json = answer.read(), answer.getheader("Content-Type", "").startswith("application/json")
         if fault == "lost":
             return self._reset()
         if fault == "wrong":
-            is_json = answer.getheader("Content-Type", "").startswith("application/json")
             content = b" " * len(content) if is_json else bytes(byte ^ 1 for byte in content)
-        elif answer.getheader("Content-Type", "").startswith("application/json"):
+        elif is_json:
             content = json.dumps(proxy.rewrite(operation(self.command, self.path), json.loads(content))).encode()
         self.send_response(answer.status)
         for key, value in answer.getheaders():
@@ -186,15 +176,13 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = _handle
 
     def _send(self, content):
-        for start in range(0, len(content), 1 << 14) if self.proxy.bandwidth else ():
-            chunk = content[start : start + (1 << 14)]
+        size = 1 << 14 if self.proxy.bandwidth else len(content) + 1
+        for start in range(0, len(content), size):
+            chunk = content[start : start + size]
             with self.proxy.line:
-                time.sleep(len(chunk) / self.proxy.bandwidth)
+                time.sleep(len(chunk) / (self.proxy.bandwidth or float("inf")))
             self.wfile.write(chunk)
             self.wfile.flush()
-        if not self.proxy.bandwidth:
-            self.wfile.write(content)
-        self.wfile.flush()
 
     def do_CONNECT(self):
         """Let bytes through, both ways, until one side has no more."""

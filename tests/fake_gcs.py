@@ -34,41 +34,20 @@ def free_port():
 @contextlib.contextmanager
 def fake_gcs_server():
     """Run the server, with its objects in memory. Yields its "http://host:port"."""
-    with tempfile.TemporaryFile() as log:
-        for _ in range(5):  # now and then the port is taken after all
-            process, url = _start(log)
-            if _serves(process, log):
-                break
-        else:
-            log.seek(0)
-            raise RuntimeError(f"fake-gcs-server did not start: {log.read().decode()}")
-        with process:
-            try:
-                yield url
-            finally:
-                process.terminate()
-
-
-def _start(log):
     (binary,) = BINARIES.glob("fake-gcs-server-*")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    options = {"scheme": "http", "host": "127.0.0.1", "port": str(port), "external-url": url, "backend": "memory"}
-    command = [binary, *(part for name, value in options.items() for part in (f"-{name}", value))]
-    return subprocess.Popen(command, stdout=log, stderr=log), url
-
-
-def _serves(process, log):
-    """Wait until the server says that it serves (at its port another one may answer); False if it does not in 20 s."""
-    deadline = time.monotonic() + 20
-    while process.poll() is None:
-        if b"server started at" in os.pread(log.fileno(), 2**20, 0):
-            return True
-        if time.monotonic() > deadline:
-            process.kill()
-            process.wait()
-        time.sleep(0.02)
-    return False
+    command = [binary, "-scheme=http", "-host=127.0.0.1", f"-port={port}", f"-external-url={url}", "-backend=memory"]
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while b"server started at" not in (said := os.pread(log.fileno(), 2**20, 0)):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"fake-gcs-server did not start: {said.decode()}")
+                time.sleep(0.02)
+            yield url
+        finally:
+            process.terminate()
 
 
 def create_bucket(url, bucket):

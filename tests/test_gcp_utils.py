@@ -1,48 +1,41 @@
 """Buckets: against a real fake-gcs-server, mostly behind a proxy that misbehaves, and as plain directories."""
 
 import base64
-import contextlib
 import errno
-import gzip
 import hashlib
-import ipaddress
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import socket
 import subprocess
-import sys
-import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import fake_gcs
 import pytest
 from chaos_proxy import ChaosProxy, operation
 from fake_gcs import answering, listing_stub
+from helpers import ROOT
 
 import gcp_utils
 from errors import BlobNotFoundError, BucketError
 from gcp_utils import Blob, open_bucket, sweep
 
-ROOT = Path(__file__).parent.parent
 IN_THE_BUCKET = {
     "dataset/config.yaml": b"dataset_config: {}\n",
     "dataset/train/images/a.png": b"\x89PNG" + bytes(range(256)) * 40,
     "dataset/train/images/b.png": b"",
     "dataset/train/images/\u00e9 x?#%2F&a=b+c.png": b"odd name",
     "dataset/train/masks/c/d/e.png": b"deep below",
-    "dataset-2/other.yaml": b"not below dataset/",
+    "dataset-2/..a%2Fb/A\\b'\"\u202e.x": b"not below dataset/",
     "model.hdf5": random.Random(0).randbytes(600_000),
 }
-# The answers of Google's server for buckets that no test can have; each file says which.
-CASES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "tests/cases/gcs").glob("*.json"))}
+# The answers of Google's server for buckets that no test can have.
+CASES = {path.stem: json.loads(path.read_text()) for path in (ROOT / "tests/cases/gcs").glob("*.json")}
 
 
 @pytest.fixture
@@ -56,15 +49,9 @@ def bucket_name(server, request):
 
 
 @pytest.fixture
-def proxy(server, monkeypatch):
-    """A proxy that everything goes through, faultless to begin with."""
-    with ChaosProxy(server) as proxy:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-        yield proxy
-
-
-@pytest.fixture
-def gs(proxy, bucket_name, tmp_path):
+def gs(proxy, bucket_name, monkeypatch, tmp_path):
+    """That bucket, behind a proxy that is faultless to begin with."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
     return open_bucket(f"gs://{bucket_name}", tmp_path / "cache")
 
 
@@ -84,30 +71,9 @@ def bucket(request):
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Patience that a test can wait for."""
+    """Patience that a test can wait for; ask for it before the bucket."""
     monkeypatch.setattr(gcp_utils, "RETRY_SECONDS", 0.9)
     monkeypatch.setattr(gcp_utils, "SOCKET_SECONDS", 0.4)
-
-
-@contextlib.contextmanager
-def unprivileged():
-    """Be someone whom permissions stop."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@pytest.fixture
-def open_folder():
-    """A folder that is writable for all and has no closed folder above it."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        os.chmod(folder, 0o777)
-        yield Path(folder)
 
 
 def error_of(call, *arguments, error=BucketError):
@@ -117,25 +83,6 @@ def error_of(call, *arguments, error=BucketError):
     message = str(caught.value)
     assert message.isprintable() and len(message) < 700
     return message
-
-
-def run(code, *arguments, **kwargs):
-    """Start a Python process that runs `code` next to gcp_utils."""
-    start = "import sys, os; from pathlib import Path; import gcp_utils; from gcp_utils import open_bucket\n"
-    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    command = [sys.executable, "-c", start + code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **kwargs)
-
-
-def output_of(process):
-    """Wait for a process that must end well; return its stdout."""
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
-
-
-def hash_of(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def all_operations(bucket, name="models/new.yaml"):
@@ -150,30 +97,26 @@ def each_kind_of_request(bucket, blob):
     return (lambda: bucket.list(""), lambda: bucket.read(blob), lambda: bucket.create("x", b"x"))
 
 
-# One interface
+def refusal(name):
+    """A refusal of Google's server, as the proxy plays it."""
+    return CASES[name]["error"]["code"], json.dumps(CASES[name]).encode()
 
 
 def test_a_bucket_lists_looks_up_and_reads(bucket):
     names = [blob.name for blob in bucket.list("dataset")]
     assert names == sorted(name for name in IN_THE_BUCKET if name.startswith("dataset/"))
-    assert names == [blob.name for blob in bucket.list("/dataset/")]
     assert bucket.list("dataset/nothing") == bucket.list("dataset/config.yaml") == []
+    assert bucket.folders("") == ["dataset", "dataset-2"] and bucket.folders("/dataset/train/") == ["images", "masks"]
+    assert bucket.folders("nothing") == bucket.folders("dataset/train/images") == []
     blobs = bucket.list("")
-    assert [(blob.name, blob.size) for blob in blobs] == sorted(
-        (name, len(data)) for name, data in IN_THE_BUCKET.items()
-    )
+    assert {blob.name: blob.size for blob in blobs} == {name: len(data) for name, data in IN_THE_BUCKET.items()}
+    assert all(bucket.url(blob.name).isprintable() for blob in blobs)
     with ThreadPoolExecutor(bucket.threads) as pool:
         assert list(pool.map(bucket.read, blobs * 5)) == [IN_THE_BUCKET[blob.name] for blob in blobs] * 5
         assert list(pool.map(bucket.stat, [blob.name for blob in blobs])) == blobs
     assert all(bucket.fetch(blob).read_bytes() == IN_THE_BUCKET[blob.name] and bucket.is_here(blob) for blob in blobs)
     for name in ("nothing", "dataset", "dataset/config.yaml/x"):
         assert bucket.url(name) in error_of(bucket.stat, name, error=BlobNotFoundError)
-
-
-def test_folders_are_named_without_what_is_below_them(bucket):
-    assert bucket.folders("") == ["dataset", "dataset-2"]
-    assert bucket.folders("dataset/train") == bucket.folders("/dataset/train/") == ["images", "masks"]
-    assert bucket.folders("nothing") == bucket.folders("dataset/train/images") == []
 
 
 def test_create_is_seen_by_all_and_never_overwrites(bucket):
@@ -199,70 +142,45 @@ def test_a_version_changes_with_the_content(bucket, server, bucket_name, tmp_pat
     assert bucket.read(after) == b"dataset_config: []\n"
     for call in (bucket.read, bucket.fetch):
         assert "changed in the bucket during the run" in error_of(call, before)
-    assert len({Blob("x", 1, 2, "a").version, Blob("x", 1, 2, "b").version, Blob("x", 1, 3, "a").version}) == 3
 
 
 def test_a_folder_of_a_bucket_is_a_bucket_and_its_address_opens_it_elsewhere(bucket, tmp_path, monkeypatch):
-    inner = open_bucket(f"{bucket.url('dataset/train')}/", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    inner = open_bucket(f"{bucket.url('dataset/train')}/".removeprefix(f"{tmp_path}/"), tmp_path / "cache")
     monkeypatch.chdir("/")
-    for place in (inner, open_bucket(inner.address, tmp_path / "cache")):
-        assert place.list("images")[0].name == "images/a.png"
-        assert place.read(place.stat("images/a.png")) == IN_THE_BUCKET["dataset/train/images/a.png"]
-    inner.create("x.yaml", b"x")
+    place = open_bucket(inner.address, tmp_path / "cache")
+    assert place.list("images")[0].name == "images/a.png"
+    assert place.read(place.stat("images/a.png")) == IN_THE_BUCKET["dataset/train/images/a.png"]
+    place.create("x.yaml", b"x")
     assert bucket.stat("dataset/train/x.yaml").size == 1
 
 
-# Names
-
-
-@pytest.mark.parametrize("name", ["x/../../etc/passwd", "..", "x/./y", "x//y", "/etc/passwd", "x/\x1b]0;\x07", "a\nb"])
-def test_list_refuses_unsafe_names_and_shows_them_escaped(name, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["x/../../etc/passwd", "..", "x/./y", "/etc/passwd", "x/\x1b]0;\x07", "a\nb", "\udcff"]
+)
+def test_unsafe_names_are_refused_and_shown_escaped(directory, name, monkeypatch, tmp_path):
     with listing_stub(["x/fine.png", name]) as (url, _):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        message = error_of(open_bucket("gs://sandbox", tmp_path / "cache").list, "")
-    assert repr(name) in message and "gs://sandbox" in message
-    assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("name", ["", "../x", "/etc/passwd", "x/../y", "x\x1b", "x/", "x\udcff"])
-def test_unsafe_names_are_refused_whoever_gives_them(bucket, name):
-    for call in (lambda: bucket.stat(name), lambda: bucket.create(name, b"x")):
-        assert re.search("refused|is not UTF-8", error_of(call))
-
-
-def test_names_that_only_look_odd_are_kept(bucket):
-    for folder in ["a b", "a+b", "a%2Fb", "a&b=c", "a?b#c", "a..", "..a", "é一", "a\\b'\"", "\u202egnp.x", "A", "a"]:
-        name = f"{folder}/{folder}"
-        bucket.create(name, folder.encode())
-        (blob,) = bucket.list(folder)
-        assert blob.name == name and bucket.read(blob) == folder.encode() and bucket.stat(name) == blob
-        assert bucket.url(name).isprintable()
+        gs = open_bucket("gs://sandbox", tmp_path / "cache")
+        for call in (gs.list, gs.stat, directory.stat, lambda name: directory.create(name, b"x")):
+            message = error_of(call, "" if call == gs.list else name)
+            assert repr(name) in message and "is refused as a name" in message
 
 
 def test_what_is_skipped_may_be_whatever_it_is(gs, directory, server, bucket_name, tmp_path):
-    """Names are told as they are below the folder that is listed, whose own name is nothing to skip."""
-    for name in (".DS_Store", "train/Icon\r", "train/images/.packed", "train/.closed/x.png"):
-        packed = gzip.compress(b"x")
-        fake_gcs.put_object(server, bucket_name, f"dataset/{name}", packed, content_encoding="gzip")
+    """Names are told as they are below the folder that is listed. What is not skipped is checked."""
+    for name in ("Icon\r", "train/images/.packed", "train/.closed/x.png"):
+        fake_gcs.put_object(server, bucket_name, f"dataset/{name}", b"", content_encoding="gzip")
         path = tmp_path / "bucket/dataset" / name
         path.parent.mkdir(exist_ok=True)
         path.symlink_to("nowhere")
     fake_gcs.put_object(server, bucket_name, "dataset/placeholder/", b"")  # as the console makes a "folder"
-    asked = []
-
-    def skip(name):
-        asked.append(name)
-        return name.rpartition("/")[2].startswith((".", "Icon"))
-
+    skipped = {"Icon\r", "train/images/.packed", "train/.closed"}
     expected = sorted(name for name in IN_THE_BUCKET if name.startswith("dataset/"))
     for bucket in (gs, directory):
-        assert [blob.name for blob in bucket.list("dataset", skip=skip)] == expected
-        assert {".DS_Store", "train/.closed", "train/images/a.png"} <= set(asked)
-        assert not {"train/.closed/x.png", "dataset", ""} & set(asked)
-        asked.clear()
-        assert re.search(r"Icon\\r|stored gzip|no such file", error_of(bucket.list, "dataset"))
-    with pytest.raises(BucketError, match=r"\.packed: is stored gzip-encoded"):
-        gs.list("dataset/train/images")
+        assert [blob.name for blob in bucket.list("dataset", skip=skipped.__contains__)] == expected
+        assert "Icon\\r" in error_of(bucket.list, "dataset")
+    assert ".packed: is stored gzip-encoded" in error_of(gs.list, "dataset/train/images")
 
 
 @pytest.mark.parametrize("name", ["wrong\\images\\a.png", "sub/wrong\\images\\a.png", "sub\\wrong\\config.yaml"])
@@ -280,12 +198,17 @@ def test_the_folders_of_a_split_are_listed_at_once(monkeypatch, tmp_path):
     with listing_stub(names, latency=0.05) as (url, page_sizes):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
         blobs = open_bucket("gs://sandbox", tmp_path / "cache").list("dataset/train")
-    assert [blob.name for blob in blobs] == names and len(set(blobs)) == len(names)
+    assert [blob.name for blob in blobs] == names
     assert sorted(page_sizes) == [0] * 2 + [500] * 4 + [1000] * 12
     assert page_sizes.index(500) >= 2 + 6  # when the first folder ends, all others have begun
 
 
-# The cache
+def test_a_malformed_address_is_told(tmp_path):
+    for address in ("gs://", "gs:///x", "gs://UPPER", "gs://..", "gs://a b/c", "gs://sandbox/../x", "gs://a//b"):
+        assert error_of(open_bucket, address, tmp_path).startswith(f"{address}: ")
+    for address in ("", "s3://me:secret@x", "https://me:secret@storage.googleapis.com/x", "gs://me:secret@x"):
+        message = error_of(open_bucket, address, tmp_path)
+        assert "write gs://name" in message and "secret" not in message
 
 
 def test_a_later_run_fetches_what_has_changed_or_is_damaged_and_nothing_else(gs, proxy, server, bucket_name, tmp_path):
@@ -303,121 +226,60 @@ def test_a_later_run_fetches_what_has_changed_or_is_damaged_and_nothing_else(gs,
     assert sum(told) == len(IN_THE_BUCKET["dataset/config.yaml"] + b"retrained")
 
 
-def test_a_cache_that_cannot_be_written_is_named_and_can_be_read(proxy, bucket_name, open_folder):
-    cache = open_folder / "cache"
-    bucket = open_bucket(f"gs://{bucket_name}", cache)
-    blob, other = bucket.stat("model.hdf5"), bucket.stat("dataset/config.yaml")
-    path = bucket.fetch(blob)
-    path.chmod(0o444)
-    cache.chmod(0o555)
-    with unprivileged():
-        assert bucket.read(blob) == IN_THE_BUCKET["model.hdf5"]
-        message = error_of(bucket.read, other)
-    assert str(cache) in message and "Permission denied" in message and "make room" in message
-    cache.chmod(0o777)
+def test_what_stands_in_the_place_of_the_cache_or_of_an_object_in_it_is_named(gs, bucket_name, tmp_path):
+    blob = gs.stat("model.hdf5")
+    path = gs.fetch(blob)
     path.unlink()
     path.mkdir()
-    message = error_of(bucket.read, blob)
+    message = error_of(gs.read, blob)
     assert str(path) in message and "Is a directory" in message and "in the way" in message
-    assert os.listdir(cache) == [path.name]
-    (open_folder / "file").write_text("in the way")
-    for name in ("file", "file/cache"):
-        message = error_of(open_bucket(f"gs://{bucket_name}", open_folder / name).fetch, other)
-        assert str(open_folder / name) in message and re.search("Not a directory|File exists", message)
+    (tmp_path / "file").write_text("in the way")
+    assert f"{tmp_path}/file: " in error_of(open_bucket, f"gs://{bucket_name}", tmp_path / "file")
 
 
-def test_a_full_disk_is_a_clear_error_and_leaves_nothing(proxy, bucket_name, tmp_path):
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing(gs, directory, tmp_path):
     """The kernel lets no file grow beyond 100 kB: the nearest to a full disk that needs no mount."""
-    code = """
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-bucket, directory = open_bucket(sys.argv[1], Path(sys.argv[2])), open_bucket(sys.argv[3], Path("cache"))
-for call in (lambda: bucket.fetch(bucket.stat("model.hdf5")), lambda: directory.create("full/x.yaml", bytes(200_000))):
+    blob, limits = gs.stat("model.hdf5"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        call()
-    except gcp_utils.BucketError as error:
-        print(error)
-"""
-    first, second = output_of(run(code, f"gs://{bucket_name}", tmp_path / "cache", tmp_path)).splitlines()
+        first, second = error_of(gs.fetch, blob), error_of(directory.create, "full/x.yaml", bytes(200_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(tmp_path / "cache") in first and "make room" in first and "File too large" in first
-    assert "full/x.yaml: cannot be written" in second and "File too large" in second and "is there" not in second
-    assert os.listdir(tmp_path / "cache") == os.listdir(tmp_path / "full") == []
+    assert "full/x.yaml: cannot be written" in second and "File too large" in second
+    assert os.listdir(tmp_path / "cache") == os.listdir(tmp_path / "bucket/full") == []
 
 
-def test_a_dataset_larger_than_the_disk_is_told_before_the_fetch(gs, directory, tmp_path):
-    """The cache is not even there yet."""
+def test_a_dataset_larger_than_the_disk_is_told_before_the_fetch(gs, tmp_path):
     blobs, free = gs.list(""), shutil.disk_usage(tmp_path).free
     gs.check_room(blobs)
     message = error_of(gs.check_room, [*blobs, Blob("images/x.png", free + 10**12, 1)])
     assert "disk_gb" in message and str(tmp_path / "cache") in message
     assert abs(int(re.search(r"lacks ([\d,]+) GB", message)[1].replace(",", "")) - 1001) <= 1  # others write, too
-    directory.check_room([Blob("images/x.png", 10**15)])
 
 
 def test_partial_files_of_killed_runs_are_swept_from_every_folder(tmp_path):
     old = "objects/ab.12.partial", "results/2026.partial/x.yaml", "x.partial"
-    kept = "objects/ab", "counts/ab.partial.npz", "results/2026/x.yaml", "objects/cd.34.partial", "counts/cd.34.partial"
-    for name in old + kept:
-        path = tmp_path / name
+    kept = "objects/ab", "counts/ab.partial.npz", "results/2026/x.yaml", "objects/cd.34.partial"
+    for path in (tmp_path / name for name in old + kept):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
-        for each in (path, path.parent) if not name.endswith("34.partial") else ():
-            os.utime(each, (time.time() - 25 * 3600,) * 2)
+    for path in {*tmp_path.rglob("*")} - {tmp_path / kept[-1]}:
+        os.utime(path, (time.time() - 25 * 3600,) * 2)
     sweep(tmp_path)
     sweep(tmp_path / "nothing")
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == set(kept)
 
 
-FETCH_ALL = """
-from concurrent.futures import ThreadPoolExecutor
-import hashlib
-bucket = open_bucket(sys.argv[1], Path(sys.argv[2]))
-with ThreadPoolExecutor(8) as pool:
-    print(*[hashlib.sha256(content).hexdigest() for content in pool.map(bucket.read, bucket.list("many"))])
-"""
-
-
-@pytest.fixture
-def many(server, bucket_name):
-    """The contents of 40 more blobs of the bucket, in the order of their names."""
-    contents = [random.Random(number).randbytes(1000 + 5000 * number) for number in range(40)]
-    for number, content in enumerate(contents):
-        fake_gcs.put_object(server, bucket_name, f"many/{number:02d}", content)
-    return contents
-
-
-def test_fetching_killed_at_any_moment_leaves_whole_files_that_others_use(proxy, bucket_name, many, tmp_path):
-    cache, moments, expected = tmp_path / "cache", random.Random(5), {hashlib.sha256(data).hexdigest() for data in many}
-    proxy.bandwidth = 3e6
-    process = run(FETCH_ALL, f"gs://{bucket_name}", cache)
-    while proxy.count("get") < 10 and process.poll() is None:
-        time.sleep(0.002)
-    time.sleep(moments.uniform(0, 0.25))
-    process.kill()
-    process.communicate()
-    proxy.settle()
-    whole = [path for path in cache.iterdir() if not path.name.endswith(".partial")]
-    assert 0 < len(whole) < len(many) and {hash_of(path) for path in whole} <= expected
-    proxy.bandwidth, proxy.rate, begun = None, 0.2, proxy.count("get")
-    processes = [run(FETCH_ALL, f"gs://{bucket_name}", cache) for _ in range(2)]
-    assert [set(output_of(process).split()) for process in processes] == [expected] * 2
-    assert proxy.count("get") - begun >= len(many) - len(whole)
-    for path in cache.glob("*.partial"):
-        os.utime(path, (0, 0))
-    sweep(tmp_path)
-    assert sorted(hash_of(path) for path in cache.iterdir()) == sorted(expected)
-
-
-# A bad network
-
-
-def test_everything_works_on_a_bad_network(bucket_name, many, server, tmp_path, monkeypatch):
+def test_everything_works_on_a_bad_network(bucket_name, server, tmp_path, monkeypatch, capsys):
     """Every kind of fault, on a third of the requests; and each was met, and one line tells of it."""
-    told, lines = [], []
-    with ChaosProxy(server, rate=0.33, delay=0.1, seed=2) as proxy:
+    many, told = [random.Random(number).randbytes(1000 + 5000 * number) for number in range(40)], []
+    for number, content in enumerate(many):
+        fake_gcs.put_object(server, bucket_name, f"many/{number:02d}", content)
+    with ChaosProxy(server, rate=0.33, delay=0.1, seed=32) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
         bucket = open_bucket(f"gs://{bucket_name}", tmp_path / "cache")
-        bucket.on_bytes, bucket.on_retry = told.append, lines.append
+        bucket.on_bytes = told.append
         with ThreadPoolExecutor(bucket.threads) as pool:
             assert list(pool.map(bucket.read, bucket.list("many"))) == many
             results = {f"models/m/{number}.yaml": str(number).encode() * 100 for number in range(30)}
@@ -425,41 +287,10 @@ def test_everything_works_on_a_bad_network(bucket_name, many, server, tmp_path, 
         assert {request.fault for request in proxy.requests} == {None, *proxy.faults}
         assert "other" not in {request.operation for request in proxy.requests}
     assert sum(told) == sum(map(len, many))
-    assert len(lines) == 1 and f"gs://{bucket_name}" in lines[0] and "trying again for 120 s" in lines[0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"gs://{bucket_name}" in line and "trying again for 120 s" in line
     assert [name for name in fake_gcs.list_objects(server, bucket_name) if name.startswith("models")] == sorted(results)
     assert all(fake_gcs.get_object(server, bucket_name, name) == content for name, content in results.items())
-
-
-@pytest.mark.parametrize("fault", ["reset", "lost", "429", "500", "cut", "wrong", "hang"])
-def test_a_fault_that_stays_is_an_error_after_a_few_attempts(proxy, brief, gs, fault, caplog, capfd):
-    lines = []
-    gs.on_retry = lines.append
-    proxy.rate, proxy.faults = 1, (fault,)
-    for call in (lambda: gs.list("dataset"), lambda: gs.create("x", b"x" * 100)):
-        proxy.requests.clear()
-        message = error_of(call)
-        assert message.startswith("gs://") and "gave up" in message and "check the network" in message
-        assert 2 <= len(proxy.requests) <= 10  # it tried again, and not without pauses
-    assert len(lines) == 1
-    assert caplog.text == "" and capfd.readouterr() == ("", "")  # no warnings of the libraries on the screen
-
-
-def test_content_that_does_not_come_is_given_up(proxy, brief, gs, capfd, as_service_account):
-    """gcsfs tries six times, in half a minute; so the two kinds are tried at once. No token is shown."""
-    with answering(200, {"access_token": "a-secret-token", "expires_in": 3600, "token_type": "Bearer"}) as url:
-        refused = as_service_account(url)
-        blob, told, lines = gs.stat("model.hdf5"), [], []
-        gs.on_bytes, gs.on_retry = told.append, lines.append
-        proxy.rate, proxy.faults = 1, ("reset", "503", "cut")
-        proxy.play = lambda method, path, headers: (
-            refusal("401_token_refused_once") if headers["Authorization"] else None
-        )
-        proxy.draw = lambda method, path, draw=proxy.draw: draw(method, path) if "alt=media" in path else None
-        with ThreadPoolExecutor() as pool:
-            broken, unpermitted = pool.map(lambda bucket: error_of(bucket.read, blob), (gs, refused))
-    assert "gave up" in broken and sum(told) == 0 and len(lines) == 1
-    assert "credentials are refused" in unpermitted or "gave up" in unpermitted
-    assert "secret" not in broken + unpermitted + "".join(capfd.readouterr())
 
 
 def test_an_upload_that_nobody_reads_is_given_up(brief, monkeypatch, tmp_path):
@@ -472,54 +303,11 @@ def test_an_upload_that_nobody_reads_is_given_up(brief, monkeypatch, tmp_path):
 
 
 def test_a_slow_line_is_no_fault_and_a_cut_after_a_long_time_is_tried_again(proxy, brief, gs):
-    blob, told = gs.stat("model.hdf5"), []
+    blob = gs.stat("model.hdf5")
     proxy.bandwidth, proxy.latency, proxy.requests[:] = 5e5, 0.1, []
-    gs.on_bytes = told.append
     proxy.draw = lambda *request, draw=proxy.draw: draw(*request) or ("cut" if len(proxy.requests) == 1 else None)
     assert gs.read(blob) == IN_THE_BUCKET["model.hdf5"]  # takes longer than any of the limits
-    assert len(proxy.requests) == 2 and sum(told) == len(IN_THE_BUCKET["model.hdf5"])
-    assert len(told) > 10  # as they come
-
-
-@pytest.mark.parametrize("fault", ["lost", "wrong", "cut"])
-def test_an_upload_whose_answer_is_lost_is_done_once(proxy, gs, server, bucket_name, fault):
-    proxy.draw = lambda *request, draw=proxy.draw: draw(*request) or (fault if len(proxy.requests) == 1 else None)
-    gs.create("models/m/result.yaml", b"x: 1\n" * 1000)
-    assert fake_gcs.get_object(server, bucket_name, "models/m/result.yaml") == b"x: 1\n" * 1000
-    assert [request.operation for request in proxy.requests] == ["create", "create", "get"]
-
-
-def test_uploads_of_one_name_at_once_leave_one_winner(bucket):
-    barrier, won = threading.Barrier(8), {}
-
-    def create(number):
-        barrier.wait()
-        with contextlib.suppress(FileExistsError):
-            bucket.create("race.yaml", str(number).encode() * 50_000)
-            won[number] = True
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(create, range(8)))
-    (winner,) = won
-    assert bucket.read(bucket.stat("race.yaml")) == str(winner).encode() * 50_000
-
-
-def test_a_mistake_of_ours_is_no_fault_of_the_network(proxy, gs):
-    """It is shown with its traceback, at once."""
-    blob = gs.stat("model.hdf5")
-    proxy.requests.clear()
-    gs.on_bytes = lambda: None
-    with pytest.raises(TypeError):
-        gs.read(blob)
-    assert len(proxy.requests) == 1
-
-
-# Kinds of buckets
-
-
-def refusal(name):
-    """A refusal of Google's server, as the proxy plays it."""
-    return CASES[name]["error"]["code"], json.dumps(CASES[name]).encode()
+    assert len(proxy.requests) == 2
 
 
 def test_listings_without_checksums(proxy, gs, server, bucket_name):
@@ -527,29 +315,27 @@ def test_listings_without_checksums(proxy, gs, server, bucket_name):
     (example,) = CASES["list_of_a_bucket_with_its_own_key"]["items"]
 
     def as_with_a_key(operation, answer):
-        items = [
-            {key: value for key, value in (example | item).items() if key in example}
-            for item in answer.get("items", ())
-        ]
-        return answer | {"items": items} if operation == "list" else answer
+        items = answer.get("items", []) if operation == "list" else []
+        return answer | {
+            "items": [example | {key: item[key] for key in ("name", "size", "generation")} for item in items]
+        }
 
     proxy.rewrite = as_with_a_key
-    blobs = gs.list("")
+    blobs = gs.list("dataset/train/images") + [gs.stat("model.hdf5")._replace(checksum="")]
     for _ in "network", "cache":
         proxy.requests.clear()
-        assert {blob.name: gs.read(blob) for blob in blobs} == IN_THE_BUCKET
+        assert all(gs.read(blob) == IN_THE_BUCKET[blob.name] for blob in blobs)
         assert sum("alt=media" not in request.path for request in proxy.requests) == len(blobs)
     fake_gcs.put_object(server, bucket_name, blobs[0].name, b"dataset_config: []\n")
     assert "changed in the bucket during the run" in error_of(gs.fetch, blobs[0])
 
 
-def test_requester_pays(proxy, bucket_name, monkeypatch, tmp_path):
+def test_requester_pays(proxy, gs, bucket_name, monkeypatch, tmp_path):
     def play(method, path, headers):
         if parse_qs(urlsplit(path).query).get("userProject") != ["our-project"]:
             return refusal("400_requester_pays")
 
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "our-project")
-    gs = open_bucket(f"gs://{bucket_name}", tmp_path / "cache")
     blob = gs.stat("model.hdf5")
     all_operations(gs, "unasked.yaml")  # nobody is charged unasked
     assert not any("userProject" in request.path for request in proxy.requests)
@@ -557,24 +343,10 @@ def test_requester_pays(proxy, bucket_name, monkeypatch, tmp_path):
     monkeypatch.delenv("GOOGLE_CLOUD_PROJECT")
     for call in each_kind_of_request(gs, blob):
         message = error_of(call)
-        assert "requester pays" in message and "GOOGLE_CLOUD_PROJECT" in message and "--gcp-bucket" not in message
+        assert "requester pays" in message and "GOOGLE_CLOUD_PROJECT" in message
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "our-project")
     assert gs.read(blob) == IN_THE_BUCKET["model.hdf5"]
     all_operations(gs)
-
-
-@pytest.mark.parametrize("operation_", ["list", "get", "create"])
-def test_rate_limits_are_tried_again(proxy, gs, operation_):
-    refused = []
-
-    def play(method, path, headers):
-        if operation(method, path) == operation_ and len(refused) < 3:
-            refused.append(path)
-            return refusal("403_rate_limit")
-
-    proxy.play = play
-    all_operations(gs)
-    assert len(refused) == 3
 
 
 def other_refusal(message):
@@ -604,7 +376,16 @@ def test_refusals_that_are_not_about_the_two_roles(proxy, gs, answer, words):
         assert "roles/storage" not in message and len(proxy.requests) <= 2
 
 
-# Proxies and certificates
+@pytest.mark.parametrize(("missing", "role"), [("list", "Viewer"), ("get", "Viewer"), ("create", "Creator")])
+def test_a_missing_permission_is_named_with_its_role(proxy, gs, server, bucket_name, missing, role):
+    """Also where the name of an object has the words of another cause in it."""
+    fake_gcs.put_object(server, bucket_name, "billing policy, rate limit", b"")
+    blob = gs.stat("billing policy, rate limit")
+    proxy.permissions = {"get", "list", "create"} - {missing}
+    proxy.requests.clear()
+    message = error_of(dict(zip(("list", "get", "create"), each_kind_of_request(gs, blob), strict=True))[missing])
+    assert f"storage.objects.{missing} " in message and f"roles/storage.object{role} " in message and "gs://" in message
+    assert "someone@example.com" in message and len(proxy.requests) <= 2
 
 
 @pytest.fixture
@@ -621,28 +402,25 @@ def behind(monkeypatch):
     return set_environment
 
 
-def test_behind_an_http_proxy_that_wants_a_password(proxy, bucket_name, behind, brief, tmp_path):
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])
+def test_behind_an_http_proxy_that_wants_a_password(proxy, bucket_name, behind, tmp_path, variable):
     def play(method, path, headers):
         if headers["Proxy-Authorization"] != "Basic " + base64.b64encode(b"me:s e").decode():
             return 407, b""
 
     proxy.play = play
     address = proxy.url.removeprefix("http://")
-    for number, variable in enumerate(("HTTP_PROXY", "ALL_PROXY")):
-        behind("http://storage.example.test", **{variable: f"http://me:s%20e@{address}"})
-        all_operations(open_bucket(f"gs://{bucket_name}", tmp_path / f"cache {number}"), f"{number}.yaml")
-        behind("http://storage.example.test", **{variable: f"http://me:wr%20ong@{address}"})
-        message = error_of(open_bucket(f"gs://{bucket_name}", tmp_path).list, "")
-        assert "407" in message and "user:password" in message and "ong" not in message and "gave up" not in message
-    behind(proxy.url, HTTP_PROXY="http://127.0.0.1:1", NO_PROXY="127.0.0.1")
-    proxy.play = lambda *request: None
-    all_operations(open_bucket(f"gs://{bucket_name}", tmp_path / "cache"), "last.yaml")
+    behind("http://storage.example.test", **{variable: f"http://me:s%20e@{address}"})
+    all_operations(open_bucket(f"gs://{bucket_name}", tmp_path))
+    behind("http://storage.example.test", **{variable: f"http://me:wr%20ong@{address}"})
+    message = error_of(open_bucket(f"gs://{bucket_name}", tmp_path).list, "")
+    assert "407" in message and "user:password" in message and "ong" not in message and "gave up" not in message
 
 
 @pytest.mark.parametrize(
     "address",
     ["http://me:se/cret@proxy:3128", "me:secret#x@proxy:80", "http://me:secret@proxy:80a", "http:/secret", "http://",
-     "socks5h://me:secret@127.0.0.1:1", "http://me:12/secret@proxy:1"]
+     "socks5h://me:secret@127.0.0.1:1"]
 )  # fmt: skip
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "STORAGE_EMULATOR_HOST"])
 def test_an_address_that_cannot_be_one_is_told_at_once_and_not_shown(behind, tmp_path, address, variable):
@@ -654,25 +432,10 @@ def test_an_address_that_cannot_be_one_is_told_at_once_and_not_shown(behind, tmp
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
     """A PEM file with a key and a certificate, which is its own authority, for the hosts of the tests."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import rsa
-
-    key, name = rsa.generate_private_key(65537, 2048), x509.Name.from_rfc4514_string("CN=storage.example.test")
-    hosts = "storage.example.test", "iamcredentials.googleapis.com"
-    names = [*map(x509.DNSName, hosts), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    now, pem = datetime.now().astimezone(), serialization.Encoding.PEM
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA256())
-    )  # fmt: skip
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     path = tmp_path_factory.mktemp("certificate") / "both.pem"
-    path.write_bytes(secret + made.public_bytes(pem))
+    hosts = "subjectAltName=DNS:storage.example.test,DNS:iamcredentials.googleapis.com,IP:127.0.0.1"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=storage.example.test -keyout /dev/stdout -addext"
+    path.write_bytes(subprocess.run([*make.split(), hosts], check=True, capture_output=True).stdout)
     return path
 
 
@@ -698,46 +461,11 @@ def test_behind_an_https_proxy_with_an_authority_of_its_own(
     assert variable in message and "nothing.pem" in message and "No such file" in message
 
 
-def test_passwords_for_other_programs_are_not_sent(
-    proxy, server, bucket_name, as_service_account, monkeypatch, tmp_path
-):
-    (tmp_path / ".netrc").write_text("default login me password secret\n")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    proxy.token = "ours"
-    with answering(200, {"access_token": "ours", "expires_in": 3600, "token_type": "Bearer"}) as url:
-        all_operations(as_service_account(url))
-
-
-def test_an_emulator_that_is_left_over_is_named(server, brief, monkeypatch, tmp_path):
-    address = server.removeprefix("http://")
-    for where, words in ((address, "no such bucket"), ("127.0.0.1:1", "check the network")):
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://me:secret@{where}")
-        message = error_of(open_bucket("gs://no-such-bucket", tmp_path).list, "x")
-        assert f"(at {where}, which STORAGE_EMULATOR_HOST names)" in message and words in message
-        assert "secret" not in message
-
-
-# Permissions and credentials
-
-
-def test_get_list_and_create_are_all_that_is_needed(proxy, gs):
-    proxy.permissions = ("get", "list", "create")
-    all_operations(gs)
-    error_of(gs.create, "models/new.yaml", b"y", error=FileExistsError)
-    error_of(gs.stat, "nothing", error=BlobNotFoundError)
-    assert {request.operation for request in proxy.requests} == {"get", "list", "create"}
-
-
-@pytest.mark.parametrize(("missing", "role"), [("list", "Viewer"), ("get", "Viewer"), ("create", "Creator")])
-def test_a_missing_permission_is_named_with_its_role(proxy, gs, server, bucket_name, missing, role):
-    """Also where the name of an object has the words of another cause in it."""
-    fake_gcs.put_object(server, bucket_name, "billing policy, rate limit", b"")
-    blob = gs.stat("billing policy, rate limit")
-    proxy.permissions = {"get", "list", "create"} - {missing}
-    proxy.requests.clear()
-    message = error_of(dict(zip(("list", "get", "create"), each_kind_of_request(gs, blob), strict=True))[missing])
-    assert f"storage.objects.{missing} " in message and f"roles/storage.object{role} " in message and "gs://" in message
-    assert "someone@example.com" in message and len(proxy.requests) <= 2
+def test_a_missing_bucket_is_told_and_an_emulator_that_is_left_over(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.replace("//", "//me:secret@"))
+    message = error_of(open_bucket("gs://no-such-bucket", tmp_path).list, "x")
+    assert "no such bucket" in message and "secret" not in message
+    assert f"(at {server}, which STORAGE_EMULATOR_HOST names)" in message
 
 
 def test_missing_credentials_are_told_and_never_shown(monkeypatch, tmp_path):
@@ -748,9 +476,8 @@ def test_missing_credentials_are_told_and_never_shown(monkeypatch, tmp_path):
     for content in ("{", '{"type": "odd"}', "[]", secret):
         path.write_text(content)
         message = error_of(open_bucket, "gs://sandbox", tmp_path)
-        assert message.startswith("gs://sandbox/: no Google credentials") and str(path) in message
-        assert "s3cr3t" not in message
-    for value in (secret, str(tmp_path / "none.json"), base64.b64encode(secret.encode()).decode()):
+        assert "no Google credentials" in message and str(path) in message and "s3cr3t" not in message
+    for value in (secret, base64.b64encode(secret.encode()).decode()):
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", value)
         message = error_of(open_bucket, "gs://sandbox", tmp_path)
         assert "GOOGLE_APPLICATION_CREDENTIALS is not the path of a file" in message and value[:9] not in message
@@ -758,7 +485,12 @@ def test_missing_credentials_are_told_and_never_shown(monkeypatch, tmp_path):
 
 @pytest.fixture
 def as_service_account(proxy, bucket_name, certificate, monkeypatch, tmp_path):
-    """Open the bucket with the key file of a service account, and the real server in the place of Google's."""
+    """Open the bucket with the key file of a service account, and the real server in the place of Google's.
+
+    There is also a password for other programs, which must not be sent in the place of the token.
+    """
+    (tmp_path / ".netrc").write_text("default login me password secret\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
 
     def open_as(token_uri, **impersonated):
         account = {"type": "service_account", "client_email": "someone@example.com", "token_uri": token_uri}
@@ -767,7 +499,7 @@ def as_service_account(proxy, bucket_name, certificate, monkeypatch, tmp_path):
         (tmp_path / "key.json").write_text(json.dumps(given))
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
         monkeypatch.setenv("API_ENDPOINT_OVERRIDE", proxy.url)
-        monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+        monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
         return open_bucket(f"gs://{bucket_name}", tmp_path / "cache")
 
     return open_as
@@ -790,20 +522,19 @@ def test_a_token_that_is_refused_before_its_time_is_renewed(as_service_account, 
         assert revoked and next(tokens) in ("token-2", "token-3")  # as many as were needed
         proxy.token = "another"
         message = error_of(bucket.list, "")
-        assert "credentials are refused" in message and "token-" not in message and "key.json" in message
+        assert "401: Invalid Credentials" in message and "token-" not in message and "key.json" in message
 
 
-def test_credentials_that_give_no_token_are_told(as_service_account, brief, monkeypatch, capfd):
+def test_credentials_that_give_no_token_are_told(as_service_account, brief, capfd):
     with answering(400, {"error": "invalid_grant", "error_description": "Account is gone"}) as url:
         bucket = as_service_account(url)
         message = error_of(bucket.list, "")
         assert "no access token" in message and "invalid_grant" in message and "clock" in message
         assert "gave up" not in message  # there is no use in it
-    bucket.on_retry = print
     message = error_of(bucket.list, "")  # the token server is down: there was use in it
     assert "no access token" in message and "gave up" in message
-    out, err = capfd.readouterr()
-    assert "trying again for 0.9 s" in out and len(out.splitlines()) == 1 and err == ""
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "trying again for 0.9 s" in line
 
 
 def test_the_permission_that_impersonation_lacks_is_told(as_service_account, server, certificate, monkeypatch):
@@ -822,126 +553,38 @@ def test_the_permission_that_impersonation_lacks_is_told(as_service_account, ser
     assert "Permission 'iam.getAccessToken' denied" in message and "s3cr3t" not in message
 
 
-def test_a_malformed_address_is_told(tmp_path):
-    for address in [
-        "gs://",
-        "gs:///x",
-        "gs://UPPER",
-        "gs://..",
-        "gs://a b/c",
-        "gs://sandbox/../x",
-        "gs://sandbox/a//b",
-    ]:
-        assert error_of(open_bucket, address, tmp_path).startswith(f"{address}: ")
-    assert error_of(open_bucket, "", tmp_path).startswith("'' is no bucket")
-    for address in ("s3://me:secret@x", "https://me:secret@storage.googleapis.com/x", "gs://me:secret@x"):
-        message = error_of(open_bucket, address, tmp_path)
-        assert "write gs://name" in message and "secret" not in message
-
-
-# A directory
-
-
-def test_a_directory_is_used_in_place(directory, tmp_path, monkeypatch):
-    assert directory.fetch(directory.stat("model.hdf5")) == tmp_path / "bucket" / "model.hdf5"
-    assert not (tmp_path / "cache").exists()
-    monkeypatch.chdir(tmp_path)
-    assert open_bucket("bucket", tmp_path).address == str(tmp_path / "bucket")
-
-
-def test_a_file_that_changes_after_it_was_listed_is_told(directory, tmp_path):
-    """A backup that links it, or other permissions, change its version only: it is read again by the next run."""
-    path = tmp_path / "bucket" / "model.hdf5"
-    blob = directory.stat("model.hdf5")
-    os.link(path, tmp_path / "backup")
-    assert directory.read(blob) == IN_THE_BUCKET["model.hdf5"] and directory.fetch(blob) == path
-    content = IN_THE_BUCKET["model.hdf5"][:-1] + b"?"
-    path.write_bytes(content)
-    os.utime(path, ns=(blob.mtime, blob.mtime))  # edited in place, with its mtime restored
-    later = directory.stat("model.hdf5")
-    assert later[:5] == blob[:5] and later.version != blob.version and directory.read(later) == content
-    os.utime(path, (1, 1))
-    for call in (directory.read, directory.fetch):
-        assert "changed in the bucket during the run" in error_of(call, blob)
-    path.unlink()
-    for call in (directory.read, directory.fetch):
-        assert "model.hdf5" in error_of(call, blob)
-
-
-def test_a_directory_that_cannot_be_used_is_told(tmp_path, open_folder):
+def test_a_directory_that_cannot_be_used_is_told(tmp_path):
     (tmp_path / "file").write_text("x")
-    (open_folder / "closed" / "x").mkdir(parents=True)
-    (open_folder / "closed").chmod(0)
     assert "No such file or directory" in error_of(open_bucket, str(tmp_path / "none"), tmp_path)
     assert "Not a directory" in error_of(open_bucket, str(tmp_path / "file"), tmp_path)
-    with unprivileged():
-        assert "Permission denied" in error_of(open_bucket, str(open_folder / "closed"), tmp_path)
-        bucket = open_bucket(str(open_folder), tmp_path)
-        for call in (lambda: bucket.list(""), lambda: bucket.list("closed"), lambda: bucket.stat("closed/x")):
-            assert "closed" in error_of(call)
-    open_folder.chmod(0o555)
-    with unprivileged():
-        message = error_of(bucket.create, "new.yaml", b"x")
-    assert "new.yaml: cannot be written" in message and "Permission denied" in message and "is there" not in message
-    (open_folder / "closed").chmod(0o777)
+    message = error_of(open_bucket(str(tmp_path), tmp_path).create, "file/x.yaml", b"x")
+    assert "file/x.yaml: cannot be written" in message
 
 
-def test_links_are_followed_but_not_in_circles(directory, tmp_path):
-    images, outside = tmp_path / "bucket/dataset/train/images", tmp_path / "outside"
-    outside.mkdir()
-    (outside / "c.png").write_bytes(b"c")
-    (images / "c.png").symlink_to(outside / "c.png")
-    (images / "again").symlink_to(tmp_path / "bucket" / "dataset")
-    (images / "more").symlink_to(outside)
-    names = [blob.name for blob in directory.list("dataset")]
-    assert "dataset/train/images/more/c.png" in names and len(names) == len(set(names)) == 7
-    assert directory.read(directory.stat("dataset/train/images/c.png")) == b"c"
+def test_links_are_followed(directory, tmp_path):
+    images = tmp_path / "bucket/dataset/train/images"
+    (images / "more").symlink_to(tmp_path / "bucket/dataset-2")
+    assert len(directory.list("dataset/train/images")) == 4
     os.mkfifo(images / "pipe")
     assert "pipe: is not a regular file" in error_of(directory.list, "dataset")
-    (images / "pipe").unlink()
-    (images / "d.png").symlink_to(outside / "nothing")
-    assert "d.png" in error_of(directory.list, "dataset")
 
 
-@pytest.mark.parametrize("hard_links", [True, False])
-def test_create_in_a_directory_killed_at_any_moment_leaves_whole_files_only(tmp_path, hard_links):
-    code = """
-import hashlib, itertools
-def no_links(*_, **__): raise PermissionError(1, "Operation not permitted")
-if sys.argv[3] == "False": os.link = no_links
-bucket = open_bucket(sys.argv[1], Path("cache"))
-for number in itertools.count(int(sys.argv[2])):
-    data = number.to_bytes(4, "big") * 1_000_000
-    print(flush=True)
-    bucket.create(f"results/{hashlib.sha256(data).hexdigest()}.yaml", data)
-"""
-    moments, results = random.Random(7), tmp_path / "results"
-    for attempt in range(3):
-        process = run(code, tmp_path, 1000 * attempt, hard_links)
-        for _ in range(3):
-            process.stdout.readline()
-        time.sleep(moments.uniform(0, 0.03))
-        process.kill()
-        process.communicate()
-    whole = [path for path in results.glob("[0-9a-f]*") if path.stat().st_size]  # a name may be taken, never by half
-    assert len(whole) >= 5 and all(path.stem == hash_of(path) for path in whole)
-    assert all(path.name.endswith(".partial") for path in results.glob(".*"))
-    os.umask(mask := os.umask(0))
-    assert whole[0].stat().st_mode & 0o777 == 0o666 & ~mask
+@pytest.mark.parametrize("number", [0, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_result_is_published_with_hard_links_and_without(directory, tmp_path, monkeypatch, number):
+    """Without, as on exFAT, gcsfuse and shared folders. Never over another's, or through a link; all may read it."""
 
-
-@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_result_is_published_where_there_are_no_hard_links(directory, tmp_path, monkeypatch, number):
-    """As on exFAT, gcsfuse and shared folders. And never over another's, or through a link."""
-
-    def refuse(*_, **__):
+    def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "link", refuse)
+    if number:
+        monkeypatch.setattr(os, "link", refuse)
+    folder = tmp_path / "bucket/models/m"
     directory.create("models/m/x.yaml", b"x: 1\n")
     directory.create("models/m/x.yaml", b"x: 1\n")
     error_of(directory.create, "models/m/x.yaml", b"x: 2\n", error=FileExistsError)
     assert directory.read(directory.stat("models/m/x.yaml")) == b"x: 1\n"
-    (tmp_path / "bucket/models/m/dangling").symlink_to("nowhere")
-    error_of(directory.create, "models/m/dangling", b"x")
-    assert sorted(os.listdir(tmp_path / "bucket/models/m")) == ["dangling", "x.yaml"]
+    (folder / "dangling").symlink_to("nowhere")
+    error_of(directory.create, "models/m/dangling", b"x", error=(BucketError, FileExistsError))
+    assert sorted(os.listdir(folder)) == ["dangling", "x.yaml"]
+    os.umask(mask := os.umask(0))
+    assert (folder / "x.yaml").stat().st_mode & 0o777 == 0o666 & ~mask
