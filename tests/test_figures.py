@@ -63,7 +63,7 @@ def result(name="class0", folder="class_0", metric=None, x=None, guaranteed=None
         "band_low": 0.9 * at_blocks,
         "band_high": np.minimum(1.1 * at_blocks, 1),
     }
-    return ClassResult(name, folder, trained, curve, Confidence(**values | confidence), guaranteed, list(stacks))
+    return ClassResult(name, folder, trained, curve, Confidence(**values | confidence), guaranteed, list(stacks), "stacks")
 
 
 NOTHING = dict.fromkeys(
