@@ -4,13 +4,11 @@ The same input gives the same bytes on every machine. pyplot is not used: it loo
 """
 
 import functools
-import importlib.util
 import io
 import logging
 import math
 import os
 import textwrap
-import unicodedata
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +18,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
 from models import class_metric
-from results import SIGNED, label, shortened, texts, threshold_text
+from results import SIGNED, UNSIGNED, label, shortened, texts, threshold_text
+
+# matplotlib takes 0.3 s to import, so it is imported where it draws, and then reads these two.
+os.environ["MPLBACKEND"] = "agg"  # a notebook sets one that may be missing here
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written
 
 # Colours of Okabe and Ito, which colour-blind people can distinguish. Line style differs too, for print without colour.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -51,8 +53,6 @@ STYLE = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
 }
-# Matplotlib brings DejaVu Sans along, which has no Chinese characters: these are taken from one of the others.
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei")
 
 
 class Slice(NamedTuple):
@@ -79,12 +79,12 @@ def draw(results, counts, metric_name, title, note):
     rows = [f"{result.title}, threshold {threshold_text(result.trained.x)}" for result in results]
     shown = slices(counts, [result.trained.index for result in results])
     files, problems = {}, []
-    for ending, make in (
-        (".png", lambda: draw_curves(results, metric_name, title, note)),
-        ("_slices.png", lambda: draw_slices(shown, rows, f"{title}: best {metric_name}")),
+    for ending, function, given in (
+        (".png", draw_curves, (results, metric_name, title, note)),
+        ("_slices.png", draw_slices, (shown, rows, f"{title}: best {metric_name}")),
     ):
         try:
-            files[ending] = make()
+            files[ending] = function(*given)
         except Exception as error:
             problems.append(
                 f"the figure model_thresholds_<timestamp>{ending} cannot be drawn, all else is uploaded: {error!r}"
@@ -114,32 +114,16 @@ def draw_curves(results, metric_name, title, note):
     bytes
         A PNG.
     """
-    matplotlib = _matplotlib()
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with matplotlib.rc_context(STYLE | {"font.family": [font.name for font in _fonts()]}):
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # instead of the user's matplotlibrc
+        matplotlib.rcParams.update(STYLE)
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box takes its place
         canvas = FigureCanvasAgg(curves_figure(results, metric_name, title, note))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box takes its place
-            canvas.draw()
+        canvas.draw()
     return _png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), dpi=(PRINTED_DPI, PRINTED_DPI))
-
-
-@functools.cache
-def _matplotlib():
-    """Import matplotlib with its own settings, whatever the user's matplotlibrc or MPLBACKEND says."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook sets one that may be missing here
-    os.environ["MATPLOTLIBRC"] = str(_data_folder())
-    logging.getLogger("matplotlib").setLevel(logging.CRITICAL)  # it complains of a home that cannot be written
-    import matplotlib
-
-    matplotlib.rcdefaults()
-    return matplotlib
-
-
-def _data_folder():
-    """The folder of matplotlib's own settings and fonts, found without importing matplotlib."""
-    return Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data"
 
 
 def curves_figure(results, metric_name, title, note):
@@ -156,12 +140,13 @@ def curves_figure(results, metric_name, title, note):
     entries = {}
     for axes, result in zip(panels.flat, results, strict=False):
         _draw_panel(axes, result, metric_name)
+        _set_horizontal(axes, result)
         _set_vertical(axes, result, metric_name, shared)
         _write_numbers(axes, result, metric_name, width / columns - 0.8)
         entries |= {entry.get_label(): entry for entry in axes.get_legend_handles_labels()[0]}
     for axes in panels.flat[len(results) :]:
         axes.remove()
-    head = [_fitted(title, 8 * DPI / 72, (width - 0.9) * DPI)[0], *textwrap.wrap(note, int(14 * width))]
+    head = [_fitted(title, 8, width - 0.9), *textwrap.wrap(note, int(14 * width))]
     figure.suptitle("\n".join(head), x=0.4 / width, ha="left", size=8)
     style = {"frameon": False, "handlelength": 2.6, "columnspacing": 1.6}
     figure.legend(handles=entries.values(), loc="outside lower center", ncols=max(3, 2 * columns), **style)
@@ -172,14 +157,10 @@ def _draw_panel(axes, result, metric_name):
     """Draw the curves, points and ranges of a class."""
     trained, curve, confidence = result.trained, result.curve, result.confidence
     metric, guaranteed = class_metric(metric_name), result.guaranteed_recall
-    low, high = _set_horizontal(axes, result)
-    drawn = np.union1d(np.arange(0, len(THRESHOLDS), BLOCK_STEP), trained.index)
-    drawn = drawn[(THRESHOLDS[drawn] >= low) & (THRESHOLDS[drawn] <= high)]
+    drawn = np.union1d(range(0, len(THRESHOLDS), BLOCK_STEP), trained.index)
+    x = THRESHOLDS[drawn].astype(float)
 
-    def draw(values, **style):
-        axes.plot(THRESHOLDS[drawn].astype(float), values[drawn], **style)
-
-    draw(curve.metric, color=BLUE, lw=1.8, zorder=3, label=label(metric_name))
+    axes.plot(x, curve.metric[drawn], color=BLUE, lw=1.8, zorder=3, label=label(metric_name))
     if confidence.band_low is not None:
         band = confidence.band_low, confidence.band_high
         axes.fill_between(BLOCK_THRESHOLDS, *band, color=BLUE, alpha=0.25, lw=0, label="its 95 % confidence band")
@@ -190,45 +171,48 @@ def _draw_panel(axes, result, metric_name):
     for name, color, style in (("precision", GREEN, (0, (5, 2))), ("recall", PURPLE, (0, (6, 1.5, 1, 1.5)))):
         if name != label(metric_name):
             weight = 1.5 if name == metric.constraint_name else 0.9
-            draw(getattr(curve, name), color=color, lw=weight, ls=style, label=name)
+            axes.plot(x, getattr(curve, name)[drawn], color=color, lw=weight, ls=style, label=name)
     if metric.constraint:
         wanted = f"{metric.constraint_name} asked for"
         axes.axhline(float(metric.level), color="black", lw=0.9, ls=(0, (4, 2, 1, 2)), label=wanted)
     if guaranteed and guaranteed.threshold is not None:
         kept = f"recall {guaranteed.level:g} guaranteed"
         axes.axvline(guaranteed.threshold, color=PURPLE, lw=1.1, ls=(0, (3, 1)), label=kept)
-    if points := [(stack.own_x, stack.own_metric) for stack in result.stacks if stack.own_x is not None]:
-        x, y = np.array(points).T
+    if own_bests := _own_bests(result):
         name = f"{result.kind.split()[0]}, each at its own best"
-        axes.plot(x.clip(low, high), y, "o", color="black", alpha=0.6, mec="none", ms=2.4, zorder=3.5, label=name)
+        style = {"color": "black", "alpha": 0.6, "mec": "none", "ms": 2.4, "zorder": 3.5}
+        axes.plot(*zip(*own_bests, strict=True), "o", label=name, **style)
     if confidence.next_stack_interval is not None:
-        middle, reach = np.mean(confidence.next_stack_interval), np.ptp(confidence.next_stack_interval) / 2
-        name = "next stack (95 % range)"
-        axes.errorbar(trained.x, middle, reach, fmt="none", color="black", capsize=3, lw=1, label=name)
+        ends = [trained.x] * 2, confidence.next_stack_interval
+        axes.plot(*ends, "-_", color="black", lw=1, ms=6, label="next stack (95 % range)")
     axes.plot(trained.x, trained.metric, "o", color=VERMILLION, mec="black", mew=0.6, ms=4.5, zorder=4)
 
 
+def _own_bests(result):
+    """For each stack of a class with pixels of it: its own best threshold, and its metric there."""
+    return [(stack.own_x, stack.own_metric) for stack in result.stacks if stack.own_x is not None]
+
+
 def _set_horizontal(axes, result):
-    """Set scale, range and ticks of the axis of thresholds, and return the range.
+    """Set scale, range and ticks of the axis of thresholds.
 
     On a linear axis, a trained threshold close to 0 or 1 would lie on the frame: a logit axis spreads these thresholds.
     """
-    x, interval = result.trained.x, result.confidence.x_interval or ()
-    if 0.02 <= x <= 0.98:
+    if 0.02 <= result.trained.x <= 0.98:
         low, high, ticks = -0.02, 1.02, ["0", "0.25", "0.5", "0.75", "1"]
         axes.set_xlabel("threshold", labelpad=2)
     else:
-        low, high = min(x, *interval, 1e-4) / 4, 1 - (1 - max(x, *interval, 1 - 1e-4)) / 4
+        shown = [result.trained.x, *(result.confidence.x_interval or ()), *(x for x, _ in _own_bests(result))]
+        low, high = min(*shown, 1e-4) / 4, 1 - (1 - max(*shown, 1 - 1e-4)) / 4
         below = [f"{10.0**-k:g}" for k in range(2, 14) if 10.0**-k > low]
         above = [f"{1 - 10.0**-k:.{k}f}" for k in range(2, 14) if 1 - 10.0**-k < high]
+        step = math.ceil(len(below + above) / 4)
+        ticks = ["0.5", *below[step - 1 :: step], *above[step - 1 :: step]]
         axes.set_xscale("logit")
         axes.minorticks_off()
         axes.set_xlabel("threshold (logit scale)", labelpad=2)
-        step = math.ceil(len(below + above) / 4)
-        ticks = ["0.5", *below[step - 1 :: step], *above[step - 1 :: step]]
     axes.set_xticks([float(tick) for tick in ticks], ticks)
     axes.set_xlim(low, high)
-    return low, high
 
 
 def _set_vertical(axes, result, metric_name, shared):
@@ -249,7 +233,7 @@ def _vertical_range(results, metric_name):
     matters = [] if level is None else [float(level)]
     for result in results:
         matters += [result.trained.metric, float(np.median(result.curve.metric))]
-        matters += [stack.own_metric for stack in result.stacks if stack.own_x is not None]
+        matters += [metric for _, metric in _own_bests(result)]
         matters += result.confidence.metric_interval or ()
         matters += result.confidence.next_stack_interval or ()
     steps = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1]
@@ -260,33 +244,38 @@ def _vertical_range(results, metric_name):
 
 def _write_numbers(axes, result, metric_name, wide):
     """Write name and numbers of a class above its panel, which is `wide` inches wide."""
-    trained, curve, confidence = result.trained, result.curve, result.confidence
-
-    def with_interval(*value):
-        text, interval = texts(*value)
-        return text if interval == "-" else f"{text} ({interval})"
-
+    trained, confidence = result.trained, result.confidence
     at_half, _ = texts(trained.metric_at_half, confidence.metric_interval)
+    expected, _ = texts(confidence.expected_metric, confidence.metric_interval)
     lines = [
-        f"threshold {with_interval(trained.x, confidence.x_interval, threshold_text)}",
-        f"{label(metric_name)} {with_interval(trained.metric, confidence.metric_interval)}; {at_half} at 0.5",
+        f"threshold {_with_interval(trained.x, confidence.x_interval, threshold_text)}",
+        f"{label(metric_name)} {_with_interval(trained.metric, confidence.metric_interval)}; {at_half} at 0.5",
     ]
     if confidence.gain is None:
         lines.append("0.5 does not reach the level that was asked for")
     else:
         unclear = ", unclear" * confidence.gain_unclear
-        lines.append(f"gain {with_interval(confidence.gain, confidence.gain_interval, SIGNED)}{unclear}")
+        lines.append(f"gain {_with_interval(confidence.gain, confidence.gain_interval, SIGNED)}{unclear}")
     if confidence.expected_metric is not None:
-        lines.append(f"{texts(confidence.expected_metric, confidence.metric_interval)[0]} expected on new images")
+        lines.append(f"{expected} expected on new images")
     if confidence.next_stack_interval is not None:
         lines[-1] += f"; next stack {texts(None, confidence.next_stack_interval)[1]}"
-    lines.append(f"{curve.tp[0] + curve.fn[0]:,} positives" + (f" in {result.worth}" if result.worth else ""))
-    room = 0.98 * wide * DPI
-    title, _ = _fitted(result.title, 9 * DPI / 72, room, bold=True)
+    positives = f"{result.curve.tp[0] + result.curve.fn[0]:,} positives"
+    lines.append(f"{positives} in {result.worth}" if result.worth else positives)
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    title = _fitted(result.title, 9, wide, bold=True)
     axes.annotate(title, (0, 1), (0, 9 + 9 * len(lines)), **place, size=9, weight="bold")
-    text = "\n".join(_fitted(line, 7.5 * DPI / 72, room)[0] for line in lines)
-    axes.annotate(text, (0, 1), (0, 5.5), **place, size=7.5)
+    axes.annotate("\n".join(_fitted(line, 7.5, wide) for line in lines), (0, 1), (0, 5.5), **place, size=7.5)
+
+
+def _with_interval(value, limits, form=UNSIGNED):
+    text, interval = texts(value, limits, form)
+    return text if limits is None else f"{text} ({interval})"
+
+
+def _fitted(text, points, inches, bold=False):
+    """The text, without its middle where it is too wide for a figure of curves."""
+    return shortened(text, 0.98 * inches * DPI, _font(points * DPI / 72, bold).getlength)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -373,7 +362,8 @@ def _draw_legend(page):
 
 def _write(page, x, y, text, room, size=13, bold=False):
     """Write a line of text, at most `room` pixels wide; returns its width."""
-    text, font = _fitted(text, size, room, bold)
+    font = _font(size, bold)
+    text = shortened(text, room, font.getlength)
     pen = ImageDraw.Draw(page)
     pen.fontmode = "L"  # smooth: between black and white, the palette has greys only
     pen.text((x, y + LINE / 2), text, fill=0, font=font, anchor="lm")
@@ -412,14 +402,12 @@ def _outcomes(truth, prediction, shrink):
     uint8 array, shape (ceil(height / shrink), ceil(width / shrink))
         0 for none, then in the order of OUTCOMES.
     """
-    # Three counts of 20 bits in one integer, so that one sum counts all three: large slices take most of the time here.
-    packed = np.array([0, 1 << 40, 1 << 20, 1]).take(prediction + 2 * truth.astype(np.uint8))
-    packed = np.pad(packed, [(0, -length % shrink) for length in truth.shape])
-    packed = sum(packed[i::shrink] for i in range(shrink))
-    packed = sum(packed[:, i::shrink] for i in range(shrink))
-    hits, misses, false_alarms = (packed >> bits & 0xFFFFF for bits in (0, 20, 40))
-    outcome = np.where(hits > np.maximum(misses, false_alarms), 1, np.where(misses >= false_alarms, 2, 3))
-    return np.where(packed, outcome, 0).astype(np.uint8)
+    shares = [
+        np.asarray(Image.fromarray(pixels.astype(np.float32)).reduce(shrink))
+        for pixels in (truth & ~prediction, prediction & ~truth, truth & prediction)  # argmax prefers the earlier
+    ]
+    outcome = np.array([2, 3, 1], np.uint8)[np.argmax(shares, axis=0)]
+    return np.where(np.any(shares, axis=0), outcome, 0)
 
 
 def _palette():
@@ -429,32 +417,13 @@ def _palette():
     return np.rint(np.concatenate([greys, *tinted, list(CHANGES.values())])).astype(int).ravel().tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Text
-
-
-def _fitted(text, size, room, bold=False):
-    """The text, without its middle where it is wider than `room` pixels, and its font of `size` pixels."""
-    font = _font(size, bold, any(unicodedata.east_asian_width(c) in "WF" for c in text))
-    return shortened(text, room, font.getlength), font
-
-
 @functools.cache
-def _font(size, bold, wide):
-    path = _data_folder() / "fonts" / "ttf" / f"DejaVuSans{'-Bold' * bold}.ttf"
-    if wide and len(_fonts()) > 1:
-        path = _fonts()[1].fname
+def _font(size, bold):
+    """The font of both figures, for Pillow."""
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{'-Bold' * bold}.ttf"
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-
-
-@functools.cache
-def _fonts():
-    """DejaVu Sans and, where the machine has one, a font with Chinese characters, as matplotlib describes them."""
-    _matplotlib()
-    from matplotlib.font_manager import fontManager
-
-    there = {font.name: font for font in fontManager.ttflist}
-    return [there[name] for name in FONTS if name in there][:2]
 
 
 def _png(image, **options):

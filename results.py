@@ -1,12 +1,12 @@
 """The result: the content of the YAML, what the screen shows, tables as data, and publishing without overwriting."""
 
 import csv
+import functools
 import io
 import math
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import time
 import unicodedata
@@ -16,17 +16,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import yaml
 
 import models
 import network
-import terminal
 from confidence import FEWEST_BLOCKS, LEVEL, REPLICATES, Confidence, GuaranteedRecall, StackResult
-from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
-from errors import BucketError, printable
+from counts import BLOCK_STEP, THRESHOLDS
+from errors import BucketError
 
-CURVE_STEP = 2  # the file of the curves has a row for every second of BLOCK_THRESHOLDS; 0.5 is one of them
-LOWEST_IN_CURVES = 1e-6  # and none below, except where the trained threshold is near
+IN_CURVES = range(0, len(THRESHOLDS), 2 * BLOCK_STEP)  # indices of the rows in the file of the curves; 0.5 is one
+LOWEST_IN_CURVES = 1e-6  # no row is below, except where the trained threshold is near
 TABLE_WIDTH = 80
 UNSIGNED, SIGNED = "{:.{}f}".format, "{:+.{}f}".format
 UNEQUAL = 0.8  # stacks worth less than this part of their number weigh too differently to count them only
@@ -53,7 +53,7 @@ class ClassResult(NamedTuple):
     confidence: Confidence
     guaranteed_recall: GuaranteedRecall | None  # None unless the metric asks for a recall
     stacks: list  # of confidence.StackResult, worst first
-    kind: str = "stacks"  # of the blocks, as in confidence.Blocks
+    kind: str  # of the blocks, as in confidence.Blocks
 
     @property
     def title(self):
@@ -191,12 +191,6 @@ class PlainDumper(yaml.CSafeDumper):
     def ignore_aliases(self, data):
         return True
 
-    def represent_text(self, text):  # libyaml refuses half of a surrogate pair, as in a message that is not UTF-8
-        return self.represent_str(text.encode(errors="backslashreplace").decode())
-
-
-PlainDumper.add_representer(str, PlainDumper.represent_text)
-
 
 def to_yaml(content):
     """YAML of plain Python values, with escapes for characters that steer a terminal."""
@@ -230,16 +224,16 @@ def table(results, metric_name):
         ("(folder)", "95 % interval", "95 % interval", "", "95 % range", "over 0.5"),
         *(row for result in results for row in _rows(result)),
     ]
-    others = sum(max(map(columns, column)) + 2 for column in list(zip(*rows, strict=True))[1:])
-    rows = [(shortened(first, max(TABLE_WIDTH - others, 9)), *cells) for first, *cells in rows]
-    widths = [max(map(columns, column)) for column in zip(*rows, strict=True)]
-    without = (result.confidence for result in results if result.confidence.why_no_next_stack)
+    names, *others = map(_padded, zip(*rows, strict=True))
+    room = max(TABLE_WIDTH - sum(2 + text_width(column[0]) for column in others), 9)
+    names = _padded([shortened(name.rstrip(), room) for name in names])
+    without = [result.confidence for result in results if result.confidence.why_no_next_stack]
     reasons = dict.fromkeys(of.why_no_next_stack for of in without if of.why_no_next_stack != of.reason)
     return [
         "",
         f"Best thresholds for {metric_name}:",
         "",
-        *("  ".join(map(_filled, row, widths)).rstrip() for row in rows),
+        *("  ".join(row).rstrip() for row in zip(names, *others, strict=True)),
         "",
         "Intervals and expected values are for all pixels of new images together,",
         "the range of the next stack is for one new stack on its own.",
@@ -264,8 +258,10 @@ def _rows(result):
     ]
 
 
-def _filled(cell, width):
-    return cell + " " * (width - columns(cell))
+def _padded(cells):
+    """The cells of a column of the table, all of the same width."""
+    width = max(map(text_width, cells))
+    return [cell + " " * (width - text_width(cell)) for cell in cells]
 
 
 def texts(value, limits, form=UNSIGNED):
@@ -289,15 +285,14 @@ def threshold_text(threshold, decimals=5):
     return f"{threshold:.{max(decimals, 1 - math.floor(math.log10(min(threshold, 1 - threshold))))}f}"
 
 
-def columns(text):
+def text_width(text):
     """How many columns of a terminal the text takes: Chinese characters take two, combining accents none."""
     return sum((1 + (unicodedata.east_asian_width(c) in "WF")) * (not unicodedata.combining(c)) for c in text)
 
 
-def shortened(text, room, width_of=columns):
-    """The text without its middle where it is wider than `room`; what steers a terminal is escaped."""
-    cut = text = printable(text)
-    length = len(text)
+def shortened(text, room, width_of=text_width):
+    """The text without its middle where it is wider than `room`."""
+    cut, length = text, len(text)
     while width_of(cut) > room and length > 1:
         length -= 1
         cut = f"{text[: (length + 1) // 2]}…{text[len(text) - length // 2 :]}"
@@ -368,8 +363,7 @@ def influence(results):
     sentences = []
     for result in results:
         trained, confidence = result.trained, result.confidence
-        known = [stack for stack in result.stacks if stack.x_without is not None and not confidence.reason]
-        stack = max(known, key=lambda stack, result=result: _shift(result, stack), default=None)
+        stack = max(result.stacks, key=functools.partial(_shift, result), default=None)
         if stack and _shift(result, stack) > 0.5:
             x, x_before = (texts(of, confidence.x_interval, threshold_text)[0] for of in (stack.x_without, trained.x))
             at_x, before = (texts(of, confidence.metric_interval)[0] for of in (stack.metric_without, trained.metric))
@@ -383,6 +377,8 @@ def influence(results):
 def _shift(result, stack):
     """How far the result of a class moves without a stack: the larger of two shifts, in widths of their intervals."""
     trained, confidence = result.trained, result.confidence
+    if confidence.reason or stack.x_without is None:
+        return 0
     of_x, of_metric = (max(high - low, 1e-9) for low, high in (confidence.x_interval, confidence.metric_interval))
     return max(abs(stack.x_without - trained.x) / of_x, abs(stack.metric_without - trained.metric) / of_metric)
 
@@ -398,42 +394,40 @@ def curves_csv(results):
     empty where there is none. Returns bytes.
     """
     header = ["class", "folder", "threshold", "trained", "tp", "fp", "fn", "tn"]
-    rows = [[*header, *models.CLASS_METRICS, "band_low", "band_high"]]
-    for result in results:
-        limits = _band_limits(result)
-        indices = sorted(limits)
-        counts = [count[indices] for count in (result.curve.tp, result.curve.fp, result.curve.fn, result.curve.tn)]
-        metrics = [metric(*counts) for metric in models.CLASS_METRICS.values()]
-        numbers = zip(*(column.tolist() for column in (*counts, *metrics)), strict=True)
-        for index, of_threshold in zip(indices, numbers, strict=True):
-            first = result.name, result.folder, float(THRESHOLDS[index]), int(index == result.trained.index)
-            rows.append([*first, *of_threshold, *(limits[index] or ("", ""))])
-    return _csv(rows)
+    tables = (zip(*_columns(result), strict=True) for result in results)
+    return _csv([*header, *models.CLASS_METRICS, "band_low", "band_high"], tables)
 
 
-def _band_limits(result):
-    """(low, high) of the 95 % band by index into THRESHOLDS, for all rows of a class; None where there is no band."""
-    trained, confidence = result.trained, result.confidence
-    lowest = min(LOWEST_IN_CURVES, trained.x / 10)
-    coarse = [j for j in range(0, len(BLOCK_THRESHOLDS), CURVE_STEP) if BLOCK_THRESHOLDS[j] >= lowest]
-    limits = dict.fromkeys(j * BLOCK_STEP for j in coarse)
-    if confidence.band_low is not None:
-        limits = {j * BLOCK_STEP: (float(confidence.band_low[j]), float(confidence.band_high[j])) for j in coarse}
-    return limits | {trained.index: confidence.metric_interval}
+def _columns(result):
+    """The columns of a class in the file of the curves, as lists."""
+    trained, curve, confidence = result.trained, result.curve, result.confidence
+    indices = np.union1d(IN_CURVES, trained.index)
+    indices = indices[THRESHOLDS[indices] >= min(LOWEST_IN_CURVES, trained.x / 10)]
+    here = indices == trained.index
+    counts = [count[indices] for count in (curve.tp, curve.fp, curve.fn, curve.tn)]
+    band = [np.full(len(indices), "")] * 2
+    if confidence.band_low is not None:  # it is known at the thresholds of the blocks only
+        limits = zip((confidence.band_low, confidence.band_high), confidence.metric_interval, strict=True)
+        band = [np.where(here, end, limit[indices // BLOCK_STEP]) for limit, end in limits]
+    metrics = [metric(*counts) for metric in models.CLASS_METRICS.values()]
+    arrays = (THRESHOLDS[indices].astype(float), here.astype(int), *counts, *metrics, *band)
+    names = [result.name] * len(indices), [result.folder] * len(indices)
+    return [*names, *(array.tolist() for array in arrays)]
 
 
 def stacks_csv(results):
     """What each stack does at the trained threshold, and without it, as CSV: a row for each class and stack; bytes."""
-    rows = [["class", "folder", *StackResult._fields]]
-    for result in results:
-        rows += [[result.name, result.folder, *stack] for stack in result.stacks]
-    return _csv(rows)
+    tables = ([[result.name, result.folder, *stack] for stack in result.stacks] for result in results)
+    return _csv(["class", "folder", *StackResult._fields], tables)
 
 
-def _csv(rows):
+def _csv(header, tables):
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(rows)
-    return file.getvalue().encode(errors="backslashreplace")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    for rows in tables:
+        writer.writerows(rows)
+    return file.getvalue().encode()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -443,8 +437,7 @@ def _csv(rows):
 def publish(bucket, model_id, description, files, folder):
     """Upload the files, then the YAML, under a timestamp that no other result has: now, or the next free second.
 
-    All of it is written to the disk before the first upload, and is left there if an upload fails. The YAML is uploaded
-    last, so that there is never a YAML without its figures. A full disk is only a warning.
+    The YAML is uploaded last, so that there is never a YAML without its figures.
 
     Parameters
     ----------
@@ -455,7 +448,7 @@ def publish(bucket, model_id, description, files, folder):
     files : dict of str to bytes
         The other files, by the end of their names, as in "_slices.png".
     folder : Path
-        The folder on the disk.
+        Where the result is kept on the disk if it cannot be uploaded.
 
     Returns
     -------
@@ -471,51 +464,26 @@ def publish(bucket, model_id, description, files, folder):
     while True:
         timestamp = f"{created:%Y%m%dT%H%M%SZ}"
         description["metadata"]["created_datetime"] = timestamp
-        stem = f"model_thresholds_{timestamp}"
         files = {**files, ".yaml": to_yaml(description).encode()}
-        if _upload(bucket, model_id, {stem + ending: content for ending, content in files.items()}, folder):
-            return f"models/{model_id}/{stem}.yaml"
-        created += timedelta(seconds=1)
+        contents = {f"model_thresholds_{timestamp}{ending}": content for ending, content in files.items()}
+        try:
+            for name, content in contents.items():
+                bucket.create(f"models/{model_id}/{name}", content)
+            return f"models/{model_id}/{name}"
+        except FileExistsError:  # of another run
+            created += timedelta(seconds=1)
+        except BucketError as error:
+            kept = _keep(contents, folder / description["metadata"]["run_id"], bucket.url(f"models/{model_id}/"))
+            raise BucketError(f"{error}; {kept}") from error
 
 
-def _upload(bucket, model_id, contents, folder):
-    """Create the files, in this order, in the model's folder; False if another run has taken one of their names."""
-    staged = _stage(contents, folder)
+def _keep(contents, folder, url):
+    """Write the files into a new folder; returns words that say so and how to upload them."""
     try:
+        folder.mkdir(parents=True)
         for name, content in contents.items():
-            bucket.create(f"models/{model_id}/{name}", content)
-        free = True
-    except FileExistsError:
-        free = False
-    except BucketError as error:
-        raise BucketError(_kept(error, staged, bucket, model_id)) from error
-    if staged:
-        shutil.rmtree(staged, ignore_errors=True)
-    return free
-
-
-def _kept(error, staged, bucket, model_id):
-    if not staged:
-        return str(error)
-    copy = "gcloud storage cp --no-clobber" if bucket.url("").startswith("gs://") else "cp -n"
-    target = shlex.quote(bucket.url(f"models/{model_id}/"))
-    return f"{error}; the result is kept in {staged}, upload it with: {copy} {staged}/* {target}"
-
-
-def _stage(contents, folder):
-    """Write the files into a new folder in `folder` and return it; where that fails, warn and return None."""
-    staged = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (staged := folder / uuid.uuid4().hex).mkdir()
-        for name, content in contents.items():
-            (staged / name).write_bytes(content)
+            (folder / name).write_bytes(content)
     except OSError as error:
-        terminal.warn(
-            f"no copy of the result can be kept in {folder} ({error.strerror or error}): make room there, or make it "
-            "writable; the result is uploaded nevertheless"
-        )
-        if staged:
-            shutil.rmtree(staged, ignore_errors=True)
-        return None
-    return staged
+        return f"the result cannot be kept in {folder} either ({error.strerror})"
+    copy = "gcloud storage cp --no-clobber" if url.startswith("gs://") else "cp -n"
+    return f"the result is kept in {folder}, upload it with: {copy} {folder}/* {shlex.quote(url)}"

@@ -208,7 +208,7 @@ def test_runs_from_nothing_at_once_share_a_folder(proxy, many_images, work):
     configurations = [result["metadata"]["thresholds_training_configuration"] for result in found]
     assert sorted(configuration["opt_class_metric"] for configuration in configurations) == sorted(metrics)
     assert all(thresholds(result) == expected for result in found)  # IoU and F1 have the same optimum
-    assert not list((work / "tmp/results").iterdir())
+    assert not (work / "tmp/results").exists()
     assert len(list((work / "tmp/counts").iterdir())) == 1
 
 
@@ -258,7 +258,7 @@ def test_a_read_only_folder_is_no_reason_to_lose_a_result(tiny_bucket, counted_t
     """Nothing can be kept in ./tmp; a directory bucket needs nothing there."""
     (tmp_path / "work").mkdir(0o555)
     process = run_as_others_do(*arguments("../bucket", batch_size=4), cwd=tmp_path / "work")
-    assert_warnings(process, "tmp/counts (Permission denied)", "tmp/results (Permission denied)")
+    assert_warnings(process, "tmp/counts (Permission denied)")
     (result,) = whole_results(tiny_bucket)
     assert thresholds(result) == thresholds(results(counted_template / "bucket")[0])
     assert not list((tmp_path / "work").iterdir())
@@ -291,9 +291,9 @@ def full_disk(folder, kilobytes):
 
 
 def test_a_full_disk_costs_no_result(tiny_bucket, counted_template, tmp_path):
-    with full_disk(tmp_path / "tmp/counts", 100), full_disk(tmp_path / "tmp/results", 100):
+    with full_disk(tmp_path / "tmp/counts", 100):
         process = run_tool(*arguments("bucket", batch_size=4), cwd=tmp_path)
-        assert_warnings(process, "cannot be kept in tmp/counts (", "no copy of the result can be kept in tmp/results (")
+        assert_warnings(process, "cannot be kept in tmp/counts (")
         assert not list(tmp_path.glob("tmp/counts/*"))
     (result,) = whole_results(tiny_bucket)
     assert thresholds(result) == thresholds(results(counted_template / "bucket")[0])

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-import unicodedata
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,40 +28,27 @@ KEPT = GuaranteedRecall(0.9, 0.2, 0.5, 0.976, 11, None)
 # The screen
 
 
-def table(shown, metric="iou_score"):
-    return results.table(shown, metric)
-
-
-@pytest.mark.parametrize(
-    "folders", [["class_0", "class_1", "class_2"], ["裂纹", "m" * 60, "e\N{COMBINING ACUTE ACCENT}"]]
-)
 @pytest.mark.parametrize("metric", ["iou_score", "balanced_accuracy", "precision_at_recall_0.9"])
-def test_the_table_of_three_classes_fits_a_terminal_and_its_columns_are_straight(folders, metric):
+def test_the_table_of_three_classes_fits_a_terminal_and_its_columns_are_straight(metric):
     unclear = {"gain_unclear": True, "gain_interval": (-0.512, 0.487), "x_interval": (0.581, 0.62), "worth": 4.6}
-    shown = [result(f"class{i}", folder, x=0.6, **unclear) for i, folder in enumerate(folders)]
-
-    def width(text):  # in columns of a terminal
-        return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-    lines = table(shown, metric)
-    assert max(map(width, lines)) <= 80
-    of_thresholds = [line for line in lines if "0.581 to 0.620" in line]
-    assert len(of_thresholds) == 3
-    assert len({width(line.partition("0.581")[0]) for line in of_thresholds}) == 1
+    folders = "裂纹", "m" * 60, "e\N{COMBINING ACUTE ACCENT}"
+    lines = results.table([result(f"class{i}", folder, x=0.6, **unclear) for i, folder in enumerate(folders)], metric)
+    assert max(len(line.replace("\N{COMBINING ACUTE ACCENT}", "")) for line in lines) <= 80
+    before = [line.partition("0.581")[0] for line in lines if "0.581 to 0.620" in line]
+    # In columns of a terminal, a Chinese character takes two, and an accent none.
+    assert len(before[0]) + 2 == len(before[1]) == len(before[2]) - 1
 
 
 def test_the_table_says_what_is_known():
     shown = result(x_interval=(0.41, 0.59), gain=0.04, gain_interval=(-0.12, 0.2), gain_unclear=True, worth=4.61)
-    text = "\n".join(table([shown, result("class1", **NOTHING | {"worth": 9.9})]))
+    text = "\n".join(results.table([shown, result("class1", **NOTHING | {"worth": 9.9})], "iou_score"))
     for words in (
         "next stack",
         "0.41 to 0.59",
         "0.48 to 0.96",
         "+0.04\n",
-        "(unclear)",
         "class0: 11 stacks, worth 4.6",
-        "-              -",
-        "No range for the next stack: these are runs",
+        "these are runs",
     ):
         assert words in text
     assert text.count("worth") == text.count("(unclear)") == text.count("No range") == 1
@@ -76,10 +62,9 @@ def test_numbers_have_the_digits_that_their_interval_carries():
     assert results.texts(2e-7, (1e-7, 0.3), results.threshold_text) == ("2e-07", "1e-07 to 0.30")
 
 
-@pytest.mark.parametrize("threshold", [2.0**-40, 1.234e-6, 9.9e-5, 0.0123, 0.5, 0.98765, 0.9999, 1 - 2.0**-24])
-def test_a_threshold_as_text_is_never_0_or_1(threshold):
-    for decimals in (2, 5):
-        shown = float(results.threshold_text(threshold, decimals))
+def test_a_threshold_as_text_is_never_0_or_1():
+    for threshold in (2.0**-40, 1.234e-6, 0.0123, 0.98765, 0.9999, 1 - 2.0**-24):
+        shown = float(results.threshold_text(threshold, 2))
         assert abs(shown - threshold) <= 0.06 * min(threshold, 1 - threshold)
 
 
@@ -117,11 +102,9 @@ def test_the_stack_that_moves_a_result_is_named():
 
 
 def test_where_intervals_come_from_and_what_a_training_split_is_worth():
-    blocks = Blocks(np.arange(11), 11, "stacks", [f"S{i}" for i in range(11)], "further stacks like these 11", [])
-    assert "11 stacks" in results.what_intervals_rest_on(blocks)
-    assert "further stacks like these 11" in results.what_intervals_rest_on(blocks)
-    few = Blocks(np.arange(3), 3, "runs of neighbouring slices", ["a", "b", "c"], "slices between these", [])
-    assert "No intervals" in results.what_intervals_rest_on(few)
+    blocks = Blocks(None, 11, "stacks", [], "further stacks like these 11", [])
+    assert all(words in results.what_intervals_rest_on(blocks) for words in ("how 11 stacks", blocks.speaks_of))
+    assert "No intervals" in results.what_intervals_rest_on(Blocks(None, 3, "stacks", [], "none", []))
     assert results.about_split("dataset-a/train") and not results.about_split("dataset-train/validation")
 
 
@@ -129,64 +112,50 @@ def test_where_intervals_come_from_and_what_a_training_split_is_worth():
 
 
 def rows(data):
-    found = list(csv.DictReader(io.StringIO(data.decode())))
-    assert not any(None in row or None in row.values() for row in found)  # no field too many or too few
-    return found
+    return list(csv.DictReader(io.StringIO(data.decode())))
 
 
 @pytest.mark.parametrize("x", [0.6, 3e-8])
 def test_the_curves_as_data_mark_the_trained_row(x):
     shown = [result(folder="a, b", x=x), result("class1", "裂纹", x=0.3, metric_interval=None, band_low=None)]
     found = rows(results.curves_csv(shown))
-    for one, of_class in ((one, [row for row in found if row["class"] == one.name]) for one in shown):
+    assert set(models.CLASS_METRICS) < set(found[0])
+    for one in shown:
+        of_class = [row for row in found if row["class"] == one.name]
         (trained,) = [row for row in of_class if row["trained"] == "1"]
         assert float(trained["threshold"]) == one.trained.x
         assert {row["folder"] for row in of_class} == {one.folder}
         thresholds = [float(row["threshold"]) for row in of_class]
         assert thresholds == sorted(set(thresholds)) and len(thresholds) > 700 and 0.5 in thresholds
-        assert sum(threshold < 1e-6 for threshold in thresholds) == (
-            0 if one.trained.x > 1e-6 else pytest.approx(60, abs=30)
-        )
+        assert (thresholds[0] < 1e-6) == (one.trained.x < 1e-6)
         assert all((row["band_low"] == "") == (one.name == "class1") for row in of_class)
         at_half = next(row for row in of_class if row["threshold"] == "0.5")
         assert (at_half["tp"], at_half["fn"], at_half["precision"], at_half["recall"]) == ("12345", "0", "0.5", "1.0")
-    assert set(models.CLASS_METRICS) < set(found[0])
-
-
-def test_the_stacks_as_data():
-    shown = result(stacks=[stack("S 1", 0.4, 0.5), stack("S2", 0.7, 0.8)._replace(own_x=None)])
-    first, second = rows(results.stacks_csv([shown]))
-    assert first == {
-        "class": "class0", "folder": "class_0", "stack": "S 1", "images": "5", "pixels": "1000", "metric": "0.5",
-        "metric_at_half": "0.5", "own_x": "0.4", "own_metric": "0.5", "x_without": "0.6", "metric_without": "0.8",
-    }  # fmt: skip
-    assert (second["stack"], second["own_x"]) == ("S2", "")
+        if one.name == "class0":
+            limits = float(trained["band_low"]), float(trained["band_high"])
+            assert limits == one.confidence.metric_interval
+            assert float(at_half["band_low"]) == pytest.approx(0.9 * one.trained.metric_at_half)
 
 
 # The YAML
 
 
 def test_the_yaml_says_what_was_found_how_it_was_counted_and_what_to_beware_of():
-    arguments = dict.fromkeys(
-        ["message", "gcp_bucket", "dataset_directory", "model_id", "batch_size", "dataset_downsample_factor",
-         "random_module_global_seed", "numpy_random_global_seed", "tf_random_global_seed"], 1
-    )  # fmt: skip
-    arguments |= {
-        "optimizing_class_metric": models.class_metric("iou_score_at_recall_0.9"),
-        "message": "a\udcff\x1b — ü",
-    }
+    names = """message gcp_bucket dataset_directory model_id batch_size dataset_downsample_factor
+        random_module_global_seed numpy_random_global_seed tf_random_global_seed"""
+    arguments = dict.fromkeys(names.split(), 1)
+    arguments |= {"optimizing_class_metric": models.class_metric("iou_score_at_recall_0.9"), "message": "a\x1b — ü"}
     blocks = SimpleNamespace(number=11, kind="stacks", speaks_of="further stacks")
     inputs = SimpleNamespace(dataset_config={"a": [1]}, train_config={}, target_size=[4, 4], blocks=blocks, seed=1)
     made = [{"images": 2, "batch_size": 16, "gpu": "P100"}, {"images": 3, "batch_size": 4, "gpu": None}]
     counts = SimpleNamespace(images=5, histogram=np.ones((2, 2, 8), np.int64), counted_with=made)
     shown = [result(guaranteed=KEPT, worth=4.6, gain_unclear=True), result("class1", "b", **NOTHING)]
-    content = yaml.safe_load(
-        results.to_yaml(results.describe(arguments, inputs, counts, shown, time.monotonic(), ["run", "class"]))
-    )
+    text = results.to_yaml(results.describe(arguments, inputs, counts, shown, time.monotonic(), ["run", "class"]))
+    assert "\x1b" not in text
+    content = yaml.safe_load(text)
     assert content["final_trained_prediction_thresholds"] == {one.name: one.trained.x for one in shown}
-    assert list(content) == ["final_trained_prediction_thresholds", "metadata", "metadata_system"]
     metadata = content["metadata"]
-    assert metadata["message"] == "a\\udcff\x1b — ü"
+    assert metadata["message"] == "a\x1b — ü"
     assert metadata["counted_with"] == made and metadata["warnings"] == ["run", "class"]
     output = metadata["thresholds_training_output"]["class0"]
     trained = shown[0].trained
@@ -198,8 +167,6 @@ def test_the_yaml_says_what_was_found_how_it_was_counted_and_what_to_beware_of()
     assert metadata["thresholds_training_output"]["class1"]["x_confidence_interval"] is None
     history = metadata["thresholds_training_history"]["class0"]
     assert history == {"0_threshold_metric": [trained.x, trained.metric]}
-    assert set(content["metadata_system"]) == {"System_info", "Lib_versions_info"}
-    assert "gpu" not in content["metadata_system"]["System_info"]  # of the machine that counted: in counted_with
     assert content["metadata_system"]["Lib_versions_info"]["numpy"] == np.__version__
 
 
@@ -236,29 +203,27 @@ def test_the_git_hash_is_of_the_checkout_even_of_another_user_or_from_a_file_or_
 FILES = {".png": b"new", "_curves.csv": b"new"}
 
 
-def publish(bucket, tmp_path):
-    return results.publish(bucket, "m", {"metadata": {"created_datetime": None}}, FILES, tmp_path / "staged")
+def publish(bucket, folder):
+    return results.publish(bucket, "m", {"metadata": {"created_datetime": None, "run_id": "0a1b"}}, FILES, folder)
 
 
 def test_a_result_takes_the_next_free_second_without_waiting_and_overwrites_nothing(tmp_path):
     bucket, folder = open_bucket(str(tmp_path), tmp_path / "objects"), tmp_path / "models/m"
     folder.mkdir(parents=True)
     now = int(time.time())
-    taken = {}
+    taken = []
     for second in range(91):  # as after a clock that was set back
         stem = f"model_thresholds_{datetime.fromtimestamp(now + second, UTC):%Y%m%dT%H%M%SZ}"
-        ending = (".png", "_curves.csv", ".yaml")[second % 3]
-        taken[folder / f"{stem}{ending}"] = f"mine {second}"
-    for path, content in taken.items():
-        path.write_text(content)
-    path = tmp_path / publish(bucket, tmp_path)
-    assert all(path.read_text() == content for path, content in taken.items())
+        taken.append(folder / f"{stem}{('.png', '_curves.csv', '.yaml')[second % 3]}")
+        taken[-1].write_text("mine")
+    path = tmp_path / publish(bucket, tmp_path / "kept")
+    assert {path.read_text() for path in taken} == {"mine"}
     created = yaml.safe_load(path.read_text())["metadata"]["created_datetime"]
     assert created == f"{datetime.fromtimestamp(now + 91, UTC):%Y%m%dT%H%M%SZ}"
     assert path.name == f"model_thresholds_{created}.yaml"
     for ending, content in FILES.items():
         assert path.with_name(path.name.replace(".yaml", ending)).read_bytes() == content
-    assert not list((tmp_path / "staged").iterdir())
+    assert not (tmp_path / "kept").exists()
 
 
 class FullBucket:
@@ -280,15 +245,12 @@ def test_a_failed_upload_keeps_the_result_and_says_how_to_upload_it(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     bucket = FullBucket()
     with pytest.raises(BucketError, match=r"no permission; .* gcloud storage cp .*gs://full/models/m/$") as caught:
-        publish(bucket, Path())
+        publish(bucket, Path("results"))
     assert [name.rpartition("Z")[2] for name in bucket.created] == [".png", "_curves.csv"]  # the YAML comes last
     kept = Path(str(caught.value).split("kept in ")[1].split(",")[0])
     assert not kept.is_absolute()
     assert {path.name.rpartition("Z")[2] for path in kept.iterdir()} == {".png", "_curves.csv", ".yaml"}
 
-
-def test_a_disk_without_room_costs_a_warning_only(tmp_path, capsys):
-    (tmp_path / "staged").write_text("a file in place of the folder")
-    bucket = open_bucket(str(tmp_path), tmp_path / "objects")
-    assert (tmp_path / publish(bucket, tmp_path)).exists()
-    assert "no copy of the result" in capsys.readouterr().err
+    Path("file").touch()
+    with pytest.raises(BucketError, match="no permission; the result cannot be kept in file/0a1b either"):
+        publish(FullBucket(), Path("file"))
