@@ -4,7 +4,6 @@ Everything is computed from counts per block. A block is a part of the images th
 other parts. docs/confidence.md says what is assumed and how it was checked.
 """
 
-import functools
 import math
 import re
 import unicodedata
@@ -46,21 +45,19 @@ def blocks_of(names, stacks, all_names=None):
     """Divide images into blocks: stacks, or, if there are too few stacks, runs of neighbouring slices.
 
     Slices of one stack resemble each other, and crops of one slice even more. So the unit is the stack. With fewer than
-    FEWEST_BLOCKS stacks, each is cut into runs of neighbouring slices, RUNS in all if there are enough slices; all
-    crops of a slice stay together. More than MOST_BLOCKS stacks are joined to MOST_BLOCKS groups of stacks that follow
-    each other in natural order.
+    FEWEST_BLOCKS stacks, each is cut into runs of neighbouring slices, RUNS in all if there are enough slices. All
+    crops of a slice stay together. More than MOST_BLOCKS stacks are joined, in natural order, to MOST_BLOCKS groups.
 
     Parameters
     ----------
     names : sequence of str
         The names of all images used, in any order. A name begins with the name of its stack.
     stacks : list of str
-        What `dataset_config.dataset_split` names for this split. A folder before a stack's name, the ending of a file
-        after it, and another case or Unicode form than the images' are ignored where no other stack is meant then.
-        Images that belong to none of the stacks count as one more stack, because nothing tells them apart.
+        What `dataset_config.dataset_split` names for this split. Case, Unicode form, a folder before a stack's name and
+        the ending of a file after it may differ from the images' where no other stack can be meant. Images of none of
+        the stacks count as one more stack, because nothing tells them apart.
     all_names : sequence of str, optional
-        The names of all images of the split, where `names` are a subset of them: a stack without an image is warned of
-        only if it has none in the whole split.
+        The names of all images of the split, if `names` are a subset: only a stack without any of them is warned of.
 
     Returns
     -------
@@ -111,13 +108,11 @@ def _runs(names, images_of, ordered, named, warnings):
         run_of = {slice_: rank * runs // len(slices) for rank, slice_ in enumerate(slices)}
         labels[images_of[stack]] = [len(run_names) + run_of[_slice_of(names[image])] for image in images_of[stack]]
         run_names += [f"{stack} run {run + 1}" for run in range(runs)]
+    these = "this one stack" if len(ordered) == 1 else f"these {len(ordered)} stacks"
+    of = f"slices that lie between these, of {these}, not of others"
     if ordered == [NO_STACK]:
         why = "none of the stacks that are named has an image" if named else "no stacks are named"
         of = f"images that lie between these in the order of their names, as {why}"
-    elif len(ordered) == 1:
-        of = "slices that lie between these, of this one stack, not of others"
-    else:
-        of = f"slices that lie between these, of these {len(ordered)} stacks, not of others"
     return Blocks(labels, len(run_names), "runs of neighbouring slices", run_names, of, warnings)
 
 
@@ -216,11 +211,14 @@ def _counts_at(histogram, block_histograms, coarse, points):
 
 
 def _best_columns(values, counts, metric, thresholds, points, low, high):
-    """First and last of the columns in which each row's metric is best, chosen as in the training.
+    """The columns in which each row's metric is best, chosen as in the training.
 
     `values`, shape (rows, P), is the metric of `counts`, shape (4, rows, P), at the thresholds with the indices
     `points`. Only thresholds from `low` to `high` count where the metric's constraint holds; if it holds nowhere, those
-    that come closest to its level. Returns two int arrays, shape (rows,).
+    that come closest to its level.
+
+    Returns three int arrays, shape (rows,): the first and the last of these columns, and the index of the threshold in
+    the middle between them.
     """
     within = np.flatnonzero((points >= low) & (points <= high))
     choice = values[:, within]
@@ -235,12 +233,9 @@ def _best_columns(values, counts, metric, thresholds, points, low, high):
     last = first.copy()
     for row in np.flatnonzero(best.sum(axis=1) > 1):
         first[row], _, last[row] = widest_stretch(thresholds[points[within]], best[row])
-    return within[first], within[last]
-
-
-def _middle(thresholds, first, last):
-    """Indices of the thresholds in the middle between two others."""
-    return np.searchsorted(thresholds, (thresholds[first].astype(np.float64) + thresholds[last]) / 2)
+    first, last = within[first], within[last]
+    middle = (thresholds[points[first]].astype(np.float64) + thresholds[points[last]]) / 2
+    return first, last, np.searchsorted(thresholds, middle)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -339,10 +334,13 @@ def _intervals(thresholds, histogram, block_histograms, metric, index, low, high
     counts = confusion(histogram)
     half, full = int(np.searchsorted(thresholds, 0.5)), metric(*counts)
     coarse = _coarse(thresholds, block_histograms)
-    points = np.unique([*_points_to_try(coarse, index), index, half])
+    # Some 350 coarse thresholds: all near the trained one, where replicates choose, and some everywhere.
+    near = np.searchsorted(coarse, index)
+    some = [*coarse[:: -(-len(coarse) // 256)], *coarse[max(near - 48, 0) : near + 49]]
+    points = np.unique([*some, index, half])
     x_column, half_column = np.searchsorted(points, [index, half])
     of_blocks = _counts_at(histogram, block_histograms, coarse, points)
-    values, first, last, chosen = _replicates(of_blocks, metric, thresholds, points, low, high)
+    values, first, middle, chosen = _replicates(of_blocks, metric, thresholds, points, low, high)
     best, of_all = metric(*chosen), full[points[first]]
     optimism = max(float(np.mean(best - of_all - (values[:, x_column] - full[index]))), 0.0)
 
@@ -355,7 +353,7 @@ def _intervals(thresholds, histogram, block_histograms, metric, index, low, high
         reached = metric.constraint(*counts)
         pair = metric.constraint(*chosen), reached[points[first]]
         constraint_interval = _interval(*pair, reached[index], 0.0, said, _scale(reached))
-    x_low, x_high = _limits(_middle(thresholds, points[first], points[last]), tail, index)
+    x_low, x_high = _limits(middle, tail, index)
     # Between the points, the distance of the band from the curve is interpolated, so that the band follows the curve.
     limits = _limits(values.T, tail, full[points])
     band_low, band_high = (full[coarse] + np.interp(coarse, points, limit - full[points]) for limit in limits)
@@ -374,13 +372,6 @@ def _intervals(thresholds, histogram, block_histograms, metric, index, low, high
     }
 
 
-def _points_to_try(coarse, index):
-    """Some 350 coarse thresholds: all near the trained threshold, where replicates choose, and some everywhere."""
-    near = np.searchsorted(coarse, index)
-    return np.concatenate([coarse[:: -(-len(coarse) // 256)], coarse[max(near - 48, 0) : near + 49]])
-
-
-@functools.lru_cache(maxsize=1)
 def _weights(blocks):
     """How often each block is drawn in each replicate: float64 whole numbers, shape (REPLICATES, blocks).
 
@@ -398,13 +389,8 @@ def _replicates(of_blocks, metric, thresholds, points, low, high):
 
     Replicates in which no pixel, or every pixel, is of the class say nothing about its threshold and are left out.
 
-    Returns
-    -------
-    values : float64 array, shape (replicates, P)
-    first, last : int arrays, shape (replicates,)
-        The columns that a replicate chooses, from `_best_columns`.
-    chosen : float64 array, shape (4, replicates)
-        Its counts in the first of these columns.
+    Returns the metric, shape (replicates, P), the first column and the middle of `_best_columns`, shape (replicates,),
+    and the counts in that column, shape (4, replicates).
     """
     tp, fp, fn, tn = of_blocks[..., :1]
     weights = _weights(len(tp))
@@ -413,8 +399,8 @@ def _replicates(of_blocks, metric, thresholds, points, low, high):
     positive = weights[telling] @ of_blocks[:2]
     counts = np.concatenate([positive, totals[:, telling] - positive])
     values = metric(*counts)
-    first, last = _best_columns(values, counts, metric, thresholds, points, low, high)
-    return values, first, last, counts[:, np.arange(len(first)), first]
+    first, _, middle = _best_columns(values, counts, metric, thresholds, points, low, high)
+    return values, first, middle, counts[:, np.arange(len(first)), first]
 
 
 def _scale(values, end=1e-6):
@@ -525,7 +511,7 @@ def stack_results(thresholds, histogram, block_histograms, blocks, metric, index
     Returns
     -------
     list of StackResult
-        The lowest metric first; stacks without the class last.
+        Lowest metric first; stacks without the class last.
     """
     half = int(np.searchsorted(thresholds, 0.5))
     coarse = _coarse(thresholds, block_histograms)
@@ -553,24 +539,20 @@ def _trained(counts, metric, thresholds, points, x_column, low, high):
     class.
     """
     values = metric(*counts)
-    first, last = _best_columns(values, counts, metric, thresholds, points, low, high)
+    first, last, middle = _best_columns(values, counts, metric, thresholds, points, low, high)
     rows = np.arange(len(values))
     tp, fp, fn, tn = counts[:, rows, first]
     valid = metric.allowed(tp, fp, fn, tn) & (tp + fn > 0) & (fp + tn > 0)
     kept = (first <= x_column) & (x_column <= last)
-    x = thresholds[np.where(kept, points[x_column], _middle(thresholds, points[first], points[last]))]
-    return values, *(
-        [float(one) if ok else None for one, ok in zip(column, valid, strict=True)]
-        for column in (x, values[rows, first])
-    )
+    x = thresholds[np.where(kept, points[x_column], middle)].astype(np.float64)
+    return values, np.where(valid, x, None).tolist(), np.where(valid, values[rows, first], None).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Guaranteed recall
 
 
-@dataclass(frozen=True)
-class GuaranteedRecall:
+class GuaranteedRecall(NamedTuple):
     """The threshold at which a new block of the same kind keeps at least `level` of its class pixels, on average."""
 
     level: float

@@ -214,10 +214,10 @@ def _setting_error(name, value, needed):
 def swapped_classes(counts, class_titles, class_folders):
     """Warn of channels of the network that fit the masks of another class far better than those of their own.
 
-    Each channel is compared with each folder of masks by their IoU at 0.5. The folders are given to the channels anew
-    so that the sum of the IoUs is largest. A channel is warned of if its new folder fits at least twice as well as its
-    own and by 0.2 better, and if no channel fits its new folder worse than its own. So classes that contain each other,
-    and a network that finds only one of them, raise no warning.
+    Each channel is compared with each folder of masks by their IoU at 0.5, and each is given the folder that makes the
+    sum of the IoUs largest. A warning needs a new folder that fits at least twice as well as the channel's own and by
+    0.2 better, and no channel that fits its new folder worse than its own. So classes that contain each other, and a
+    network that finds only one of them, raise none.
 
     Parameters
     ----------
@@ -403,15 +403,12 @@ def _doubt(curve, metric, allowed, best, index, low):
             f"{values[index]:.9g} within them, and {values[k]:.9g} at {THRESHOLDS[k]!s}; widen them"
         )
     lowest, highest = np.flatnonzero(best)[[0, -1]]
-    if tn[index] < USELESS * negatives or (lowest == low and fp[low] > fp[index]):
-        k, useless = lowest, f"the mask holds {100 * fp[lowest] / negatives:.3g} % of the pixels outside the class"
-    elif tp[highest] + fp[highest] == 0:
-        k, useless = highest, "the mask is empty"
-    elif tp[highest] < USELESS * positives:
-        k, useless = highest, f"the mask holds {100 * tp[highest] / positives:.3g} % of the class"
-    else:
+    holds_all = tn[index] < USELESS * negatives or (lowest == low and fp[low] > fp[index])
+    if not holds_all and tp[highest] >= USELESS * positives:
         return None
+    k = lowest if holds_all else highest
     return (
-        f"no threshold has a better {metric.name} than {THRESHOLDS[k]!s}, where {useless}: for this class the metric "
-        "does not lead to a useful threshold; choose another metric, or train another model"
+        f"no threshold has a better {metric.name} than {THRESHOLDS[k]!s}, where the mask holds "
+        f"{100 * tp[k] / positives:.3g} % of the class and {100 * fp[k] / negatives:.3g} % of the other pixels: the "
+        "metric does not lead to a useful threshold here; choose another metric, or train another model"
     )
