@@ -4,7 +4,6 @@ Everything is computed from counts per block. A block is a part of the images th
 other parts. docs/confidence.md says what is assumed and how it was checked.
 """
 
-import functools
 import math
 import re
 import unicodedata
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from counts import confusion
+from models import widest_stretch
 
 LEVEL = 0.95  # of the intervals
 REPLICATES = 2000  # of the bootstrap
@@ -45,21 +45,19 @@ def blocks_of(names, stacks, all_names=None):
     """Divide images into blocks: stacks, or, if there are too few stacks, runs of neighbouring slices.
 
     Slices of one stack resemble each other, and crops of one slice even more. So the unit is the stack. With fewer than
-    FEWEST_BLOCKS stacks, each is cut into runs of neighbouring slices, RUNS in all if there are enough slices; all
-    crops of a slice stay together. More than MOST_BLOCKS stacks are joined to MOST_BLOCKS groups of stacks that follow
-    each other in natural order.
+    FEWEST_BLOCKS stacks, each is cut into runs of neighbouring slices, RUNS in all if there are enough slices. All
+    crops of a slice stay together. More than MOST_BLOCKS stacks are joined, in natural order, to MOST_BLOCKS groups.
 
     Parameters
     ----------
     names : sequence of str
         The names of all images used, in any order. A name begins with the name of its stack.
     stacks : list of str
-        What `dataset_config.dataset_split` names for this split. A folder before a stack's name, the ending of a file
-        after it, and another case or Unicode form than the images' are ignored where no other stack is meant then.
-        Images that belong to none of the stacks count as one more stack, because nothing tells them apart.
+        What `dataset_config.dataset_split` names for this split. Case, Unicode form, a folder before a stack's name and
+        the ending of a file after it may differ from the images' where no other stack can be meant. Images of none of
+        the stacks count as one more stack, because nothing tells them apart.
     all_names : sequence of str, optional
-        The names of all images of the split, where `names` are a subset of them: a stack without an image is warned of
-        only if it has none in the whole split.
+        The names of all images of the split, if `names` are a subset: only a stack without any of them is warned of.
 
     Returns
     -------
@@ -69,24 +67,26 @@ def blocks_of(names, stacks, all_names=None):
     fitting = _stacks_that_fit(names, stacks)
     images_of = {}
     for image, found in enumerate(fitting):
-        images_of.setdefault(found[0] if found else None, []).append(image)
+        images_of.setdefault(found[0] if found else NO_STACK, []).append(image)
     everywhere = fitting if all_names is None else _stacks_that_fit(all_names, stacks)
     with_images = {stack for found in everywhere for stack in found[:1]}
-    warnings = _warnings(
+    warnings = _doubts(
         absent=[stack for stack in stacks if stack not in with_images],
-        strangers=[names[image] for image in images_of.get(None, [])] if stacks else [],
-        ambiguous=[(name, found) for name, found in zip(names, fitting, strict=True) if len(found) > 1],
+        strangers=[names[image] for image in images_of.get(NO_STACK, [])] if stacks else [],
+        ambiguous=[
+            f"{name} fits {' and '.join(found)}" for name, found in zip(names, fitting, strict=True) if len(found) > 1
+        ],
     )
 
-    ordered = sorted(images_of, key=lambda stack: (stack is None, natural_order(stack or "")))
+    ordered = sorted(images_of, key=lambda stack: (stack == NO_STACK, _natural_order(stack)))
     if len(ordered) < FEWEST_BLOCKS:
-        return _runs(names, images_of, ordered, stacks, warnings)
+        return _runs(names, images_of, ordered, bool(stacks), warnings)
     number = min(len(ordered), MOST_BLOCKS)
     labels, members = np.zeros(len(names), np.int64), [[] for _ in range(number)]
     for rank, stack in enumerate(ordered):
         block = rank * number // len(ordered)
         labels[images_of[stack]] = block
-        members[block].append(stack or NO_STACK)
+        members[block].append(stack)
     return Blocks(
         labels=labels,
         number=number,
@@ -97,25 +97,22 @@ def blocks_of(names, stacks, all_names=None):
     )
 
 
-def _runs(names, images_of, ordered, stacks, warnings):
+def _runs(names, images_of, ordered, named, warnings):
     """Blocks that are runs of neighbouring slices of the stacks in `ordered`; `images_of` holds their images."""
-    slices_of = {stack: {} for stack in ordered}
-    for stack, images in images_of.items():
-        for image in images:
-            slices_of[stack].setdefault(_slice_of(names[image]), []).append(image)
+    slices_of = {
+        stack: sorted({_slice_of(names[image]) for image in images_of[stack]}, key=_natural_order) for stack in ordered
+    }
     labels, run_names = np.zeros(len(names), np.int64), []
     for stack, runs in zip(ordered, _runs_per_stack([len(slices_of[stack]) for stack in ordered]), strict=True):
-        slices = sorted(slices_of[stack], key=natural_order)
-        for rank, slice_ in enumerate(slices):
-            labels[slices_of[stack][slice_]] = len(run_names) + rank * runs // len(slices)
-        run_names += [f"{stack or NO_STACK} run {run + 1}" for run in range(runs)]
-    if ordered == [None]:
-        why = "none of the stacks that are named has an image" if stacks else "no stacks are named"
+        slices = slices_of[stack]
+        run_of = {slice_: rank * runs // len(slices) for rank, slice_ in enumerate(slices)}
+        labels[images_of[stack]] = [len(run_names) + run_of[_slice_of(names[image])] for image in images_of[stack]]
+        run_names += [f"{stack} run {run + 1}" for run in range(runs)]
+    these = "this one stack" if len(ordered) == 1 else f"these {len(ordered)} stacks"
+    of = f"slices that lie between these, of {these}, not of others"
+    if ordered == [NO_STACK]:
+        why = "none of the stacks that are named has an image" if named else "no stacks are named"
         of = f"images that lie between these in the order of their names, as {why}"
-    elif len(ordered) == 1:
-        of = "slices that lie between these, of this one stack, not of others"
-    else:
-        of = f"slices that lie between these, of these {len(ordered)} stacks, not of others"
     return Blocks(labels, len(run_names), "runs of neighbouring slices", run_names, of, warnings)
 
 
@@ -130,7 +127,7 @@ def _stacks_that_fit(names, stacks):
     lengths = sorted({len(name) for name in known if name}, reverse=True)
     for name in names:
         plain = _plain(name)
-        beginnings = [plain[:length] for length in lengths if length <= len(plain)]
+        beginnings = dict.fromkeys(plain[:length] for length in lengths)
         alike = [known[one] for one in beginnings if one in known and _ends_a_word(one, plain)]
         found.append([stack for same in alike for stack in same if len(same) == 1 or name.startswith(stack)])
     return found
@@ -142,41 +139,23 @@ def _plain(name):
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _warnings(absent, strangers, ambiguous):
-    """Sentences about names that do not fit together, each with what it means for the intervals.
-
-    `absent` are stacks without an image, `strangers` images of no named stack, and `ambiguous` pairs of an image and
-    the several stacks that fit it.
-    """
+def _doubts(absent, strangers, ambiguous):
+    """Sentences about stacks without an image, images of no named stack, and images that several stacks fit."""
+    doubts = (
+        ("names {} without an image", "stack", absent, "the intervals rest on the other stacks only"),
+        ("names no stack for {}", "image", strangers, "they count as one more stack, and must all come from one"),
+        ("names several stacks for {}", "image", ambiguous, "the longest name counts, and must be the stack's"),
+    )
     sentences = []
-    if absent:
-        sentences.append(
-            f"dataset_split names {_number(absent, 'stack')} without an image ({_examples(absent)}): the intervals "
-            "rest on the other stacks only; check the names"
-        )
-    if strangers:
-        sentences.append(
-            f"dataset_split names no stack for {_number(strangers, 'image')} ({_examples(strangers)}): they count "
-            "together as one more stack, and the intervals are right only if they come from one; check the names"
-        )
-    if ambiguous:
-        several = [f"{name} fits {' and '.join(stacks)}" for name, stacks in ambiguous]
-        sentences.append(
-            f"dataset_split names several stacks for {_number(ambiguous, 'image')} ({_examples(several)}): the longest "
-            "name counts, and the intervals are wrong if that is not the stack; check the names"
-        )
+    for what, kind, names, meaning in doubts:
+        if names:
+            number = f"{len(names):,} {kind}{'s' * (len(names) > 1)}"
+            examples = ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3)
+            sentences.append(f"dataset_split {what.format(number)} ({examples}): {meaning}; check the names")
     return sentences
 
 
-def _number(things, name):
-    return f"{len(things):,} {name}{'s' * (len(things) > 1)}"
-
-
-def _examples(names):
-    return ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3)
-
-
-def natural_order(text):
+def _natural_order(text):
     """A key to sort names by, which puts slice_2 before slice_10."""
     parts = re.split("([0-9]+)", text)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
@@ -232,12 +211,14 @@ def _counts_at(histogram, block_histograms, coarse, points):
 
 
 def _best_columns(values, counts, metric, thresholds, points, low, high):
-    """First and last of the columns in which each row's metric is best, chosen as in the training.
+    """The columns in which each row's metric is best, chosen as in the training.
 
     `values`, shape (rows, P), is the metric of `counts`, shape (4, rows, P), at the thresholds with the indices
     `points`. Only thresholds from `low` to `high` count where the metric's constraint holds; if it holds nowhere, those
-    that come closest to its level. Of several stretches of best columns it is the widest, of equally wide ones the
-    first. Returns two int arrays, shape (rows,).
+    that come closest to its level.
+
+    Returns three int arrays, shape (rows,): the first and the last of these columns, and the index of the threshold in
+    the middle between them.
     """
     within = np.flatnonzero((points >= low) & (points <= high))
     choice = values[:, within]
@@ -247,19 +228,14 @@ def _best_columns(values, counts, metric, thresholds, points, low, high):
         nowhere = ~allowed.any(axis=1)
         choice = np.where(allowed, choice, -np.inf)
         choice[nowhere] = metric.constraint(*counts[:, nowhere])
-    row, column = np.nonzero(choice == choice.max(axis=1, keepdims=True))
-    starts = np.flatnonzero(np.diff(row, prepend=-1) | (np.diff(column, prepend=-2) != 1))
-    ends = np.append(starts[1:], len(row)) - 1
-    first, last = within[column[starts]], within[column[ends]]
-    width = thresholds[points[last]].astype(np.float64) - thresholds[points[first]]
-    order = np.lexsort((first, -width, row[starts]))
-    widest = order[np.searchsorted(row[starts][order], np.arange(len(values)))]
-    return first[widest], last[widest]
-
-
-def _middle(thresholds, first, last):
-    """Indices of the thresholds in the middle between two others."""
-    return np.searchsorted(thresholds, (thresholds[first].astype(np.float64) + thresholds[last]) / 2)
+    best = choice == choice.max(axis=1, keepdims=True)
+    first = best.argmax(axis=1)
+    last = first.copy()
+    for row in np.flatnonzero(best.sum(axis=1) > 1):
+        first[row], _, last[row] = widest_stretch(thresholds[points[within]], best[row])
+    first, last = within[first], within[last]
+    middle = (thresholds[points[first]].astype(np.float64) + thresholds[points[last]]) / 2
+    return first, last, np.searchsorted(thresholds, middle)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -312,29 +288,23 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high, ki
     -------
     Confidence
     """
-    half = int(np.searchsorted(thresholds, 0.5))
     counts = confusion(histogram)
-    full = metric(*counts)
+    half, full = int(np.searchsorted(thresholds, 0.5)), metric(*counts)
     blocks = int(block_histograms.any(axis=2).all(axis=1).sum())
-    reason = _why_no_interval(metric, blocks, len(block_histograms), kind)
-    next_stack, why_no_next_stack = None, reason
-    if reason is None:
-        coarse = _coarse(thresholds, block_histograms)
-        at_x = _counts_at(histogram, block_histograms, coarse, np.array([index]))[..., 0]
-        next_stack, why_no_next_stack = _next_stack(at_x, metric, kind)
     inside = block_histograms[:, 1].sum(axis=1).astype(np.float64)
+    reason = _why_no_interval(metric, blocks, len(block_histograms), kind)
     said = Confidence(
         blocks=blocks,
         worth=float(inside.sum() ** 2 / (inside**2).sum()) if inside.any() else None,
         gain=float(full[index] - full[half]) if metric.allowed(*counts)[half] else None,
         constraint_value=float(metric.constraint(*counts)[index]) if metric.constraint else None,
-        next_stack_interval=next_stack,
-        why_no_next_stack=why_no_next_stack,
+        next_stack_interval=None,
+        why_no_next_stack=reason,
         reason=reason,
     )
     if reason:
         return said
-    return replace(said, **_intervals(thresholds, histogram, block_histograms, metric, index, low, high, said))
+    return replace(said, **_intervals(thresholds, histogram, block_histograms, metric, index, low, high, said, kind))
 
 
 def _why_no_interval(metric, blocks, of, kind):
@@ -353,22 +323,24 @@ def _why_no_interval(metric, blocks, of, kind):
     )
 
 
-def _intervals(thresholds, histogram, block_histograms, metric, index, low, high, said):
-    """The fields of Confidence that come from a bootstrap over blocks (Efron, 1979), as a dictionary.
+def _intervals(thresholds, histogram, block_histograms, metric, index, low, high, said, kind):
+    """The fields of Confidence that come from a bootstrap over blocks (Efron, 1979), and the range for the next stack.
 
     Each replicate draws as many blocks as there are, with replacement, adds up their counts, and chooses a threshold.
     A replicate's best metric compares with that of all images at its threshold as our metric compares with that of all
     possible images. So the mean of the difference is the optimism of our metric (Efron, 1983), and its spread gives the
     intervals of metric, gain and constraint. Those of the threshold and of the curve are percentiles.
     """
-    half = int(np.searchsorted(thresholds, 0.5))
+    counts = confusion(histogram)
+    half, full = int(np.searchsorted(thresholds, 0.5)), metric(*counts)
     coarse = _coarse(thresholds, block_histograms)
-    points = np.unique(np.concatenate([_points_to_try(coarse, index), [index, half]]))
+    # Some 350 coarse thresholds: all near the trained one, where replicates choose, and some everywhere.
+    near = np.searchsorted(coarse, index)
+    some = [*coarse[:: -(-len(coarse) // 256)], *coarse[max(near - 48, 0) : near + 49]]
+    points = np.unique([*some, index, half])
     x_column, half_column = np.searchsorted(points, [index, half])
     of_blocks = _counts_at(histogram, block_histograms, coarse, points)
-    values, first, last, chosen = _replicates(of_blocks, metric, thresholds, points, low, high)
-    counts = confusion(histogram)
-    full = metric(*counts)
+    values, first, middle, chosen = _replicates(of_blocks, metric, thresholds, points, low, high)
     best, of_all = metric(*chosen), full[points[first]]
     optimism = max(float(np.mean(best - of_all - (values[:, x_column] - full[index]))), 0.0)
 
@@ -381,10 +353,11 @@ def _intervals(thresholds, histogram, block_histograms, metric, index, low, high
         reached = metric.constraint(*counts)
         pair = metric.constraint(*chosen), reached[points[first]]
         constraint_interval = _interval(*pair, reached[index], 0.0, said, _scale(reached))
-    x_low, x_high = _limits(_middle(thresholds, points[first], points[last]), tail, index)
+    x_low, x_high = _limits(middle, tail, index)
     # Between the points, the distance of the band from the curve is interpolated, so that the band follows the curve.
     limits = _limits(values.T, tail, full[points])
     band_low, band_high = (full[coarse] + np.interp(coarse, points, limit - full[points]) for limit in limits)
+    next_stack_interval, why_no_next_stack = _next_stack(of_blocks[..., x_column], metric, kind)
     return {
         "x_interval": (float(thresholds[x_low]), float(thresholds[x_high])),
         "metric_interval": _interval(best, of_all, full[index], optimism, said, _scale(full)),
@@ -394,16 +367,11 @@ def _intervals(thresholds, histogram, block_histograms, metric, index, low, high
         "constraint_interval": constraint_interval,
         "band_low": band_low,
         "band_high": band_high,
+        "next_stack_interval": next_stack_interval,
+        "why_no_next_stack": why_no_next_stack,
     }
 
 
-def _points_to_try(coarse, index):
-    """Some 350 coarse thresholds: all near the trained threshold, where replicates choose, and some everywhere."""
-    near = np.searchsorted(coarse, index)
-    return np.concatenate([coarse[:: -(-len(coarse) // 256)], coarse[max(near - 48, 0) : near + 49]])
-
-
-@functools.lru_cache(maxsize=1)
 def _weights(blocks):
     """How often each block is drawn in each replicate: float64 whole numbers, shape (REPLICATES, blocks).
 
@@ -421,29 +389,18 @@ def _replicates(of_blocks, metric, thresholds, points, low, high):
 
     Replicates in which no pixel, or every pixel, is of the class say nothing about its threshold and are left out.
 
-    Returns
-    -------
-    values : float64 array, shape (replicates, P)
-    first, last : int arrays, shape (replicates,)
-        The columns that a replicate chooses, from `_best_columns`.
-    chosen : float64 array, shape (4, replicates)
-        Its counts in the first of these columns.
+    Returns the metric, shape (replicates, P), the first column and the middle of `_best_columns`, shape (replicates,),
+    and the counts in that column, shape (4, replicates).
     """
-    tp, fp, fn, tn = of_blocks[..., 0]
+    tp, fp, fn, tn = of_blocks[..., :1]
     weights = _weights(len(tp))
-    inside, outside = weights @ (tp + fn), weights @ (fp + tn)
-    telling = (inside > 0) & (outside > 0)
-    weights, totals = weights[telling], np.stack([inside, outside])[:, telling, None]
-    values = np.empty((len(points), len(weights))).T  # column by column, as `_limits` reads it
-    parts = []
-    for start in range(0, len(weights), 200):  # few enough for the arrays to fit into a processor's cache
-        rows = slice(start, start + 200)
-        positive = weights[rows] @ of_blocks[:2]
-        counts = np.concatenate([positive, totals[:, rows] - positive])
-        values[rows] = metric(*counts)
-        first, last = _best_columns(values[rows], counts, metric, thresholds, points, low, high)
-        parts.append((first, last, counts[:, np.arange(len(first)), first]))
-    return values, *(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    totals = weights @ np.stack([tp + fn, fp + tn])
+    telling = (totals > 0).all(axis=(0, 2))
+    positive = weights[telling] @ of_blocks[:2]
+    counts = np.concatenate([positive, totals[:, telling] - positive])
+    values = metric(*counts)
+    first, _, middle = _best_columns(values, counts, metric, thresholds, points, low, high)
+    return values, first, middle, counts[:, np.arange(len(first)), first]
 
 
 def _scale(values, end=1e-6):
@@ -554,7 +511,7 @@ def stack_results(thresholds, histogram, block_histograms, blocks, metric, index
     Returns
     -------
     list of StackResult
-        The lowest metric first; stacks without the class last.
+        Lowest metric first; stacks without the class last.
     """
     half = int(np.searchsorted(thresholds, 0.5))
     coarse = _coarse(thresholds, block_histograms)
@@ -582,24 +539,20 @@ def _trained(counts, metric, thresholds, points, x_column, low, high):
     class.
     """
     values = metric(*counts)
-    first, last = _best_columns(values, counts, metric, thresholds, points, low, high)
+    first, last, middle = _best_columns(values, counts, metric, thresholds, points, low, high)
     rows = np.arange(len(values))
     tp, fp, fn, tn = counts[:, rows, first]
     valid = metric.allowed(tp, fp, fn, tn) & (tp + fn > 0) & (fp + tn > 0)
     kept = (first <= x_column) & (x_column <= last)
-    x = thresholds[np.where(kept, points[x_column], _middle(thresholds, points[first], points[last]))]
-    return values, *(
-        [float(one) if ok else None for one, ok in zip(column, valid, strict=True)]
-        for column in (x, values[rows, first])
-    )
+    x = thresholds[np.where(kept, points[x_column], middle)].astype(np.float64)
+    return values, np.where(valid, x, None).tolist(), np.where(valid, values[rows, first], None).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Guaranteed recall
 
 
-@dataclass(frozen=True)
-class GuaranteedRecall:
+class GuaranteedRecall(NamedTuple):
     """The threshold at which a new block of the same kind keeps at least `level` of its class pixels, on average."""
 
     level: float

@@ -1,9 +1,7 @@
 """The science: class metrics, and the training of thresholds on counts."""
 
-import difflib
 import math
 import re
-import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,7 +59,9 @@ METRIC_NAMES = [*CLASS_METRICS, *(f"{name}_<level>" for name in CONSTRAINED_METR
 
 # Words in other names that people use for a metric.
 ALSO_CALLED = {
+    "f1": "f1_score",
     "dice": "f1_score",
+    "iou": "iou_score",
     "jaccard": "iou_score",
     "sensitivity": "recall",
     "balanced": "balanced_accuracy",
@@ -119,22 +119,15 @@ def class_metric(name):
         return ClassMetric(name, CLASS_METRICS[value], CLASS_METRICS[constraint], float(level), constraint)
     if name == "binary_cross_entropy":
         raise UsageError(f"{option} binary_cross_entropy does not depend on a threshold: choose another metric")
-    meant = next((known for word, known in ALSO_CALLED.items() if word in name.lower()), name.lower())
-    near = difflib.get_close_matches(meant, METRIC_NAMES, n=1, cutoff=0.4)
-    question = f"did you mean {near[0]}? " if near else ""
-    raise UsageError(f"{option} {name!r}: {question}choose one of {', '.join(METRIC_NAMES)}")
+    meant = [f"did you mean {known}? " for word, known in ALSO_CALLED.items() if word in name.lower()]
+    raise UsageError(f"{option} {name!r}: {''.join(meant[:1])}choose one of {', '.join(METRIC_NAMES)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Thresholds
 
-# The methods of minimize_scalar with their options; the first one is the tolerance.
-OPTIONS_OF_METHODS = {
-    "bounded": ("xatol", "maxiter", "disp"),
-    "brent": ("xtol", "maxiter", "disp"),
-    "golden": ("xtol", "maxiter", "disp"),
-}
-
+TOLERANCES = {"bounded": "xatol", "brent": "xtol", "golden": "xtol"}  # what minimize_scalar calls OPT_TOL, by method
+HALF = int(np.searchsorted(THRESHOLDS, 0.5))
 EQUAL = 1e-14  # metrics that differ by no more are equal: IoU and F1 have the same optima, but round differently
 USELESS = 0.01  # a mask with less than this part of the class in it, or of the other pixels outside it, is of no use
 
@@ -188,7 +181,7 @@ def check_trainable(counts, class_names):
 
 
 def optimisation_range():
-    """The thresholds within OPT_BOUNDS; checks OPT_BOUNDS, OPT_METHOD, OPT_TOL and OPT_OPTIONS.
+    """The thresholds within OPT_BOUNDS; checks OPT_BOUNDS, OPT_METHOD and OPT_OPTIONS.
 
     Returns
     -------
@@ -198,40 +191,33 @@ def optimisation_range():
     Raises
     ------
     ConfigurationError
-        minimize_scalar cannot work with one of them.
+        There is no such method or option, or no threshold within the bounds.
     """
-
-    def check(name, holds, needed):
-        if not holds:
-            value = reprlib.repr(globals()[name])
-            raise ConfigurationError(f"{name} = {value} at the top of models.py must be {needed}")
-
-    def from_0_to_1(value):  # false for NaN; only types that the YAML of the result can hold
-        return type(value) in (int, float) and 0 <= value <= 1
-
-    pair = isinstance(OPT_BOUNDS, list | tuple) and len(OPT_BOUNDS) == 2 and all(map(from_0_to_1, OPT_BOUNDS))
-    check("OPT_BOUNDS", pair and OPT_BOUNDS[0] <= OPT_BOUNDS[1], "two numbers from 0 to 1, [lowest, highest]")
     low = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[0]), "left"))
     high = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[1]), "right")) - 1
-    check("OPT_BOUNDS", low <= high, "farther apart: no threshold lies within them")
-    check("OPT_METHOD", OPT_METHOD in list(OPTIONS_OF_METHODS), f"one of {', '.join(OPTIONS_OF_METHODS)}")
-    check("OPT_TOL", from_0_to_1(OPT_TOL), "a number from 0 to 1")
-    known = OPTIONS_OF_METHODS[OPT_METHOD]
-    valid = isinstance(OPT_OPTIONS, dict) and OPT_OPTIONS.keys() <= set(known)
-    check("OPT_OPTIONS", valid, f"a dictionary with options that {OPT_METHOD} has: {', '.join(known)}")
-    maxiter = OPT_OPTIONS.get("maxiter", 1)
-    check("OPT_OPTIONS", type(maxiter) is int and maxiter > 0, "with maxiter as a whole number, 1 or more")
-    check("OPT_OPTIONS", from_0_to_1(OPT_OPTIONS.get(known[0], 0)), f"with {known[0]} as a number from 0 to 1")
+    if not (OPT_BOUNDS[0] >= 0 and OPT_BOUNDS[1] <= 1 and low <= high):
+        needed = "[lowest, highest] threshold, from 0 to 1, and far enough apart to hold one"
+        raise _setting_error("OPT_BOUNDS", OPT_BOUNDS, needed)
+    if OPT_METHOD not in TOLERANCES:
+        raise _setting_error("OPT_METHOD", OPT_METHOD, f"one of {', '.join(TOLERANCES)}")
+    known = {TOLERANCES[OPT_METHOD], "maxiter", "disp"}
+    if not OPT_OPTIONS.keys() <= known:  # minimize_scalar would ignore it
+        needed = f"a dictionary with options that {OPT_METHOD} has: {', '.join(sorted(known))}"
+        raise _setting_error("OPT_OPTIONS", OPT_OPTIONS, needed)
     return low, high
+
+
+def _setting_error(name, value, needed):
+    return ConfigurationError(f"{name} = {value!r} at the top of models.py must be {needed}")
 
 
 def swapped_classes(counts, class_titles, class_folders):
     """Warn of channels of the network that fit the masks of another class far better than those of their own.
 
-    Each channel is compared with each folder of masks by their IoU at 0.5. The folders are given to the channels anew
-    so that the sum of the IoUs is largest. A channel is warned of if its new folder fits at least twice as well as its
-    own and by 0.2 better, and if no channel fits its new folder worse than its own. So classes that contain each other,
-    and a network that finds only one of them, raise no warning.
+    Each channel is compared with each folder of masks by their IoU at 0.5, and each is given the folder that makes the
+    sum of the IoUs largest. A warning needs a new folder that fits at least twice as well as the channel's own and by
+    0.2 better, and no channel that fits its new folder worse than its own. So classes that contain each other, and a
+    network that finds only one of them, raise none.
 
     Parameters
     ----------
@@ -244,7 +230,7 @@ def swapped_classes(counts, class_titles, class_folders):
     """
     from scipy.optimize import linear_sum_assignment
 
-    predicted = counts.histogram[:, :, int(np.searchsorted(THRESHOLDS, 0.5)) + 1 :].sum(axis=(1, 2))
+    predicted = counts.histogram[:, :, HALF + 1 :].sum(axis=(1, 2))
     masks = counts.histogram[:, 1].sum(axis=1)
     fit = ratio(counts.overlap, predicted[:, None] + masks - counts.overlap)
     own, (channels, given) = np.diag(fit), linear_sum_assignment(fit, maximize=True)
@@ -288,10 +274,11 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     low, high = optimisation_range()
     counts = confusion(histogram)
     values, allowed = metric(*counts), metric.allowed(*counts)
+    curve = ClassCurve(*counts, values, CLASS_METRICS["precision"](*counts), CLASS_METRICS["recall"](*counts))
     candidates = allowed.copy()
     candidates[:low] = candidates[high + 1 :] = False
     if not candidates.any():
-        raise _level_not_reached(metric, class_name, counts, allowed, low, high)
+        raise _level_not_reached(metric, class_name, counts, low, high)
 
     loss = 1 - values
     if metric.constraint:  # below the level, worse than at any allowed threshold, and worse the farther below
@@ -308,25 +295,25 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     # reported is the exact optimum among them all; it is the last evaluation in the history.
     search = _minimize(evaluate, class_name, low, high, worst=loss.max() + 1)
     best = candidates & (values >= values[candidates].max() - EQUAL)
-    first, index, last = widest_stretch(best)
+    first, index, last = widest_stretch(THRESHOLDS, best)
     evaluate(index)
 
-    half = int(np.searchsorted(THRESHOLDS, 0.5))
+    doubt = _doubt(curve, metric, allowed, best, index, low)
     trained = TrainedThreshold(
         index=index,
         x=float(THRESHOLDS[index]),
         metric=float(values[index]),
-        metric_at_half=float(values[half]),
-        allowed_at_half=bool(allowed[half]),
+        metric_at_half=float(values[HALF]),
+        allowed_at_half=bool(allowed[HALF]),
         best_stretch=(float(THRESHOLDS[first]), float(THRESHOLDS[last])),
         success=bool(search.success),
         status=int(search.get("status", 0)),  # brent and golden give none
         message=" ".join(search.message.split()),
         nfev=len(history),
         history=history,
-        warnings=_warnings(class_name, metric, counts, values, allowed, best, index, low, high),
+        warnings=[f"{class_name}: {doubt}"] if doubt else [],
     )
-    return trained, ClassCurve(*counts, values, CLASS_METRICS["precision"](*counts), CLASS_METRICS["recall"](*counts))
+    return trained, curve
 
 
 def _minimize(evaluate, class_name, low, high, worst):
@@ -336,21 +323,17 @@ def _minimize(evaluate, class_name, low, high, worst):
     """
     from scipy.optimize import minimize_scalar  # the entry script imports it before, while the network runs
 
-    thresholds = THRESHOLDS.astype(np.float64)
-    start, end = thresholds[low], thresholds[high]
+    thresholds = THRESHOLDS[low : high + 1].astype(np.float64)
+    start, end = thresholds[[0, -1]]
 
     def objective(x):
-        if not start <= x <= end:
-            return worst
-        right = int(np.searchsorted(thresholds, x))
-        left = max(right - 1, low)
-        return evaluate(left if x - thresholds[left] <= thresholds[right] - x else right)
+        return evaluate(low + int(np.argmin(np.abs(thresholds - x)))) if start <= x <= end else worst
 
     if OPT_METHOD == "bounded":
         within = {"bounds": (start, end)}
     else:  # brent and golden take no bounds, but stay in a bracket: three points, the middle one better than the others
         within = {"bracket": (np.nextafter(start, -1), (start + end) / 2, np.nextafter(end, 2))}
-    options = {OPTIONS_OF_METHODS[OPT_METHOD][0]: OPT_TOL, **OPT_OPTIONS}
+    options = {TOLERANCES[OPT_METHOD]: OPT_TOL, **OPT_OPTIONS}
     result = minimize_scalar(objective, method=OPT_METHOD, options=options, **within)
     if not result.success:
         raise NotConvergedError(
@@ -360,76 +343,72 @@ def _minimize(evaluate, class_name, low, high, worst):
     return result
 
 
-def widest_stretch(chosen):
+def widest_stretch(thresholds, chosen):
     """Find the stretch of neighbouring chosen thresholds whose last and first threshold differ most.
 
     Parameters
     ----------
+    thresholds : float32 array, shape (N,), increasing
     chosen : bool array, shape (N,), at least one true
 
     Returns
     -------
     first, middle, last : int
-        Indices into THRESHOLDS. Of equally wide stretches it is the lowest. `middle` is the threshold of the stretch
-        nearest to the mean of first and last; of two equally near ones, the lower.
+        Indices. Of equally wide stretches it is the lowest. `middle` is the threshold of the stretch nearest to the
+        mean of first and last; of two equally near ones, the lower.
     """
+    thresholds = thresholds.astype(np.float64)
     change = np.diff(chosen.astype(np.int8), prepend=0, append=0)
     firsts, lasts = np.flatnonzero(change == 1), np.flatnonzero(change == -1) - 1
-    thresholds = THRESHOLDS.astype(np.float64)
     widest = np.argmax(thresholds[lasts] - thresholds[firsts])
     first, last = int(firsts[widest]), int(lasts[widest])
-    stretch = thresholds[first : last + 1]
-    middle = first + int(np.argmin(np.abs(stretch - (stretch[0] + stretch[-1]) / 2)))
-    return first, middle, last
+    mean = (thresholds[first] + thresholds[last]) / 2
+    return first, first + int(np.argmin(np.abs(thresholds[first : last + 1] - mean))), last
 
 
-def _level_not_reached(metric, class_name, counts, allowed, low, high):
+def _level_not_reached(metric, class_name, counts, low, high):
     reached = metric.constraint(*counts)[low : high + 1]
     highest = math.floor(10**6 * reached.max()) / 10**6  # rounded down: a level that works
-    where, widen = ("within OPT_BOUNDS", "widen them, or ") if allowed.any() else ("at any threshold", "")
     return ModelError(
-        f"{class_name}: {metric.constraint_name} does not reach the level of {metric.name} {where}: the highest is "
-        f"{highest}, at {THRESHOLDS[low + np.argmax(reached)]!s}; {widen}ask for a lower level, or train another model"
+        f"{class_name}: {metric.constraint_name} does not reach the level of {metric.name} at any threshold within "
+        f"OPT_BOUNDS = {OPT_BOUNDS}: the highest is {highest}, at {THRESHOLDS[low + np.argmax(reached)]!s}; ask for a "
+        "lower level, or train another model"
     )
 
 
-def _warnings(class_name, metric, counts, values, allowed, best, index, low, high):
-    """Sentences about what makes a trained threshold doubtful: the first cause that applies."""
-    tp, fp, fn, tn = counts
+def _doubt(curve, metric, allowed, best, index, low):
+    """A sentence about what makes a trained threshold doubtful, the first cause that applies; None if nothing does."""
+    tp, fp, fn, tn, values = curve.tp, curve.fp, curve.fn, curve.tn, curve.metric
     positives, negatives = int(tp[0] + fn[0]), int(fp[0] + tn[0])
     if fp[index] == fn[index] == 0:
-        return [
-            f"{class_name}: at the trained threshold the prediction is right in every pixel; make sure that the "
-            "network was not trained on these images, and did not make their masks"
-        ]
-    half = int(np.searchsorted(THRESHOLDS, 0.5))
-    outside, inside = fp[half] / negatives, tp[half] / positives
+        return (
+            "at the trained threshold the prediction is right in every pixel; make sure that the network was not "
+            "trained on these images, and did not make their masks"
+        )
+    outside, inside = fp[HALF] / negatives, tp[HALF] / positives
     if outside > 0.5 and inside < outside / 4:
-        return [
-            f"{class_name}: at 0.5 the prediction holds {outside:.0%} of the pixels outside the masks and {inside:.0%} "
-            "of those inside: the masks seem to be inverted; zero must mean outside the class"
-        ]
+        return (
+            f"at 0.5 the prediction holds {outside:.0%} of the pixels outside the masks and {inside:.0%} of those "
+            "inside: the masks seem to be inverted; zero must mean outside the class"
+        )
     if tp[0] < USELESS * positives:
-        return [
-            f"{class_name}: only {tp[0]:,} of its {positives:,} pixels have a probability above {THRESHOLDS[0]!s}, the "
-            "lowest threshold: the network does not find this class, whatever the threshold"
-        ]
+        return (
+            f"only {tp[0]:,} of its {positives:,} pixels have a probability above {THRESHOLDS[0]!s}, the lowest "
+            "threshold: the network does not find this class, whatever the threshold"
+        )
     k = int(np.argmax(np.where(allowed, values, -np.inf)))
     if values[k] > values[index] + 1e-12:
-        return [
-            f"{class_name}: OPT_BOUNDS = {OPT_BOUNDS} at the top of models.py exclude the optimum: {metric.name} is at "
-            f"most {values[index]:.9g} within them, and {values[k]:.9g} at {THRESHOLDS[k]!s}; widen them"
-        ]
+        return (
+            f"OPT_BOUNDS = {OPT_BOUNDS} at the top of models.py exclude the optimum: {metric.name} is at most "
+            f"{values[index]:.9g} within them, and {values[k]:.9g} at {THRESHOLDS[k]!s}; widen them"
+        )
     lowest, highest = np.flatnonzero(best)[[0, -1]]
-    if tn[index] < USELESS * negatives or (lowest == low and fp[low] > fp[index]):
-        k, useless = lowest, f"the mask holds {100 * fp[lowest] / negatives:.3g} % of the pixels outside the class"
-    elif tp[highest] + fp[highest] == 0:
-        k, useless = highest, "the mask is empty"
-    elif tp[highest] < USELESS * positives:
-        k, useless = highest, f"the mask holds {100 * tp[highest] / positives:.3g} % of the class"
-    else:
-        return []
-    return [
-        f"{class_name}: no threshold has a better {metric.name} than {THRESHOLDS[k]!s}, where {useless}: for this "
-        "class the metric does not lead to a useful threshold; choose another metric, or train another model"
-    ]
+    holds_all = tn[index] < USELESS * negatives or (lowest == low and fp[low] > fp[index])
+    if not holds_all and tp[highest] >= USELESS * positives:
+        return None
+    k = lowest if holds_all else highest
+    return (
+        f"no threshold has a better {metric.name} than {THRESHOLDS[k]!s}, where the mask holds "
+        f"{100 * tp[k] / positives:.3g} % of the class and {100 * fp[k] / negatives:.3g} % of the other pixels: the "
+        "metric does not lead to a useful threshold here; choose another metric, or train another model"
+    )

@@ -13,7 +13,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as in the tool
@@ -34,7 +33,6 @@ from counts import confusion  # noqa: E402
 LOGITS = np.sinh(np.linspace(-3.33, 3.33, 201))
 THRESHOLDS = (1 / (1 + np.exp(-LOGITS))).astype(np.float32)
 STEP = 2  # every second threshold is coarse
-NUMBERS = (7, 12, 20, 50)  # of stacks in a world
 
 # Differences from the stacks of `synthetic_stacks` by default.
 POPULATIONS = {
@@ -52,48 +50,26 @@ POPULATIONS = {
 
 
 def synthetic_stacks(
-    number=3000,
-    pixels_spread=0.0,
-    part=0.2,
-    part_spread=0.0,
-    harder=0.0,
-    other_kind=0.0,
-    apart=3.0,
-    width=1.3,
-    shift=0.6,
-    skill=0.12,
-    wrong=0.03,
+    pixels_spread=0.0,  # of the logarithm of a stack's 20,000 pixels; every spread is a standard deviation over stacks
+    part=0.2,  # of the pixels in the class, median
+    part_spread=0.0,  # of the logarithm of this part
+    harder=0.0,  # how much worse the network is on stacks with little of the class
+    other_kind=0.0,  # part of the stacks whose logits are lower by 3
+    apart=3.0,  # distance between the mean logits inside and outside the class
+    width=1.3,  # standard deviation of the logits around these means
+    shift=0.6,  # spread of a stack's mean logit
+    skill=0.12,  # spread of the logarithm of the distance
+    wrong=0.03,  # part of the class with logits as if outside, median: what errors in the masks do
 ):
-    """Histograms of stacks whose logits are normal, inside and outside the class.
+    """Histograms of 3,000 stacks with one slice and one class, whose logits are normal inside and outside the class.
 
-    Parameters
-    ----------
-    number : int
-    pixels_spread, part_spread : float
-        Standard deviations of the logarithms of a stack's 20,000 pixels, and of the part of them in the class.
-    part : float
-        Median part of the class.
-    harder : float
-        How much worse the network is on stacks with little of the class.
-    other_kind : float
-        Part of the stacks whose logits are lower by 3.
-    apart, width : float
-        Distance between the mean logits inside and outside, and the standard deviation around these.
-    shift, skill : float
-        Standard deviations, over stacks, of their mean logit and of the logarithm of the distance.
-    wrong : float
-        Median part of the class's pixels whose logits are as if outside, as errors in the masks make them.
-
-    Returns
-    -------
-    int64 array, shape (number, 1, 1, 2, len(THRESHOLDS) + 1)
-        Stacks of one slice, and one class.
+    Returns an int64 array, shape (3000, 1, 1, 2, len(THRESHOLDS) + 1).
     """
     rng = np.random.default_rng(1)
-    normal = rng.normal(0, 1, (5, number))
+    normal = rng.normal(0, 1, (5, 3000))
     pixels = 20_000 * np.exp(pixels_spread * normal[0])
     inside = pixels * np.minimum(part * np.exp(part_spread * normal[1]), 0.3)
-    middle = shift * normal[2] - 3 * (rng.random(number) < other_kind)
+    middle = shift * normal[2] - 3 * (rng.random(3000) < other_kind)
     half_apart = apart / 2 * np.exp(skill * normal[3] + harder * normal[1])
     as_outside = np.minimum(wrong * np.exp(0.5 * normal[4]), 0.5)[:, None]
 
@@ -107,24 +83,16 @@ def synthetic_stacks(
     return rng.poisson(expected)[:, None, None]
 
 
-class Population(NamedTuple):
-    """Histograms of the sandbox's slices. The last axes are (classes, 2, len(THRESHOLDS) + 1).
-
-    stacks : int64 array, shape (stacks, SLICES, ...)
-    slices : int64 array, shape (exposures, slices, ...)
-        All slices of the brain in order, also those that the network was trained on.
-    """
-
-    stacks: np.ndarray
-    slices: np.ndarray
-
-
 EXPOSURES = (0.92, 0.96, 1.0, 1.04, 1.08)
 SLICES = 5  # per stack of the sandbox
 
 
-def population(sandbox, exposures=EXPOSURES):
-    """Run the sandbox's network on its images at several exposures; returns a Population."""
+def population(sandbox):
+    """Run the sandbox's network on its images at several exposures; returns the histograms as two int64 arrays.
+
+    The stacks have the shape (stacks, SLICES, classes, 2, len(THRESHOLDS) + 1). The slices, (exposures, slices,
+    classes, ...), are all those of the brain in order, also those that the network was trained on.
+    """
     from network import build_network, import_tensorflow
 
     import_tensorflow()
@@ -138,8 +106,8 @@ def population(sandbox, exposures=EXPOSURES):
     config = yaml.safe_load((model / "config.yaml").read_text())["train_config"]
     network = build_network(config, masks.shape[-1], images.shape[2:0:-1], model / "model.hdf5")
 
-    slices = np.zeros((len(exposures), len(in_order), masks.shape[-1], 2, len(THRESHOLDS) + 1), np.int64)
-    for e, exposure in enumerate(exposures):
+    slices = np.zeros((len(EXPOSURES), len(in_order), masks.shape[-1], 2, len(THRESHOLDS) + 1), np.int64)
+    for e, exposure in enumerate(EXPOSURES):
         exposed = np.clip(np.floor(images * 255 * exposure), 0, 255) / 255
         probabilities = network.predict(exposed.astype(np.float32), batch_size=60, verbose=0)
         bins = np.searchsorted(THRESHOLDS, probabilities)
@@ -147,8 +115,7 @@ def population(sandbox, exposures=EXPOSURES):
             of_crop = bins[i, ..., c][masks[i, ..., c] == truth]
             slices[e, slice_of[i], c, truth] += np.bincount(of_crop, minlength=len(THRESHOLDS) + 1)
     first = [i for i, number in enumerate(in_order) if unseen >= set(range(number, number + SLICES))]
-    stacks = np.concatenate([slices[:, i : i + SLICES] for i in first])
-    return Population(stacks, slices)
+    return np.concatenate([slices[:, i : i + SLICES] for i in first]), slices
 
 
 def coarse(histograms):
@@ -161,43 +128,28 @@ def trained(metric, counts):
     return int(value.argmax())
 
 
-class Truth(NamedTuple):
-    """The counts tp, fp, fn, tn of one class at every threshold: of a whole population, and of its stacks."""
-
-    whole: tuple  # of arrays, shape (len(THRESHOLDS),)
-    with_class: tuple  # of arrays, shape (stacks with pixels of the class, len(THRESHOLDS))
-
-
 def truth_of(stacks):
-    """A Truth from histograms, shape (stacks, 2, len(THRESHOLDS) + 1)."""
-    return Truth(confusion(stacks.sum(axis=0)), confusion(stacks[stacks[:, 1].any(axis=1)]))
+    """The counts of a whole population, and of its stacks that contain the class; `stacks` holds their histograms."""
+    return confusion(stacks.sum(axis=0)), confusion(stacks[stacks[:, 1].any(axis=1)])
 
 
 def judge(metric, blocks, truth):
-    """Compare what confidence.py says about one class in one world with the truth.
+    """Compare what confidence.py says about one class in one world with the truth, which is that of `truth_of`.
 
-    Parameters
-    ----------
-    metric : models.ClassMetric
-    blocks : int64 array, shape (blocks, 2, len(THRESHOLDS) + 1)
-        Histograms of the world's blocks.
-    truth : Truth
-
-    Returns
-    -------
-    dict of float
-        metric, threshold, gain, constraint: 1 if the interval contains the truth, 0 if not, NaN without an interval.
-        next stack: the part of the population's stacks whose metric is in its range. worth: of the blocks. width: of
-        the metric's interval. bias, expected bias: of the metric seen and of the expected metric.
+    `blocks`, shape (blocks, 2, len(THRESHOLDS) + 1), holds the histograms of the world's blocks. Returns a dictionary:
+    for metric, threshold, gain and constraint 1 if the interval contains the truth, 0 if not, NaN without an interval;
+    for the next stack the part of the population's stacks whose metric is in its range; what the blocks are worth; the
+    width of the metric's interval; and the biases of the metric seen and of the expected metric.
     """
+    whole, with_class = truth
     histogram, half = blocks.sum(axis=0), int(np.searchsorted(THRESHOLDS, 0.5))
-    index, best = trained(metric, confusion(histogram)), trained(metric, truth.whole)
+    index, best = trained(metric, confusion(histogram)), trained(metric, whole)
     said = confidence.assess(THRESHOLDS, histogram, coarse(blocks), metric, index, 0, len(THRESHOLDS) - 1)
-    true, sample = metric(*truth.whole), metric(*confusion(histogram))
+    true, sample = metric(*whole), metric(*confusion(histogram))
     # Most of a world's deviation is chance and not an effect of choosing: it is also found at the population's best.
     chance = float(sample[best] - true[best])
-    own = metric(*(count[:, index] for count in truth.with_class))
-    reached = (metric.constraint or metric.value)(*truth.whole)[index]
+    own = metric(*(count[:, index] for count in with_class))
+    reached = (metric.constraint or metric)(*whole)[index]
 
     def holds(interval, value):
         return np.nan if interval is None else np.mean((interval[0] <= value) & (value <= interval[1]))
@@ -245,7 +197,6 @@ def worlds_of_one_stack(slices, metric, worlds, number=40):
 
     The stack is every second of 80 neighbouring slices at one exposure. Returns three averages, which compare with all
     slices of the brain at all exposures, with the slices between those of the stack, and with the next 40 slices.
-    `slices` is that of a Population.
     """
     rng = np.random.default_rng(number)
     blocks = confidence.blocks_of([f"stack_slice_{i:03d}.png" for i in range(number)], ["stack"])
@@ -261,18 +212,18 @@ def worlds_of_one_stack(slices, metric, worlds, number=40):
     return [averages(of_world) for of_world in judged]
 
 
-def print_table(pictures, metric, worlds):
-    """Print what `worlds` worlds a row give; `pictures` is a Population."""
+def print_table(stacks, slices, metric, worlds):
+    """Print what `worlds` worlds a row give; `stacks` and `slices` are those of the sandbox."""
     print(f"\n{metric.name}, {worlds} worlds a cell, with the standard error of the mean over worlds")
-    kinds = {name: synthetic_stacks(**kind) for name, kind in POPULATIONS.items()}
-    for name, stacks in {**kinds, "sandbox": pictures.stacks}.items():
-        for number in (5, 10, 20, 50) if name == "sandbox" else NUMBERS:
-            print_row(f"{name}, {number} stacks", worlds_of_stacks(stacks, metric, number, worlds))
-        if name == "sandbox":
-            single = worlds_of_stacks(stacks, metric, 10, max(worlds // 10, 1), single_images=True)
-            print_row("sandbox, 10 stacks, single images as blocks", single)
+    for name, kind in POPULATIONS.items():
+        for number in (7, 12, 20, 50):
+            print_row(f"{name}, {number} stacks", worlds_of_stacks(synthetic_stacks(**kind), metric, number, worlds))
+    for number in (5, 10, 20, 50):
+        print_row(f"sandbox, {number} stacks", worlds_of_stacks(stacks, metric, number, worlds))
+    single = worlds_of_stacks(stacks, metric, 10, max(worlds // 10, 1), single_images=True)
+    print_row("sandbox, 10 stacks, single images as blocks", single)
     where = "by all stacks", "by the slices between", "by the next 40 slices"
-    for name, said in zip(where, worlds_of_one_stack(pictures.slices, metric, worlds), strict=True):
+    for name, said in zip(where, worlds_of_one_stack(slices, metric, worlds), strict=True):
         print_row(f"one stack of 40 slices, judged {name}", said)
 
 
@@ -290,7 +241,7 @@ def main():
     parser.add_argument("--worlds", type=int, default=400, help="number of worlds per row (default: 400)")
     parser.add_argument("--metric", default="iou_score", help="a class metric (default: iou_score)")
     options = parser.parse_args()
-    print_table(population(ROOT / "sandbox"), models.class_metric(options.metric), options.worlds)
+    print_table(*population(ROOT / "sandbox"), models.class_metric(options.metric), options.worlds)
 
 
 if __name__ == "__main__":
