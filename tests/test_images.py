@@ -65,15 +65,11 @@ def test_a_name_that_fits_nowhere_is_an_error(name):
     assert MISPLACED[name] in str(caught.value) and str(caught.value).startswith("gs://bucket/")
 
 
-def test_a_split_that_cannot_be_one_is_an_error():
-    too_many = [f"masks/{number}/a.png" for number in range(101)]
-    for names, words in (
-        (["notes.txt", "image/a.png"], "has no images: put them into its folder images/"),
-        (["images/a.png"], "has no masks"),
-        (["images/a.png", *too_many], "101 folders in masks/: at most 100"),
-    ):
-        with pytest.raises(DatasetError, match=words):
-            paired(names)
+def test_a_split_without_images_or_masks_is_an_error():
+    with pytest.raises(DatasetError, match="has no images: put them into its folder images/"):
+        paired(["notes.txt", "image/a.png"])
+    with pytest.raises(DatasetError, match="has no masks"):
+        paired(["images/a.png"])
 
 
 def test_odd_names_are_accepted_and_not_confused():
@@ -104,10 +100,8 @@ def test_names_that_differ_only_in_unicode_form_are_paired(image, mask):
     _, (sample,) = paired([f"images/{image}", f"masks/class_0/{mask}"])
     assert (sample.name, sample.image.name) == (image, f"{SPLIT}/images/{image}")
     assert [blob.name for blob in sample.masks] == [f"{SPLIT}/masks/class_0/{mask}"]
-    with pytest.raises(DatasetError, match="has no partner"):  # one mask does not serve two images
+    with pytest.raises(DatasetError, match="another file has in another Unicode form"):
         paired([f"images/{image}", f"images/{mask}", f"masks/class_0/{mask}"])
-    with pytest.raises(DatasetError, match="has no partner"):  # nor does one in a third form
-        paired(["images/\u00c5.png", "images/\u212b.png", "masks/class_0/A\u030a.png"])
 
 
 def test_all_wrong_names_are_counted_and_ten_are_named(tmp_path):
@@ -125,14 +119,10 @@ def test_all_wrong_names_are_counted_and_ten_are_named(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["problems.txt"]
 
 
-def test_a_single_problem_is_the_whole_message(tmp_path):
-    error = problems_error([("a.png", "gs://bucket/a.png is empty")], tmp_path / "tmp/problems.txt")
-    assert str(error) == "gs://bucket/a.png is empty" and not (tmp_path / "tmp").exists()
-
-
-def test_where_the_list_cannot_be_written_the_error_still_names_ten(tmp_path):
+def test_an_error_needs_a_list_only_for_several_files_and_names_ten_without_it(tmp_path):
     (tmp_path / "file").touch()
     problems = [(f"{number}.png", f"{number}.png is empty") for number in range(5000)]
+    assert str(problems_error(problems[:1], tmp_path / "file/problems.txt")) == "0.png is empty"
     error = str(problems_error(problems, tmp_path / "file/problems.txt"))
     assert "5,000 files" in error and all(f"{number}.png" in error for number in range(10)) and "4,990 more" in error
     assert "problems.txt, cannot be written (" in error
@@ -184,13 +174,13 @@ def flipped(data, position):
     return data[:position] + bytes([data[position] ^ 0x40]) + data[position + 1 :]
 
 
-def several_pages(kind="TIFF", pages=((PIXELS, 0), (255 - PIXELS, 0))):
+def several_pages(pages=((PIXELS, 0), (255 - PIXELS, 0))):
     """Each page with its NewSubfileType."""
     file = io.BytesIO()
     first, *others = [Image.fromarray(pixels) for pixels, _ in pages]
     for image, (_, flag) in zip(others, pages[1:], strict=True):
         image.encoderinfo = {"tiffinfo": {254: flag}}
-    first.save(file, kind, save_all=True, append_images=others, tiffinfo={254: pages[0][1]})
+    first.save(file, "TIFF", save_all=True, append_images=others, tiffinfo={254: pages[0][1]})
     return file.getvalue()
 
 
@@ -204,38 +194,17 @@ def tiff(tags=(), pixels=PIXELS):
     return (b"II*\0" + struct.pack("<IH", 8, len(all_tags)) + entries + bytes(4)).ljust(start, b"\0") + pixels.tobytes()
 
 
-def two_strips():
-    """Two strips, each as large as the image: Pillow reads the second one, other programs the first."""
-    end = 254 + PIXELS.nbytes
-    return tiff({273: (4, 2, end), 279: (4, 2, end)}) + struct.pack("<II", 254, 254)
-
-
-def orientation(number):
-    exif = Image.Exif()
-    exif[274] = number
-    return exif
-
-
 SMALL = np.ascontiguousarray(PIXELS[::8, ::8])
 PNG, TIFF, DEFLATE = encoded(), encoded(kind="TIFF"), encoded(kind="TIFF", compression="tiff_adobe_deflate")
+FLIPPED = {"the header": 18, "the pixels": len(PNG) // 2, "a checksum": len(PNG) - 14}
 DAMAGED = {
-    **{f"cut after {percent} %.png": PNG[: len(PNG) * percent // 100] for percent in (5, 10, 50, 90, 99)},
-    **{f"cut after {percent} %.tif": TIFF[: len(TIFF) * percent // 100] for percent in (1, 10, 50, 90, 99)},
-    **{f"deflate, cut at {percent} %.tif": DEFLATE[: len(DEFLATE) * percent // 100] for percent in (10, 50, 90, 99)},
-    "without IEND.png": PNG[:-12],
-    "without pixels.png": PNG[:33] + PNG[-12:],
-    "too few pixels.png": png(data=b"\0" * 99),
-    "a flipped bit in the pixels.png": flipped(PNG, len(PNG) // 2),
-    "a flipped bit in a checksum.png": flipped(PNG, len(PNG) - 14),
-    "a flipped bit in the header.png": flipped(PNG, 18),
+    **{f"cut after {percent} %.png": PNG[: len(PNG) * percent // 100] for percent in (5, 50, 99)},
+    **{f"cut after {percent} %.tif": TIFF[: len(TIFF) * percent // 100] for percent in (1, 50, 99)},
+    **{f"deflate, cut at {percent} %.tif": DEFLATE[: len(DEFLATE) * percent // 100] for percent in (50, 99)},
+    **{f"a flipped bit in {where}.png": flipped(PNG, position) for where, position in FLIPPED.items()},
     "a flipped bit in deflate.tif": flipped(DEFLATE, len(DEFLATE) // 2),
-    "a chunk longer than the file.png": PNG[:33] + b"\x7f\xff\xff\xffIDAT" + PNG[41:],
-    "2^31 pixels a side.png": png(2**31 - 1, 2**31 - 1),
-    "2^31 pixels a side.tif": tiff({256: (4, 1, 2**31 - 1), 257: (4, 1, 2**31 - 1)}),
-    "no width.tif": tiff({256: (4, 1, 0)}),
-    "strips beyond the file.tif": tiff({273: (4, 1, 2**31)}),
-    "2^30 strips.tif": tiff({273: (4, 2**30, 8)}),
-    "its own next page.tif": TIFF[:4] + struct.pack("<I", 4) + TIFF[8:],
+    "without IEND.png": PNG[:-12],
+    "too few pixels.png": png(data=b"\0" * 99),
     "a page beyond the file.tif": TIFF[:4] + struct.pack("<I", 2**32 - 1) + TIFF[8:],
     "an unknown compression.tif": tiff({259: (3, 1, 4711)}),
     "double.tif": tiff({339: (3, 1, 3), 258: (3, 1, 64)}, PIXELS.astype("f8")),
@@ -262,30 +231,22 @@ BLACK_WHITE = INSIDE * np.uint8(255)
 REFUSED = {  # Pillow would silently rotate, invert, scale, drop or misread something, or the file is another one
     **{f"{n}.tif": (encoded(kind="TIFF", tiffinfo={274: n}), f"tag ({n})") for n in (0, *range(2, 10))},
     "XMP.tif": (encoded(kind="TIFF", tiffinfo={700: b'<x tiff:Orientation="3"/>'}), "orientation tag (3)"),
-    "exif.png": (encoded(exif=orientation(6)), "orientation tag (6)"),
     "white is zero.tif": (encoded(kind="TIFF", tiffinfo={262: 0}), "Invert LUT"),
     "white is zero in one bit.tif": (encoded(kind="TIFF", mode="1", tiffinfo={262: 0}), "uint8, not bool"),
-    "nothing about white.tif": (tiff({262: (3, 0, 0)}), "photometric interpretation"),
+    "nothing about white.tif": (tiff({262: (3, 0, 0)}), "stores white as 0"),
     "signed.tif": (tiff({339: (3, 1, 2)}), "signed"),
-    "float.tif": (tiff({339: (3, 1, 3), 258: (3, 1, 32)}, PIXELS.astype("f4")), "floating-point"),
+    "float.tif": (tiff({339: (3, 1, 3), 258: (3, 1, 32)}, PIXELS.astype("f4")), "32-bit"),
     "16 bits.tif": (tiff({258: (3, 1, 16)}, PIXELS.astype("u2")), "16-bit"),
     "16 bits.png": (encoded(PIXELS.astype(np.uint16)), "16-bit"),
     "16 bits in colour.png": (png(depth=16, colour=2, data=bytes(HEIGHT * (1 + 6 * WIDTH))), "16-bit"),
-    "reversed bits.tif": (encoded(kind="TIFF", tiffinfo={266: 2}), "fill order"),
     "two channels.tif": (
         tiff({277: (3, 1, 2), 258: (3, 1, 8), 338: (3, 1, 0)}, np.repeat(PIXELS, 2)),
         "a channel of unknown meaning",
     ),
     "colour.tif": (encoded(np.dstack([PIXELS, PIXELS, PIXELS.T.reshape(SIZE[::-1])]), "TIFF"), "is in colour"),
     "two pages.tif": (several_pages(), "2 pages"),
-    "ImageJ's.tif": (encoded(kind="TIFF", tiffinfo={270: "ImageJ=1.53t\nimages=7\nslices=7\n"}), "7 pages or slices"),
-    "tifffile's.tif": (encoded(kind="TIFF", tiffinfo={270: '{"shape": [5, 32, 48], "truncated": true'}), "several"),
-    "a volume.tif": (tiff({32997: (4, 1, 9)}), "9 pages or slices"),
-    "two strips.tif": (two_strips(), "more strips"),
-    "an animation.png": (several_pages("PNG"), "animation"),
     "another size.png": (encoded(PIXELS[:-1]), "48 x 31 pixels, but target_size in the dataset's config.yaml is 48"),
     "another size.tif": (encoded(PIXELS[:-1], "TIFF"), "48 x 31 pixels"),
-    "a bomb.png": (encoded(np.zeros((8192, 8192), np.uint8)), "8192 x 8192 pixels"),
     "a TIFF.png": (TIFF, "a TIFF file by its content"),
     "a PNG.tiff": (PNG, "a PNG file by its content"),
     "a JPEG.png": (encoded(kind="JPEG"), "a JPEG file by its content"),
@@ -311,24 +272,18 @@ def test_what_pillow_would_reinterpret_is_refused_with_a_reason(name):
 FINE = {
     "in capitals.PNG": PNG,
     "unknown profile.png": png(before=chunk(b"iCCP", b"x\0\x07" + PNG)),
-    "large profile.png": png(before=chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(200_000_000), 1))),
     "metadata cut short.png": png(before=b"".join(chunk(k, b"") for k in (b"gAMA", b"pHYs", b"iTXt"))),
     "a damaged comment.png": png(before=chunk(b"tEXt", b"a\0b")[:-1] + b"!"),
     "a transparent grey value.png": encoded(transparency=9),
     "damaged Exif.png": png(before=chunk(b"eXIf", b"MM" + bytes(range(200, 240)))),
-    "a suggested palette.png": png(before=chunk(b"PLTE", b"rgb")),
-    "bytes after the end.png": PNG + b"<?php owned ?>",
     "plain.tiff": TIFF,
     "upright.tif": encoded(kind="TIFF", tiffinfo={274: 1}),
     "a profile.tif": encoded(kind="TIFF", icc_profile=b"no profile", dpi=(300, 300)),
-    "ImageJ's.tif": encoded(kind="TIFF", tiffinfo={270: "ImageJ=1.53t\nimages=1\nmin=9.0\n"}),
-    "thumbnails after the image.tif": several_pages(pages=[(PIXELS, 0), (SMALL, 1), (SMALL, 1)]),
-    "thumbnails before the image.tif": several_pages(pages=[(SMALL, 1), (SMALL, 1), (PIXELS, 0)]),
-    "a transparency mask.tif": several_pages(pages=[(PIXELS, 0), (PIXELS // 128, 4)]),
+    "thumbnails after the image.tif": several_pages([(PIXELS, 0), (SMALL, 1), (SMALL, 1)]),
+    "thumbnails before the image.tif": several_pages([(SMALL, 1), (SMALL, 1), (PIXELS, 0)]),
+    "a transparency mask.tif": several_pages([(PIXELS, 0), (PIXELS // 128, 4)]),
     "a predictor.tif": encoded(kind="TIFF", compression="tiff_lzw", tiffinfo={317: 2}),
-    "BigTIFF.tif": encoded(kind="TIFF", big_tiff=True),
-    "tiles.tif": encoded(kind="TIFF", tiffinfo={322: 16, 323: 16}),
-    **{f"{name}.tif": encoded(kind="TIFF", compression=name) for name in ("tiff_adobe_deflate", "packbits", "zstd")},
+    "deflate.tif": DEFLATE,
 }
 
 
@@ -389,9 +344,6 @@ class FilesInMemory:
 
     def __init__(self, files):
         self.files, self.fetched, self.read_names, self.url = files, [], [], url
-
-    def is_here(self, blob):
-        return False
 
     def fetch(self, blob):
         self.fetched.append(blob.name)
