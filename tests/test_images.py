@@ -1,5 +1,6 @@
 """Images and masks: names, pairing, decoding, and one error that names all files that cannot be used."""
 
+import contextlib
 import hashlib
 import io
 import struct
@@ -10,9 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import ROOT, SPLIT
-from hostile import attempt, mutate, mutations
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from errors import BucketError, DatasetError
@@ -47,8 +45,6 @@ def paired(names, path=Path("/dev/null/problems.txt")):
 
 MISPLACED = {
     "images/x.png.exe": "is not a PNG or TIFF file by its name",
-    "images/png": "is not a PNG or TIFF file by its name",
-    "masks/class_0/x.png ": "is not a PNG or TIFF file by its name",
     "masks/x.png": "is out of place",
     "images/more/x.png": "is out of place",
     "images\\x.tif": r"has a backslash (\) in its name",
@@ -58,18 +54,13 @@ MISPLACED = {
 }
 
 
-@pytest.mark.parametrize("name", MISPLACED)
-def test_a_name_that_fits_nowhere_is_an_error(name):
-    with pytest.raises(DatasetError) as caught:
-        paired(["images/a.png", "masks/class_0/a.png", name])
-    assert MISPLACED[name] in str(caught.value) and str(caught.value).startswith("gs://bucket/")
-
-
-def test_a_split_without_images_or_masks_is_an_error():
-    with pytest.raises(DatasetError, match="has no images: put them into its folder images/"):
-        paired(["notes.txt", "image/a.png"])
-    with pytest.raises(DatasetError, match="has no masks"):
-        paired(["images/a.png"])
+def test_names_that_fit_nowhere_are_errors():
+    cases = [(["images/a.png", "masks/class_0/a.png", name], words) for name, words in MISPLACED.items()]
+    cases += [(["notes.txt", "image/a.png"], "has no images: put them"), (["images/a.png"], "has no masks")]
+    for names, words in cases:
+        with pytest.raises(DatasetError) as caught:
+            paired(names)
+        assert words in str(caught.value) and str(caught.value).startswith("gs://bucket/")
 
 
 def test_odd_names_are_accepted_and_not_confused():
@@ -79,9 +70,12 @@ def test_odd_names_are_accepted_and_not_confused():
 
 
 LEFT_BEHIND = [
-    *("Thumbs.db", "thumbs.DB", "desktop.ini", "Icon\r", ".DS_Store", "._a.png", "_SUCCESS", "a.png:Zone.Identifier"),
-    *("@eaDir/a.png", "@eaDir/a.png/THUMB.png", "__MACOSX/._a.png", "#recycle/a.png", "$RECYCLE.BIN/a.png"),
-    *("a_$folder$", ".ipynb_checkpoints/a-checkpoint.png"),
+    "Thumbs.db",
+    "Icon\r",
+    "._a.png",
+    "a.png:Zone.Identifier",
+    "@eaDir/a.png/THUMB.png",
+    "$RECYCLE.BIN/a.png",
 ]
 
 
@@ -106,17 +100,14 @@ def test_names_that_differ_only_in_unicode_form_are_paired(image, mask):
 
 def test_all_wrong_names_are_counted_and_ten_are_named(tmp_path):
     fine = [f"{folder}/{number:02}.png" for folder in ("images", "masks/a", "masks/b") for number in range(20)]
-    names = [name for name in fine if name not in ("images/03.png", "masks/a/04.png")]
-    names += ["images/x.jpg", "masks/c/notes.txt", "masks/04.png", *(f"masks/b/{n}.png" for n in range(20, 30))]
+    more = ["images/x.jpg", "masks/04.png", *(f"masks/b/{n}.png" for n in range(20, 30))]
     path = tmp_path / "tmp/problems.txt"
     with pytest.raises(DatasetError) as caught:
-        paired(names, path)
-    assert "16 files" in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
-    named = [line.split()[0].removeprefix("gs://bucket/") for line in path.read_text().splitlines()]
-    assert [name in str(caught.value) for name in named] == 10 * [True] + 6 * [False]  # image 03 is missing twice
-    wrong = {"images/x.jpg", "masks/c/notes.txt", "masks/04.png", "masks/a/03.png", "masks/b/03.png", "images/04.png"}
-    assert set(named) == {f"{SPLIT}/{name}" for name in wrong} | {f"{SPLIT}/masks/b/{n}.png" for n in range(20, 30)}
-    assert [file.name for file in path.parent.iterdir()] == ["problems.txt"]
+        paired([name for name in fine if name != "images/03.png"] + more, path)
+    assert "14 files" in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+    named = [line.split()[0].removeprefix(url(f"{SPLIT}/")) for line in path.read_text().splitlines()]
+    assert [name in str(caught.value) for name in named] == 10 * [True] + 4 * [False]
+    assert set(named) == {*more, "masks/a/03.png", "masks/b/03.png"}
 
 
 def test_an_error_needs_a_list_only_for_several_files_and_names_ten_without_it(tmp_path):
@@ -153,9 +144,11 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH), np.uint8)
 INSIDE = PIXELS > 99
 
 
-def encoded(pixels=PIXELS, kind="PNG", mode=None, **options):
-    file, image = io.BytesIO(), Image.fromarray(pixels)
-    (image.convert(mode) if mode else image).save(file, kind, **options)
+def encoded(pixels=PIXELS, kind="PNG", mode=None, palette=None, **options):
+    file, image = io.BytesIO(), Image.fromarray(pixels).convert(mode)
+    if palette:
+        image.putpalette(palette)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -170,12 +163,8 @@ def png(width=WIDTH, height=HEIGHT, depth=8, colour=0, data=None, before=b""):
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
-def flipped(data, position):
-    return data[:position] + bytes([data[position] ^ 0x40]) + data[position + 1 :]
-
-
-def several_pages(pages=((PIXELS, 0), (255 - PIXELS, 0))):
-    """Each page with its NewSubfileType."""
+def several_pages(*pages):
+    """A TIFF of pages, each as its pixels and its NewSubfileType."""
     file = io.BytesIO()
     first, *others = [Image.fromarray(pixels) for pixels, _ in pages]
     for image, (_, flag) in zip(others, pages[1:], strict=True):
@@ -196,16 +185,13 @@ def tiff(tags=(), pixels=PIXELS):
 
 SMALL = np.ascontiguousarray(PIXELS[::8, ::8])
 PNG, TIFF, DEFLATE = encoded(), encoded(kind="TIFF"), encoded(kind="TIFF", compression="tiff_adobe_deflate")
-FLIPPED = {"the header": 18, "the pixels": len(PNG) // 2, "a checksum": len(PNG) - 14}
 DAMAGED = {
     **{f"cut after {percent} %.png": PNG[: len(PNG) * percent // 100] for percent in (5, 50, 99)},
     **{f"cut after {percent} %.tif": TIFF[: len(TIFF) * percent // 100] for percent in (1, 50, 99)},
     **{f"deflate, cut at {percent} %.tif": DEFLATE[: len(DEFLATE) * percent // 100] for percent in (50, 99)},
-    **{f"a flipped bit in {where}.png": flipped(PNG, position) for where, position in FLIPPED.items()},
-    "a flipped bit in deflate.tif": flipped(DEFLATE, len(DEFLATE) // 2),
+    "changed in the middle.tif": DEFLATE.replace(DEFLATE[600:604], b"!!!!"),
     "without IEND.png": PNG[:-12],
     "too few pixels.png": png(data=b"\0" * 99),
-    "a page beyond the file.tif": TIFF[:4] + struct.pack("<I", 2**32 - 1) + TIFF[8:],
     "an unknown compression.tif": tiff({259: (3, 1, 4711)}),
     "double.tif": tiff({339: (3, 1, 3), 258: (3, 1, 64)}, PIXELS.astype("f8")),
 }
@@ -213,30 +199,26 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_files_are_errors(name):
-    for modes in (IMAGE_MODES, MASK_MODES):
-        with pytest.raises(DatasetError) as caught:
-            decode_image(DAMAGED[name], url(name), SIZE, modes)
-        assert str(caught.value).startswith(url(name)) and "BytesIO" not in str(caught.value)
+    with pytest.raises(DatasetError) as caught:
+        decode_image(DAMAGED[name], url(name), SIZE, MASK_MODES)
+    assert str(caught.value).startswith(url(name)) and "BytesIO" not in str(caught.value)
 
 
-def in_palette(pixels, colours):
-    image = Image.fromarray(pixels.astype(np.uint8))
-    image.putpalette(colours)
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+def test_no_flipped_bit_of_a_png_changes_a_pixel():
+    for position in range(len(PNG)):
+        with contextlib.suppress(DatasetError):
+            data = PNG[:position] + bytes([PNG[position] ^ 0x40]) + PNG[position + 1 :]
+            np.testing.assert_array_equal(decode_image(data, "a.png", SIZE, IMAGE_MODES), PIXELS)
 
 
 BLACK_WHITE = INSIDE * np.uint8(255)
 REFUSED = {  # Pillow would silently rotate, invert, scale, drop or misread something, or the file is another one
     **{f"{n}.tif": (encoded(kind="TIFF", tiffinfo={274: n}), f"tag ({n})") for n in (0, *range(2, 10))},
     "XMP.tif": (encoded(kind="TIFF", tiffinfo={700: b'<x tiff:Orientation="3"/>'}), "orientation tag (3)"),
-    "white is zero.tif": (encoded(kind="TIFF", tiffinfo={262: 0}), "Invert LUT"),
     "white is zero in one bit.tif": (encoded(kind="TIFF", mode="1", tiffinfo={262: 0}), "uint8, not bool"),
     "nothing about white.tif": (tiff({262: (3, 0, 0)}), "stores white as 0"),
-    "signed.tif": (tiff({339: (3, 1, 2)}), "signed"),
     "float.tif": (tiff({339: (3, 1, 3), 258: (3, 1, 32)}, PIXELS.astype("f4")), "32-bit"),
-    "16 bits.tif": (tiff({258: (3, 1, 16)}, PIXELS.astype("u2")), "16-bit"),
+    "16 bits.tif": (encoded(PIXELS.astype(np.uint16), "TIFF"), "16-bit"),
     "16 bits.png": (encoded(PIXELS.astype(np.uint16)), "16-bit"),
     "16 bits in colour.png": (png(depth=16, colour=2, data=bytes(HEIGHT * (1 + 6 * WIDTH))), "16-bit"),
     "two channels.tif": (
@@ -244,7 +226,7 @@ REFUSED = {  # Pillow would silently rotate, invert, scale, drop or misread some
         "a channel of unknown meaning",
     ),
     "colour.tif": (encoded(np.dstack([PIXELS, PIXELS, PIXELS.T.reshape(SIZE[::-1])]), "TIFF"), "is in colour"),
-    "two pages.tif": (several_pages(), "2 pages"),
+    "two pages.tif": (several_pages((PIXELS, 0), (255 - PIXELS, 0)), "2 pages"),
     "another size.png": (encoded(PIXELS[:-1]), "48 x 31 pixels, but target_size in the dataset's config.yaml is 48"),
     "another size.tif": (encoded(PIXELS[:-1], "TIFF"), "48 x 31 pixels"),
     "a TIFF.png": (TIFF, "a TIFF file by its content"),
@@ -252,8 +234,8 @@ REFUSED = {  # Pillow would silently rotate, invert, scale, drop or misread some
     "a JPEG.png": (encoded(kind="JPEG"), "a JPEG file by its content"),
     "Git's.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
     "text.tif": (b"<html>", "no PNG or TIFF file by its content"),
-    "black and red.png": (in_palette(INSIDE, [0, 0, 0, 128, 0, 0]), "is in colour"),
-    "swapped palette.png": (in_palette(INSIDE, [255, 255, 255, 0, 0, 0]), "programs disagree"),
+    "black and red.png": (encoded(INSIDE.astype(np.uint8), palette=[0, 0, 0, 128, 0, 0]), "is in colour"),
+    "swapped palette.png": (encoded(INSIDE.astype(np.uint8), palette=[255, 255, 255, 0, 0, 0]), "programs disagree"),
     "alpha.png": (encoded(np.dstack([*3 * [0 * BLACK_WHITE], BLACK_WHITE])), "is transparent in places"),
     "red.png": (encoded(np.dstack([BLACK_WHITE, 0 * BLACK_WHITE, 0 * BLACK_WHITE])), "is in colour"),
 }
@@ -262,28 +244,20 @@ REFUSED = {  # Pillow would silently rotate, invert, scale, drop or misread some
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_pillow_would_reinterpret_is_refused_with_a_reason(name):
     data, words = REFUSED[name]
-    with pytest.raises(DatasetError):
-        decode_image(data, url(name), SIZE, IMAGE_MODES)
     with pytest.raises(DatasetError) as caught:
         decode_image(data, url(name), SIZE, MASK_MODES)
-    assert words in str(caught.value) and "cannot be decoded" not in str(caught.value)
+    assert words in str(caught.value)
 
 
 FINE = {
     "in capitals.PNG": PNG,
-    "unknown profile.png": png(before=chunk(b"iCCP", b"x\0\x07" + PNG)),
-    "metadata cut short.png": png(before=b"".join(chunk(k, b"") for k in (b"gAMA", b"pHYs", b"iTXt"))),
+    "metadata cut short.png": png(before=b"".join(chunk(k, b"") for k in (b"gAMA", b"pHYs", b"iTXt", b"eXIf"))),
     "a damaged comment.png": png(before=chunk(b"tEXt", b"a\0b")[:-1] + b"!"),
     "a transparent grey value.png": encoded(transparency=9),
-    "damaged Exif.png": png(before=chunk(b"eXIf", b"MM" + bytes(range(200, 240)))),
     "plain.tiff": TIFF,
-    "upright.tif": encoded(kind="TIFF", tiffinfo={274: 1}),
-    "a profile.tif": encoded(kind="TIFF", icc_profile=b"no profile", dpi=(300, 300)),
-    "thumbnails after the image.tif": several_pages([(PIXELS, 0), (SMALL, 1), (SMALL, 1)]),
-    "thumbnails before the image.tif": several_pages([(SMALL, 1), (SMALL, 1), (PIXELS, 0)]),
-    "a transparency mask.tif": several_pages([(PIXELS, 0), (PIXELS // 128, 4)]),
-    "a predictor.tif": encoded(kind="TIFF", compression="tiff_lzw", tiffinfo={317: 2}),
     "deflate.tif": DEFLATE,
+    "thumbnails before the image.tif": several_pages((SMALL, 1), (SMALL, 1), (PIXELS, 0)),
+    "a transparency mask.tif": several_pages((PIXELS, 0), (PIXELS // 128, 4)),
 }
 
 
@@ -308,7 +282,7 @@ EDITORS_MASKS = {
     "4 bits.tif": tiff({258: (3, 1, 4)}, np.packbits(np.repeat(INSIDE, 4, axis=1), axis=1)),
     **{f"{mode}.png": encoded(BLACK_WHITE, mode=mode) for mode in ("RGB", "RGBA", "LA", "P")},
     **{f"{mode}.tif": encoded(BLACK_WHITE, "TIFF", mode=mode) for mode in ("RGB", "RGBA", "LA", "P")},
-    "a palette of two.png": in_palette(INSIDE, [0, 0, 0, 9, 9, 9]),
+    "a palette of two.png": encoded(INSIDE.astype(np.uint8), palette=[0, 0, 0, 9, 9, 9]),
 }
 
 
@@ -481,18 +455,3 @@ def test_equal_masks_in_all_class_folders_are_an_error_if_they_are_equal_through
         explained(equal._replace(remarks=equal.remarks + blank.remarks), 2)
     assert "label maps" in explained(equal, 2)[0]
     assert explained(blank) == []
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Fuzzing
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes the filter of image_utils
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(st.sampled_from(sorted(name for name in FINE if "large" not in name)), mutations)
-def test_fuzz_images(name, steps):
-    pixels = attempt(lambda: decode_image(mutate(FINE[name], steps), url(name), SIZE, IMAGE_MODES))
-    if pixels is not None:
-        assert (pixels.shape, pixels.dtype) == ((HEIGHT, WIDTH), np.uint8)
-        if name.lower().endswith("png") and steps[0][1] != "insert":  # a PNG carries checksums
-            np.testing.assert_array_equal(pixels, PIXELS)
