@@ -105,9 +105,9 @@ def read_config(bucket, name, section, warn):
         warn(f"{url}, line {key.start_mark.line + 1}: {key.value} is there twice: the last one counts")
     if not isinstance(config, dict) or not isinstance(config.get(section), dict):
         raise ConfigurationError(f"{url} needs a section {section}: with keys and values below it")
-    names = as_written.get(section, {})
-    if "dataset_split" in names:  # some look like numbers or dates: 0010, 12:30, no
-        config[section]["dataset_split"] = names["dataset_split"]
+    texts = as_written.get(section, {})
+    if "dataset_split" in texts:  # its names may look like numbers or dates: 0010, 12:30, no
+        config[section]["dataset_split"] = texts["dataset_split"]
     return config[section]
 
 

@@ -25,10 +25,6 @@ SMALL = {
     "PSPNet": {"psp_conv_filters": 8},
 }
 BACKBONES = ("vgg16", "resnet18", "seresnet18", "resnext50", "inceptionv3", "mobilenet", "efficientnetb0")
-AUTOMATIC = (
-    "input|conv2d|batch_normalization|activation|lambda|multiply|add|concatenate|zero_padding2d|average_pooling2d|"
-    "global_average_pooling2d"
-)
 QUICK = {
     ("Unet", "efficientnetb0"),  # layers of its own kinds
     ("Linknet", "seresnet18"),  # 17 layers with automatic names, in pairs of one shape, and Lambda layers
@@ -92,49 +88,20 @@ def error(train_config, path, *words, **others):
     return line
 
 
-def renamed(part, rename):
-    """Part of a model_config with other layer names: they are values of `name`, and begin lists of [name, 0, 0]."""
-    if isinstance(part, dict):
-        newer = ("module", "registered_name", "build_config", "keepdims", "optional")  # than TensorFlow 2.4
-        return {
-            key: rename(value) if key == "name" else renamed(value, rename)
-            for key, value in part.items()
-            if key not in newer
-        }
-    if isinstance(part, list) and part and isinstance(part[0], str):
-        return [rename(part[0]), *part[1:]]
-    return [renamed(item, rename) for item in part] if isinstance(part, list) else part
-
-
 def write_as_tensorflow_2_4(path):
     """Change a file of today's Keras 2 into what TensorFlow 2.4 with h5py 2.10 writes.
 
     After tensorflow/python/keras/saving/hdf5_format.py of version 2.4: names as arrays of bytes of one length, no
-    top_level_model_weights; and automatic names with the numbers of a longer session.
+    top_level_model_weights.
     """
-
-    def later(name):
-        found = re.fullmatch(rf"({AUTOMATIC})(?:_(\d+))?", name)
-        return f"{found[1]}_{int(found[2] or 0) + 95}" if found else name
-
-    with h5py.File(path) as old, h5py.File(f"{path}.new", "w") as new:
-        whole = "model_weights" in old
-        source, target = (old["model_weights"], new.create_group("model_weights")) if whole else (old, new)
-        for file in {new, target} if whole else {target}:
-            file.attrs["keras_version"], file.attrs["backend"] = b"2.4.0", b"tensorflow"
-        if whole:
-            description = renamed(json.loads(old.attrs["model_config"]), later)
-            new.attrs["model_config"] = json.dumps(description).encode()
-        names = list(source.attrs["layer_names"])
-        target.attrs["layer_names"] = np.array([later(name).encode() for name in names], "S")
-        for name in names:
-            group = target.create_group(later(name))
-            weights = list(source[name].attrs["weight_names"])
-            later_names = ["/".join(map(later, weight.split("/"))) for weight in weights]
-            group.attrs["weight_names"] = np.array([name.encode() for name in later_names], "S") if weights else []
-            for weight, later_name in zip(weights, later_names, strict=True):
-                group[later_name] = source[name][weight][...]
-    os.replace(f"{path}.new", path)
+    with h5py.File(path, "r+") as file:
+        weights = file.get("model_weights", file)
+        weights.pop("top_level_model_weights", None)
+        for attributes in (weights.attrs, *(layer.attrs for layer in weights.values())):
+            for name in {"layer_names", "weight_names"} & attributes.keys():
+                attributes[name] = (
+                    np.array([text.encode() for text in attributes[name]], "S") if len(attributes[name]) else []
+                )
 
 
 # ---------------------------------------------------------------------------------------------------------------
