@@ -108,8 +108,7 @@ def problems_error(problems, path):
 def is_leftover(name):
     """Whether a "/"-separated name is a file, or in a folder, that a desktop, NAS box or Hadoop made for itself."""
     return any(
-        part.startswith(".") or part in LEFTOVERS or part.endswith(LEFTOVER_ENDINGS)
-        for part in name.lower().split("/")
+        part.startswith(".") or part in LEFTOVERS or part.endswith(LEFTOVER_ENDINGS) for part in name.lower().split("/")
     )
 
 
