@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import itertools
 import re
 import reprlib
 import sys
@@ -15,9 +14,6 @@ MAX_BYTES = 2**22  # of a config.yaml; some list every image
 MAX_EDGE = 2**14  # pixels
 SUBSET_SEED = 1234  # where neither the arguments nor train_config give one
 FOLDER_FORMS = {1: "the name of a folder", 2: "<dataset ID>/<split>"}  # by the number of folders
-
-YAML_TAG = "tag:yaml.org,2002:"
-PLAIN_TAGS = {"python/tuple": "seq", "python/unicode": "str"}  # what yaml.dump writes, and what it is for us
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -99,67 +95,54 @@ def read_config(bucket, name, section, warn):
         )
     text = bucket.read(blob)
     try:
-        loader = yaml.CSafeLoader(text)
-        root = loader.get_single_node()
-        for node in _nodes(root) if root else ():
-            _prepare(node, url, warn)
-        config = loader.construct_document(root) if root else None
-    except ConfigurationError:
-        raise
+        loader = Loader(text)
+        config = loader.get_single_data()
+        as_written = yaml.load(text, Loader=yaml.CBaseLoader)
     except Exception as error:  # PyYAML's constructors of numbers and dates raise exceptions of many types
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise ConfigurationError(f"{url} is not valid YAML, correct it: {reason}") from error
+    for key in loader.repeated_keys:
+        warn(f"{url}, line {key.start_mark.line + 1}: {key.value} is there twice: the last one counts")
     if not isinstance(config, dict) or not isinstance(config.get(section), dict):
         raise ConfigurationError(f"{url} needs a section {section}: with keys and values below it")
+    texts = as_written.get(section, {})
+    if "dataset_split" in texts:  # its names may look like numbers or dates: 0010, 12:30, no
+        config[section]["dataset_split"] = texts["dataset_split"]
     return config[section]
 
 
-def _nodes(node):
-    """Yield a YAML node and all nodes below it."""
-    yield node
-    if isinstance(node, yaml.CollectionNode):
-        for child in itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value:
-            yield from _nodes(child)
+class Loader(yaml.CSafeLoader):
+    """Loads plain values, also where Python has dumped a tuple, and keeps the nodes of keys that are there twice."""
 
+    def __init__(self, text):
+        super().__init__(text)
+        self.repeated_keys = []
 
-def _prepare(node, url, warn):
-    """Give a YAML node, and stack names below it, the tags under which we read them; warn of keys that occur twice."""
-    kind = node.tag.removeprefix(YAML_TAG)
-    if kind in PLAIN_TAGS:
-        node.tag = YAML_TAG + PLAIN_TAGS[kind]
-    elif kind.startswith("python/"):
-        raise ConfigurationError(
-            f"{url}, line {node.start_mark.line + 1}: !!{kind} is Python's, not YAML's: write plain values; in Python, "
-            "dump dict(x) instead of an OrderedDict, and x.item() or x.tolist() instead of numpy's types"
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key, _ in node.value:
+            if str(key.value) in keys:
+                self.repeated_keys.append(key)
+            keys.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+    def refuse_python(self, kind, node):
+        """The constructor for a kind of value that only Python has."""
+        raise yaml.constructor.ConstructorError(
+            f"line {node.start_mark.line + 1}: !!python/{kind} is Python's: write plain values; in Python, dump "
+            "dict(x) instead of an OrderedDict, and x.item() or x.tolist() instead of numpy's types"
         )
-    keys = set()
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        if key.value == "dataset_split":
-            for below in _nodes(value):
-                if isinstance(below, yaml.ScalarNode) and below.value != "<<":
-                    below.tag = f"{YAML_TAG}str"  # names may look like numbers or dates: 0010, 12:30, no
-        if str(key.value) in keys:
-            warn(f"{url}, line {key.start_mark.line + 1}: {key.value} is there twice: the last one counts")
-        keys.add(str(key.value))
+
+
+Loader.add_multi_constructor("tag:yaml.org,2002:python/", Loader.refuse_python)
+Loader.add_constructor("tag:yaml.org,2002:python/tuple", Loader.construct_yaml_seq)
+Loader.add_constructor("tag:yaml.org,2002:python/unicode", Loader.construct_yaml_str)
 
 
 def target_size(dataset_config, url):
-    """The size of every image and mask of a dataset.
+    """The size of every image and mask of a dataset: a list [width, height], in pixels, each from 1 to MAX_EDGE.
 
-    Parameters
-    ----------
-    dataset_config : dict
-    url : str
-        Of the file, for the message.
-
-    Returns
-    -------
-    list
-        [width, height] in pixels, each from 1 to MAX_EDGE.
-
-    Raises
-    ------
-    ConfigurationError
+    Raises ConfigurationError, which names the file by its `url`.
     """
     size = dataset_config.get("target_size")
     allowed = range(1, MAX_EDGE + 1)
@@ -191,25 +174,10 @@ def stacks(dataset_config, split, warn):
 
 
 def subset_seed(train_config, split, seed):
-    """The seed for drawing the subset: `seed`, or if it is None the split's in train_config, or else SUBSET_SEED.
+    """The seed for drawing the subset, from 0 to 2**32 - 1.
 
-    Parameters
-    ----------
-    train_config : dict
-    split : str
-        The name of the split's folder, with validation or test in it.
-    seed : int or None
-        From the command line.
-
-    Returns
-    -------
-    int
-        0 to 2**32 - 1.
-
-    Raises
-    ------
-    ConfigurationError
-        The seed in train_config is not such an integer.
+    It is `seed`, from the command line, or if that is None the one in train_config for a split with validation or test
+    in its name, or else SUBSET_SEED. Raises ConfigurationError if the one in train_config is not such an integer.
     """
     for name in ("validation", "test"):
         if seed is None and name in split:

@@ -1,23 +1,20 @@
 """The images and masks of a dataset: pairing them, drawing a subset, checking and decoding the files."""
 
 import collections
-import contextlib
 import hashlib
 import io
 import logging
 import math
 import os
-import re
 import struct
 import unicodedata
-import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL.ExifTags import Base as Tag
 
 from errors import DatasetError, printable
 
@@ -33,18 +30,16 @@ LEFTOVERS = {
 LEFTOVER_ENDINGS = ("_$folder$", ":zone.identifier", "@synoeastream", "@synoresource")
 
 FETCH_AHEAD = 512  # samples that may be fetched before they are decoded
-MAX_CLASSES = 100  # the counts of each take some 5 MB
 
 IMAGE_MODES = ("L",)  # as Pillow names them
 MASK_MODES = ("L", "1", "LA", "P", "RGB", "RGBA")
-REFUSED_MODES = {"LA": "has a second channel, such as transparency", "P": "has a palette"}  # the others are in colour
+REFUSED_MODES = {"LA": "has a second channel, such as transparency", "P": "has a palette"}  # others are in colour
+THUMBNAIL, TRANSPARENCY = 1, 4  # bits of a TIFF page's NewSubfileType
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CONTENTS = {  # by the first bytes of a file
     PNG_SIGNATURE: "a PNG file",
     **dict.fromkeys(TiffImagePlugin.PREFIXES, "a TIFF file"),
     b"\xff\xd8\xff": "a JPEG file",
-    b"GIF8": "a GIF file",
-    b"BM": "a BMP file",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself,",
 }
 
@@ -91,22 +86,17 @@ def problems_error(problems, path):
     problems : list of (blob name, sentence)
         At least one. The sentence names the file and says what is wrong and what to do.
     path : Path
-        Of the list, which is written if there are several; another run may write it too.
+        Of the list, which is written if there are several.
     """
     (_, first), *others = problems
     if not others:
         return DatasetError(first)
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    listed = f"{path} says what is wrong with each of them"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("".join(f"{printable(what)}\n" for _, what in problems), encoding="utf-8")
-        os.replace(partial, path)
+        path.write_text("".join(f"{printable(what)}\n" for _, what in problems), encoding="utf-8")
+        listed = f"{path} says what is wrong with each of them"
     except OSError as error:
         listed = f"The list of all, {path}, cannot be written ({error.strerror})"
-        with contextlib.suppress(OSError):
-            partial.unlink()
     named = [printable(name)[-150:] for name, _ in others[: NAMED_PROBLEMS - 1]]
     more = len(others) - len(named)
     return DatasetError(
@@ -118,10 +108,7 @@ def problems_error(problems, path):
 def is_leftover(name):
     """Whether a "/"-separated name is a file, or in a folder, that a desktop, NAS box or Hadoop made for itself."""
     return any(
-        (part.startswith(".") and part not in (".", ".."))
-        or part.lower() in LEFTOVERS
-        or part.lower().endswith(LEFTOVER_ENDINGS)
-        for part in name.split("/")
+        part.startswith(".") or part in LEFTOVERS or part.endswith(LEFTOVER_ENDINGS) for part in name.lower().split("/")
     )
 
 
@@ -149,8 +136,8 @@ def pair_images_and_masks(blobs, split_directory, url, problems_path):
     Raises
     ------
     DatasetError
-        There are no images or no masks, too many classes, an image without a mask of each class, a mask without an
-        image, or a file that is out of place or is not an image by its name.
+        There are no images or no masks, an image without a mask of each class, a mask without an image, or a file that
+        is out of place or is not an image by its name.
     """
     images, masks, problems = _sort_by_place(blobs, split_directory, url)
     split = url(split_directory)
@@ -158,15 +145,7 @@ def pair_images_and_masks(blobs, split_directory, url, problems_path):
         raise DatasetError(f"{split} has no images: put them into its folder images/")
     if not problems and not masks:
         raise DatasetError(f"{split} has no masks: put them into masks/class_0/, masks/class_1/, ...")
-    if not problems and len(masks) > MAX_CLASSES:
-        raise DatasetError(
-            f"{split} has {len(masks):,} folders in masks/: at most {MAX_CLASSES} classes can be used; remove others"
-        )
     for class_folder, of_class in sorted(masks.items()):
-        spare = {_composed(name): name for name in of_class.keys() - images.keys()}
-        for name in sorted(images.keys() - of_class.keys()):
-            if other_form := spare.pop(_composed(name), None):
-                of_class[name] = of_class.pop(other_form)
         for name in sorted(images.keys() ^ of_class.keys()):
             there = images.get(name) or of_class[name]
             missing = url(f"{split_directory}/{f'masks/{class_folder}' if name in images else 'images'}/{name}")
@@ -174,30 +153,37 @@ def pair_images_and_masks(blobs, split_directory, url, problems_path):
     if problems:
         raise problems_error(problems, problems_path)
     class_folders = sorted(masks)
-    return class_folders, [
-        Sample(name, images[name], tuple(masks[folder][name] for folder in class_folders)) for name in sorted(images)
+    samples = [
+        Sample(image.name.rpartition("/")[2], image, tuple(masks[folder][name] for folder in class_folders))
+        for name, image in images.items()
     ]
+    return class_folders, sorted(samples)
 
 
 def _sort_by_place(blobs, split_directory, url):
-    """Images {name: blob}, masks {class folder: {name: blob}}, and problems with what is neither."""
+    """Images {name: blob}, masks {class folder: {name: blob}}, and problems with what is neither.
+
+    The names are in one Unicode form: macOS writes another form than other systems.
+    """
     images, masks, problems = {}, collections.defaultdict(dict), []
     for blob in blobs:
         name = blob.name.removeprefix(f"{split_directory}/")
         if is_leftover(name):
             continue
-        what = None
+        what, folder = None, None
         match name.split("/"):
             case ["images", file] if _suffix(file) in FORMATS:
-                images[file] = blob
+                folder = images
             case ["masks", class_folder, file] if _suffix(file) in FORMATS:
-                masks[class_folder][file] = blob
+                folder = masks[class_folder]
             case _ if "\\" in name and name.startswith(("images/", "images\\", "masks/", "masks\\")):
                 what = r"has a backslash (\) in its name, as programs on Windows write it: upload it with / instead"
             case ["images", _] | ["masks", _, _]:
                 what = "is not a PNG or TIFF file by its name: move it elsewhere"
             case ["images" | "masks", *_]:
                 what = "is out of place: move it; images belong in images/, masks in masks/<class>/"
+        if folder is not None and folder.setdefault(unicodedata.normalize("NFC", file), blob) != blob:
+            what = "has a name that another file has in another Unicode form: remove or rename one of them"
         if what:
             problems.append((blob.name, f"{url(blob.name)} {what}"))
     return images, masks, problems
@@ -225,19 +211,7 @@ def draw_subset(samples, factor, seed):
 def check_sizes_in_bytes(samples, url, target_size, problems_path):
     """Check, before anything is fetched, that no file is empty or far larger than an 8-bit image can be.
 
-    Parameters
-    ----------
-    samples : iterable of Sample
-    url : callable
-        From a blob's name to its address, for messages.
-    target_size : (width, height), in pixels
-    problems_path : Path
-        For `problems_error`.
-
-    Raises
-    ------
-    DatasetError
-        A file is empty or too large.
+    Takes target_size as (width, height) in pixels, and the rest as `pair_images_and_masks`; raises DatasetError.
     """
     width, height = target_size
     problems = []
@@ -302,8 +276,7 @@ def _decode_in_order(samples, bucket, target_size, lookahead):
 
 def _fetch(sample, bucket):
     for blob in (sample.image, *sample.masks):
-        if not bucket.is_here(blob):  # `_decode` reads it, which checks a file that is here
-            bucket.fetch(blob)
+        bucket.fetch(blob)
 
 
 def _decode(sample, fetched, bucket, target_size):
@@ -410,12 +383,15 @@ def decode_image(data, url, target_size, modes):
         raise DatasetError(f"{url} is {found} by its content: rename or convert it, or upload it again")
     try:
         image, bits = {"PNG": _open_png, "TIFF": _open_tiff}[expected](data, url)
-        _check_orientation(image.getexif(), url)  # of a TIFF, also in its XMP: Pillow applies either
-        _check_size(image.size, url, target_size)
-        if image.mode not in modes and bits == 8:
-            raise _not_grey(url, REFUSED_MODES.get(image.mode, "is in colour"))
+        if image.size != tuple(target_size):
+            raise DatasetError(
+                f"{url} has {image.width} x {image.height} pixels, but target_size in the dataset's config.yaml is "
+                f"{target_size[0]} x {target_size[1]}: correct one of them"
+            )
         if bits > 8 or (bits < 8 and modes == IMAGE_MODES):
             raise _not_grey(url, f"has {bits}-bit pixels")
+        if image.mode not in modes:
+            raise _not_grey(url, REFUSED_MODES.get(image.mode, "is in colour"))
         return _grey_values(image, url)
     except DatasetError:
         raise
@@ -430,18 +406,10 @@ def _open_png(data, url):
     """Open a PNG without its metadata, some of which Pillow refuses; returns it and the bits of a channel."""
     kept, position, kind = [PNG_SIGNATURE], len(PNG_SIGNATURE), None
     while kind != b"IEND" and position + 8 <= len(data):
-        start = position
-        length, kind = struct.unpack_from(">I4s", data, start)
-        position += 12 + length
-        if kind == b"fdAT":
-            raise DatasetError(f"{url} is an animation: save only the image that is meant")
-        if kind == b"eXIf":
-            exif = Image.Exif()
-            with contextlib.suppress(Exception):  # programs ignore metadata that is broken
-                exif.load(data[start + 8 : position - 4])
-            _check_orientation(exif, url)
+        length, kind = struct.unpack_from(">I4s", data, position)
         if kind[:1].isupper() or kind == b"tRNS":
-            kept.append(data[start:position])
+            kept.append(data[position : position + 12 + length])
+        position += 12 + length
     file = io.BytesIO(b"".join(kept))
     Image.open(file, formats=["PNG"]).verify()
     return Image.open(file, formats=["PNG"]), data[24]
@@ -450,40 +418,31 @@ def _open_png(data, url):
 def _open_tiff(data, url):
     """Open the one page of a TIFF that is no thumbnail or transparency mask; returns it and the bits of a channel."""
     image = Image.open(io.BytesIO(data), formats=["TIFF"])
-    whole = []
+    pages = []
     for page in range(image.n_frames):
         image.seek(page)
-        if not image.tag_v2.get(254, 0) & 5 and image.tag_v2.get(255) != 2:
-            whole.append(page)
-    image.seek(whole[0] if whole else 0)
+        if not image.tag_v2.get(Tag.NewSubfileType, 0) & (THUMBNAIL | TRANSPARENCY):
+            pages.append(page)
+    if len(pages) > 1:
+        raise DatasetError(f"{url} has {len(pages)} pages or slices: save each as a file with one page")
+    image.seek(pages[0] if pages else 0)
     tags = image.tag_v2
-
-    about = str(tags.get(270))
-    stack = re.match(r"ImageJ=.*^images=(\d+)", about, re.DOTALL | re.MULTILINE)
-    images = max(len(whole), int(stack[1]) if stack else 1, tags.get(32997, 1))
-    if images > 1 or (about.startswith('{"shape":') and '"truncated": true' in about):
-        raise DatasetError(
-            f"{url} has {images if images > 1 else 'several'} pages or slices: save each as a file with one page"
-        )
-    if tags.get(262) == 0:
+    if tags.get(Tag.PhotometricInterpretation, 0) == 0:  # Pillow takes a missing one for 0
         raise DatasetError(
             f"{url} stores white as 0 (its photometric interpretation is 0, as with ImageJ's inverting LUT), so that "
             "programs disagree about its values: in ImageJ, choose Image > Lookup Tables > Invert LUT, check the "
             "values, and save it again; in Python, save an array of the type uint8, not bool"
         )
-    for refused, what in (
-        (262 not in tags, "does not say whether 0 is black: it has no photometric interpretation"),
-        (2 in tags.get(339, ()), "has signed numbers: its sample format is 2"),
-        (3 in tags.get(339, ()), "has floating-point numbers: its sample format is 3"),
-        (0 in tags.get(338, ()), "has a channel of unknown meaning"),
-        (tags.get(266, 1) != 1, f"has its bits in another order: its fill order is {tags.get(266)}"),
-    ):
-        if refused:
-            raise _not_grey(url, what)
-    height = tags[257]
-    if len(tags.get(273, ())) > math.ceil(height / min(tags.get(278, height), height)):
-        raise DatasetError(f"{url} has more strips than its {height} rows need: save it again")
-    return image, max(tags.get(258, (1,)))
+    if (orientation := image.getexif().get(Tag.Orientation, 1)) != 1:  # Pillow applies the one in the XMP, too
+        raise DatasetError(
+            f"{url} is rotated or mirrored by its orientation tag ({orientation}), which some programs ignore: rotate "
+            "the pixels themselves and save it without the tag"
+        )
+    if 2 in tags.get(Tag.SampleFormat, ()):
+        raise _not_grey(url, "has signed numbers: its sample format is 2")
+    if 0 in tags.get(Tag.ExtraSamples, ()):
+        raise _not_grey(url, "has a channel of unknown meaning")
+    return image, max(tags.get(Tag.BitsPerSample, (1,)))
 
 
 def _grey_values(image, url):
@@ -500,30 +459,9 @@ def _grey_values(image, url):
     return red.copy()
 
 
-def _check_size(size, url, target_size):
-    if tuple(size) != tuple(target_size):
-        raise DatasetError(
-            f"{url} has {size[0]} x {size[1]} pixels, but target_size in the dataset's config.yaml is "
-            f"{target_size[0]} x {target_size[1]}: correct one of them"
-        )
-
-
-def _check_orientation(exif, url):
-    if (orientation := exif.get(ExifTags.Base.Orientation, 1)) != 1:
-        raise DatasetError(
-            f"{url} is rotated or mirrored by its orientation tag ({orientation}), which some programs ignore: rotate "
-            "the pixels themselves and save it without the tag"
-        )
-
-
 def _not_grey(url, what):
     return DatasetError(f"{url} is not 8-bit greyscale (it {what}): convert it")
 
 
 def _suffix(name):
     return os.path.splitext(name)[1].lower()
-
-
-def _composed(name):
-    """The name in one Unicode form: macOS writes another form than other systems."""
-    return unicodedata.normalize("NFC", name)

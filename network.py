@@ -23,11 +23,9 @@ from errors import ModelError, UsageError, first_line
 ARCHITECTURES = ("Unet", "FPN", "Linknet", "PSPNet")
 LIBRARIES = ("tensorflow", "tf-keras", "segmentation-models", "numpy", "scipy", "pillow", "google-cloud-storage")
 
-# The first bytes of other kinds of files that are uploaded as model.hdf5 by mistake.
-OTHER_FILES = {
+OTHER_FILES = {  # by their first bytes
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: upload what `git lfs pull` fetches",
     b"PK\x03\x04": "is a ZIP file, such as Keras 3 saves as .keras: save the model as HDF5 with Keras 2",
-    b"<": "is a web page, perhaps the login page of the site that has the file: upload the HDF5 file itself",
 }
 
 # Settings of layers that change no probability, or that versions of Keras and Python write in different ways: the code
@@ -44,21 +42,10 @@ SWITCHED_OFF = (": null", ": None", ": false", ": ''", ": {}", ": []")  # the en
 
 
 def import_tensorflow():
-    """Import TensorFlow with Keras 2 as `tf.keras`, which segmentation-models needs.
+    """Import TensorFlow with Keras 2 as `tf.keras`, which segmentation-models needs, and return it.
 
-    To see more of TensorFlow's log lines, set TF_CPP_MIN_LOG_LEVEL to 0, 1 or 2.
-
-    Returns
-    -------
-    module
-        tensorflow
-
-    Raises
-    ------
-    UsageError
-        TensorFlow is not installed, or not completely.
-    ModelError
-        A GPU has too little free memory for TensorFlow to start.
+    To see more of its log lines, set TF_CPP_MIN_LOG_LEVEL to 0, 1 or 2. Raises UsageError if TensorFlow is not
+    installed, or not completely, and ModelError if a GPU has too little free memory for TensorFlow to start.
     """
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
     os.environ["SM_FRAMEWORK"] = "tf.keras"
@@ -166,8 +153,8 @@ def build_network(train_config, num_classes, target_size, weights_path, warn=war
     ----------
     train_config : dict
         The network is built from `segmentation_model: {model_name, model_parameters}`. Parameters that are not given
-        have the architecture's defaults: FPN and PSPNet end in softmax, Unet and Linknet in sigmoid. The exception is
-        input_shape: its default is (None, None, 1), and PSPNet, which needs a fixed size, gets that of the images.
+        have the architecture's defaults: FPN and PSPNet end in softmax, Unet and Linknet in sigmoid. Only input_shape
+        has another: (None, None, 1), or for PSPNet, which needs a fixed size, that of the images.
     num_classes : int
         Number of mask folders, which the network's output must have as channels.
     target_size : (int, int)
@@ -251,12 +238,11 @@ def _arguments(segmentation_models, train_config, num_classes, target_size):
             f"activation softmax{default} over one class makes every probability 1: write the activation "
             "that the network was trained with into model_parameters"
         )
-    parameters["input_shape"] = _input_shape(name, parameters, target_size)
-    return name, parameters
+    return name, parameters | {"input_shape": _input_shape(name, parameters, target_size)}
 
 
 def _null_for_none(value):
-    """Replace the text "None", which is often written instead of YAML's null, by None; make tuples of lists."""
+    """Replace the text "None", which is often written instead of YAML's null, and make tuples of lists."""
     if isinstance(value, list):
         return tuple(map(_null_for_none, value))
     return None if value == "None" else value
@@ -266,12 +252,6 @@ def _input_shape(name, parameters, target_size):
     """The input's shape, after a check that the architecture can take images of `target_size`."""
     width, height = target_size
     shape, factor = parameters["input_shape"], parameters.get("downsample_factor")
-    if isinstance(shape, tuple) and len(shape) == 3:
-        edges = shape[:2]
-        if name == "PSPNet":  # its pooling needs a fixed size
-            edges = tuple(edge or size for edge, size in zip(edges, (height, width), strict=True))
-        _check_size("input_shape in train_config", edges, target_size)
-        shape = (*edges, shape[2])
     multiple = 6 * factor if name == "PSPNet" and factor in (4, 8, 16) else 32
     if width % multiple or height % multiple:
         what = f"{name} with downsample_factor {factor}" if name == "PSPNet" else name
@@ -279,17 +259,9 @@ def _input_shape(name, parameters, target_size):
             f"{what} takes images whose width and height are multiples of {multiple}; target_size in the dataset's "
             f"config.yaml is {width} x {height}"
         )
+    if name == "PSPNet" and isinstance(shape, tuple):  # its pooling needs a fixed size
+        shape = tuple(edge or size for edge, size in zip(shape, (height, width, 1), strict=False))
     return shape
-
-
-def _check_size(where, edges, target_size):
-    """Raise ModelError unless `edges` are those of target_size: height and width, None where any size fits."""
-    width, height = target_size
-    if any(edge not in (None, size) for edge, size in zip(edges, (height, width), strict=True)):
-        raise ModelError(
-            f"{where} is for images of {edges[1]} x {edges[0]} pixels, target_size in the dataset's config.yaml is "
-            f"{width} x {height}"
-        )
 
 
 def _other_classes(where, classes, num_classes):
@@ -308,7 +280,7 @@ def _load_weights(network, path, num_classes, target_size, warn):
     import h5py  # only after HDF5_USE_FILE_LOCKING is set
 
     with open(path, "rb") as file:
-        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        start = file.read(64)
     for beginning, what in OTHER_FILES.items():
         if start.startswith(beginning):
             raise ModelError(f"it {what}")
@@ -359,13 +331,17 @@ def _check_layers(file, network, num_classes):
 
 
 def _check_description(model_config, network, target_size, warn):
-    """Raise ModelError unless the description that a whole model's file has, in JSON, is that of the network."""
+    """Raise ModelError unless the description in a whole model's file, in JSON, is that of the network."""
     saved = json.loads(model_config)["config"]["layers"]
     rebuilt = json.loads(network.to_json())["config"]["layers"]
     names_there, names_here = ([layer["config"]["name"] for layer in layers] for layers in (saved, rebuilt))
     _check_same_names(names_there[:-1], names_here[:-1])  # the last layer is named after its activation
-    shape = saved[0]["config"].get("batch_input_shape") or [None] * 4
-    _check_size("the network in model.hdf5", shape[1:3], target_size)
+    _, height, width, _ = saved[0]["config"].get("batch_input_shape") or [None] * 4
+    if (width or target_size[0], height or target_size[1]) != tuple(target_size):
+        raise ModelError(
+            f"the network in model.hdf5 is for images of {width} x {height} pixels, target_size in the dataset's "
+            f"config.yaml is {target_size[0]} x {target_size[1]}"
+        )
     for name, there, here in zip(names_here, _settings(saved), _settings(rebuilt), strict=True):
         for setting in sorted(there.keys() & here.keys()):  # what only one has comes from another version of Keras
             _check_same(f"{setting} of layer {name!r}", there[setting], here[setting])

@@ -7,9 +7,6 @@ import numpy as np
 import pytest
 import yaml
 from helpers import ROOT
-from hostile import attempt, mutate, mutations
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import configuration
 from errors import ConfigurationError, UsageError
@@ -54,8 +51,6 @@ def test_stacks_are_named_as_they_are_written():
     assert configuration.stacks(config, "validation", warnings.append) == [*names, "stacks/P03"] and warnings == []
     assert config == {"target_size": [96, 64], "dataset_split": {"validation": [*names, "stacks/P03"]}}
     assert yaml.safe_load(yaml.safe_dump(config)) == config  # so the result repeats them
-    config, _ = read("dataset_config: {dataset_split: {<<: {train: [1]}, validation: [007]}}")
-    assert config == {"dataset_split": {"train": ["1"], "validation": ["007"]}}
 
 
 @pytest.mark.parametrize("split", ["[a, b]", "{validation: a}", "{validation: [{name: a}]}", "{train: [a]}", "3", "~"])
@@ -63,11 +58,8 @@ def test_stacks_in_another_form_are_a_warning(split):
     config, warnings = read(f"dataset_config: {{dataset_split: {split}}}")
     assert configuration.stacks(config, "validation", warnings.append) == []
     (warning,) = warnings
+    assert configuration.stacks({}, "validation", pytest.fail) == []  # a file without dataset_split
     assert "runs of slices" in warning and "write dataset_split: {validation: [<stack>, <stack>, ...]}" in warning
-
-
-def test_a_configuration_may_name_no_stacks():
-    assert configuration.stacks({"target_size": [9, 9]}, "validation", pytest.fail) == []
 
 
 def test_what_yaml_dump_makes_of_python_is_read_where_it_is_plain():
@@ -88,7 +80,7 @@ def test_what_yaml_dump_makes_of_python_is_read_where_it_is_plain():
 def test_other_values_of_python_are_named_with_their_line(value, kind, word):
     with pytest.raises(ConfigurationError) as caught:
         read(yaml.dump({"dataset_config": {"a": 1, "b": value}}))
-    assert str(caught.value).startswith("gs://bucket/config.yaml, line 3: !!python/")
+    assert str(caught.value).startswith("gs://bucket/config.yaml is not valid YAML, correct it: line 3: !!python/")
     assert kind in str(caught.value) and word in str(caught.value)
 
 
@@ -110,17 +102,12 @@ INVALID_YAML = {
     "a Python call": f"dataset_config: {CALL}",
     "a Python call in a key": f"dataset_config: {{? {CALL} : 1}}",
     "a Python call elsewhere": f"dataset_config: {{}}\nother: {CALL}",
-    "a Python name": "dataset_config: !!python/name:os.system ",
     "a Python object": "dataset_config: !!python/object/new:subprocess.Popen [[touch, owned]]",
-    "an unknown tag": "dataset_config: !<tag:example.com,2000:x> {target_size: [9, 9]}",
     "nested without end": "dataset_config: " + "[" * 20_000,
-    "a key that holds itself": "&a ? *a : 1",
     "a huge integer": f"dataset_config: {{target_size: [{'9' * 5000}, 9]}}",
     "a date that is none": "dataset_config: {target_size: 2001-99-99}",
     "a truth value by force": "dataset_config: {target_size: !!bool perhaps}",
-    "keys that cannot be": "dataset_config: {[a, b]: 1}",
     "not UTF-8": b"dataset_config: \xff\xfe\x00",
-    "control characters": "dataset_config: {target_size: \x1b[2J}",
     "several documents": "dataset_config: {target_size: [9, 9]}\n---\nx: 1",
     "nothing": "",
     "a list": "- dataset_config",
@@ -141,11 +128,6 @@ def test_invalid_yaml_is_one_error_and_executes_nothing(what, tmp_path, monkeypa
 # Values
 
 
-@pytest.mark.parametrize("size", [[1, 2**14], [96, 64]])
-def test_target_sizes(size):
-    assert target_size(f"dataset_config: {{target_size: {size}}}") == size
-
-
 @pytest.mark.parametrize("size", ["[96.0, 64.]", "['96', '64']", "96 x 64", "96, 64", "'(96,64)'", "[96, '64']"])
 def test_a_target_size_in_another_form_is_named_with_what_to_write(size):
     with pytest.raises(ConfigurationError, match=r"needs target_size: .*: write target_size: \[96, 64\]"):
@@ -156,6 +138,7 @@ def test_a_target_size_in_another_form_is_named_with_what_to_write(size):
     "size", ["9", "[9, 9, 1]", "[-9, 9]", "[0, 9]", "[.nan, 9]", "[9.5, 9]", "[true, true]", "[1e6, 9]", "{w: 9, h: 9}"]
 )
 def test_a_target_size_that_cannot_be_meant_gets_no_proposal(size):
+    assert target_size("dataset_config: {target_size: [1, 16384]}") == [1, 2**14]
     with pytest.raises(ConfigurationError, match="needs target_size") as caught:
         target_size(f"dataset_config:\n  target_size: {size}")
     assert "write" not in str(caught.value)
@@ -198,18 +181,3 @@ def test_a_wrong_argument_is_named(given, monkeypatch):
     with pytest.raises(UsageError) as caught:
         parser.parse_args()
     assert WRONG_ARGUMENTS[given] in str(caught.value)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Fuzzing
-
-soup = st.text(alphabet="a:&*[]{}-?!<>|'\" \n\t0123456789.e~%@`\\", max_size=60).map(str.encode)
-seeds = [text.encode() for text in map(str, INVALID_YAML.values()) if len(text) < 1000]
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(st.binary(max_size=99) | st.builds(mutate, st.sampled_from(seeds), mutations) | soup)
-def test_fuzz_yaml(data):
-    data = b"dataset_config: " + data if b"dataset_config" not in data else data
-    size = attempt(lambda: target_size(data))
-    assert size is None or (len(size) == 2 and all(0 < edge <= 2**14 for edge in size))
