@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TERRAFORM = ROOT / "terraform"
 CODE = "necstlab-damage-segmentation"  # on the VM
 NOT_CODE = shutil.ignore_patterns(
-    *(".git", ".venv", "tmp", "sandbox", "__pycache__", ".*_cache", ".hypothesis"),
+    *(".git", ".venv*", "tmp", "sandbox", "__pycache__", ".*_cache", ".hypothesis"),
     *(".terraform*", "*.tfstate*", "terraform.tfvars", "certificates"),
 )
 # The platforms whose wheels pip installs on the VM: Ubuntu 24.04 has glibc 2.39.
@@ -91,7 +91,6 @@ def test_terraform_is_formatted_and_plans_what_its_tests_say(configuration):
     for words in (["fmt", "-check", "-diff", "-recursive"], ["test", "-no-color"]):
         result = terraform(configuration, *words)
         assert result.returncode == 0, result.stdout + result.stderr
-    assert "Success!" in result.stdout
 
 
 def test_example_has_every_variable_without_a_default(configuration):
@@ -106,10 +105,7 @@ def test_example_has_every_variable_without_a_default(configuration):
 
 def test_shell_scripts_pass_shellcheck():
     needs("shellcheck")
-    scripts = sorted(TERRAFORM.glob("*.sh"))
-    assert scripts
-    result = command("shellcheck", *scripts)
-    assert result.returncode == 0, result.stdout
+    done("shellcheck", *TERRAFORM.glob("*.sh"))
 
 
 # The code that is sent
