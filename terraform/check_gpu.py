@@ -37,10 +37,6 @@ def gpus_of_the_driver():
         answer = subprocess.run(query, capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
         sys.exit("error: there is no NVIDIA driver on this machine: nvidia-smi is missing")
-    except subprocess.TimeoutExpired:
-        sys.exit(
-            "error: the GPU's driver hangs: nvidia-smi does not answer within 120 s; stop the VM and start it again"
-        )
     output = " ".join((answer.stdout + answer.stderr).split())
     if "No devices were found" in output or not (output or answer.returncode):
         sys.exit(
@@ -49,8 +45,6 @@ def gpus_of_the_driver():
         )
     if "version mismatch" in output:
         sys.exit(f"error: the GPU's driver was updated while it was running: stop the VM and start it again ({output})")
-    if "compute_cap" in output:
-        sys.exit(f"error: the GPU's driver is too old: nvidia-smi does not know compute_cap, {OLDEST_DRIVER} is needed")
     if answer.returncode != 0:
         sys.exit(f"error: the GPU's driver does not work: nvidia-smi says: {output}")
     return [tuple(part.strip() for part in line.rsplit(",", 2)) for line in answer.stdout.splitlines() if line.strip()]

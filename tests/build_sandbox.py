@@ -17,7 +17,6 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -127,17 +126,14 @@ def crop_positions(shape, width, height, number):
     """Index expressions of crops side by side in the middle of a slice: two across, number / 2 down."""
     down = number // 2
     top, left = (shape[0] - down * height) // 2, (shape[1] - 2 * width) // 2
-    if number % 2 or top < 0 or left < 0:
-        sys.exit(f"error: {number} crops of {width} x {height} in dataset-sandbox.yaml: a slice is 197 x 233")
-    places = itertools.product(range(top, top + number // 2 * height, height), (left, left + width))
+    places = itertools.product(range(top, top + down * height, height), (left, left + width))
     return [np.s_[y : y + height, x : x + width] for y, x in places]
 
 
 def slice_numbers(stack):
-    name = re.fullmatch(r"MNI152_(\d+)-(\d+)", stack)
-    if not name:
-        sys.exit(f"error: stack {stack} in dataset-sandbox.yaml: the name must be like MNI152_012-016")
-    return range(int(name[1]), int(name[2]) + 1)
+    """The numbers of the slices of a stack, such as MNI152_012-016."""
+    first, last = re.fullmatch(r"MNI152_(\d+)-(\d+)", stack).groups()
+    return range(int(first), int(last) + 1)
 
 
 def read_split(folder):
@@ -172,34 +168,19 @@ def train_model(folder, config, dataset):
             layer.momentum = 0.9
     network.compile(optimizer=config["optimizer"], loss={"binary_cross_entropy": "binary_crossentropy"}[config["loss"]])
 
-    epochs, started = config["epochs"], time.monotonic()
     name = config["segmentation_model"]["model_name"]
     print(f"model: {name} of {network.count_params():,} weights, trained on {len(images)} images", flush=True)
-
-    def report(epoch, logs):
-        print(
-            f"model: epoch {epoch + 1:2d}/{epochs}, loss {logs['loss']:.3f}, "
-            f"on validation {logs['val_loss']:.3f}, {time.monotonic() - started:.0f} s",
-            flush=True,
-        )
-
     network.fit(
         images,
         masks,
         batch_size=config["batch_size"],
-        epochs=epochs,
+        epochs=config["epochs"],
         validation_data=validation,
-        verbose=0,
-        callbacks=[tf.keras.callbacks.LambdaCallback(on_epoch_end=report)],
+        verbose=2,  # a line for each epoch
     )
-    warnings.filterwarnings(
-        "ignore", message="You are saving your model as an HDF5 file"
-    )  # users' models are such files
-    network.save(folder / "model.hdf5")
+    with warnings.catch_warnings(action="ignore"):  # this file format is old: users have it
+        network.save(folder / "model.hdf5")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()
