@@ -24,13 +24,16 @@ MODEL_ID = "segmentation-model-tiny"
 MODEL = f"models/{MODEL_ID}"
 SPLIT = "datasets/dataset-tiny/validation"
 PARAMETERS = {
-    **{"backbone_name": "resnet18", "encoder_weights": "imagenet"},
-    **{"decoder_filters": [8, 8, 8, 4, 4], "activation": "sigmoid"},
+    "backbone_name": "resnet18",
+    "encoder_weights": "imagenet",
+    "decoder_filters": [8, 8, 8, 4, 4],
+    "activation": "sigmoid",
 }
 TRAIN_CONFIG = {
     "segmentation_model": {"model_name": "Unet", "model_parameters": PARAMETERS},
-    **{"loss": "cross_entropy", "optimizer": "adam"},
-    **{"validation_data_shuffle_seed": 12345, "test_data_shuffle_seed": 123456},
+    "loss": "cross_entropy",
+    "optimizer": "adam",
+    "validation_data_shuffle_seed": 12345,
 }
 SMALL_CHUNKS = {  # four of the images of the fixture many_images, each kept as soon as it is counted
     "chunks.CHUNK_PIXELS": 2**13,
@@ -140,7 +143,7 @@ class GoogleBucket:
     """The files of a directory in a real server, behind a proxy."""
 
     def __init__(self, proxy, template, name):
-        self.server, self.proxy, self.name, self.address = proxy.server, proxy, name, f"gs://{name}"
+        self.server, self.name, self.address = proxy.server, name, f"gs://{name}"
         self.environment = {"STORAGE_EMULATOR_HOST": proxy.url}
         upload(self.server, template, name)
         self.given = set(list_objects(self.server, name))
@@ -163,13 +166,11 @@ def whole_results(bucket):
             Image.open(io.BytesIO(data)).verify()
         if name.endswith(".csv"):
             assert len({len(row) for row in csv.reader(io.StringIO(data.decode()))}) == 1
-    found = []
-    for name in sorted(contents):
-        if name.endswith(".yaml"):
-            assert {name.replace(".yaml", ending) for ending in ENDINGS} <= set(contents)
-            found.append(yaml.safe_load(contents[name]))
-            assert list(found[-1]) == ["final_trained_prediction_thresholds", "metadata", "metadata_system"]
-            assert set(found[-1]["metadata_system"]) == {"System_info", "Lib_versions_info"}
+    names = sorted(name for name in contents if name.endswith(".yaml"))
+    assert {name.replace(".yaml", ending) for name in names for ending in ENDINGS} <= set(contents)
+    found = [yaml.safe_load(contents[name]) for name in names]
+    for result in found:
+        assert list(result) == ["final_trained_prediction_thresholds", "metadata", "metadata_system"]
     return found
 
 
@@ -196,10 +197,8 @@ def assert_one_error_line(process, code, *words):
 def write_split(folder, images, masks):
     """Write uint8 images, shape (n, height, width), and masks, shape (n, height, width, classes), as a split."""
     for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
-        for subfolder, pixels in [
-            ("images", image),
-            *((f"masks/class_{c}", mask[..., c]) for c in range(mask.shape[-1])),
-        ]:
+        pictures = {"images": image} | {f"masks/class_{c}": mask[..., c] for c in range(mask.shape[-1])}
+        for subfolder, pixels in pictures.items():
             (folder / subfolder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(folder / subfolder / f"slice_{i:04d}.png")
 

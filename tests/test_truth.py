@@ -6,7 +6,6 @@ bootstrap the intervals. The metrics are written out here, and the best threshol
 
 import csv
 import dataclasses
-import io
 import re
 import shutil
 from functools import cached_property
@@ -43,11 +42,8 @@ NUMBERS = {
 
 
 def confusion(p, truth, threshold):
-    predicted = p > np.float32(threshold)
-    return tuple(
-        int(np.count_nonzero(pixels))
-        for pixels in (predicted & truth, predicted & ~truth, ~predicted & truth, ~predicted & ~truth)
-    )
+    above = p > np.float32(threshold)
+    return tuple(int(pixels.sum()) for pixels in (above & truth, above & ~truth, ~above & truth, ~above & ~truth))
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +92,7 @@ def run(request, bucket_template, tiny_network, tmp_path_factory):
     (path,) = (bucket / MODEL).glob("model_thresholds_*.yaml")
     result = yaml.safe_load(path.read_text())
     tables = [path.with_name(f"{path.stem}_{name}.csv").read_text() for name in ("curves", "stacks")]
-    rows, stacks = (list(csv.DictReader(io.StringIO(table))) for table in tables)
-
+    rows, stacks = (list(csv.DictReader(table.splitlines())) for table in tables)
     split = bucket / SPLIT
     names = sorted(path.name for path in (split / "images").iterdir())
     images = np.stack([np.asarray(Image.open(split / "images" / name)) for name in names])
@@ -184,12 +179,12 @@ class Curves:
 
 def count_by_sorting(p, truth, metric):
     p, truth = p.reshape(len(STACKS), -1), truth.reshape(len(STACKS), -1)
-    counts = [[above(own[inside]), above(own[~inside])] for own, inside in zip(p, truth, strict=True)]
+    counts = [[above_each(own[inside]), above_each(own[~inside])] for own, inside in zip(p, truth, strict=True)]
     positives = truth.sum(axis=1)
     return Curves(metric, THRESHOLDS, np.array(counts), positives, truth.shape[1] - positives)
 
 
-def above(p):
+def above_each(p):
     """The number of values above each threshold."""
     return len(p) - np.searchsorted(np.sort(p), THRESHOLDS, side="right")
 
@@ -222,9 +217,7 @@ def test_the_threshold_is_the_best_of_all(run, c):
     low, high = map(index, output["equally_good_thresholds"])
     assert low <= k <= high
     assert (output["success"], output["status"]) == (True, 0)
-    assert ["new images may miss the 0.7" in warning for warning in output["warnings"]] == [True] * (
-        run.metric != "iou_score"
-    )
+    assert any("new images may miss the 0.7" in warning for warning in output["warnings"]) == ("_at_" in run.metric)
     history = run.result["metadata"]["thresholds_training_history"][CLASSES[c]]
     assert len(history) == output["nfev"] > 3
     for n in range(output["nfev"]):
@@ -302,15 +295,11 @@ def test_intervals_and_what_to_expect(run, bootstraps, c):
     else:
         assert output["gain"] is None and output["gain_confidence_interval"] is None
 
-
-@pytest.mark.parametrize("c", [0, 1])
-def test_what_the_next_stack_may_give(run, c):
-    """The stacks' own metrics at x: mean -+ t s sqrt(1 + 1 / m) on the logit scale."""
-    curves, x = run.curves[c], index(run.output[CLASSES[c]]["x"])
-    own = logit([curves.value(*curves.drawn(one))[x] for one in np.eye(8)])
+    # the next stack: mean -+ t s sqrt(1 + 1 / m) of the stacks' own metrics at x, on the logit scale
+    own = logit([curves.value(*curves.drawn(one))[index(output["x"])] for one in np.eye(8)])
     reach = stats.t.ppf(0.975, 7) * own.std(ddof=1) * np.sqrt(1 + 1 / 8)
-    assert run.output[CLASSES[c]]["why_no_next_stack"] is None
-    assert_alike(run.output[CLASSES[c]]["next_stack_interval"], expit(own.mean() + [-reach, reach]))
+    assert output["why_no_next_stack"] is None
+    assert_alike(output["next_stack_interval"], expit(own.mean() + [-reach, reach]))
 
 
 @pytest.mark.parametrize("c", [0, 1])
@@ -330,10 +319,8 @@ def test_the_level_of_a_constraint_and_guaranteed_recall(run, bootstraps, c):
     assert guaranteed["threshold"] == float(THRESHOLDS[k])
     assert (guaranteed["level"], guaranteed["blocks"]) == (0.7, 8)
     counts = confusion(run.p[..., c], run.truth[..., c], THRESHOLDS[k])
-    assert (guaranteed["precision"], guaranteed["recall"]) == (
-        NUMBERS["precision"](*counts),
-        NUMBERS["recall"](*counts),
-    )
+    for name in ("precision", "recall"):
+        assert guaranteed[name] == NUMBERS[name](*counts)
     assert f"threshold {THRESHOLDS[k]:.5f} guarantees recall 0.7" in run.stdout
 
 
@@ -359,10 +346,6 @@ def test_the_stacks(run, c):
             assert allowed[max(there - 1, 0) : there + 2].max() == pytest.approx(best, abs=2e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The table
-
-
 def assert_shows(text, *values):
     """The numbers of a text are these values, as rounded as they are written."""
     numbers = re.findall(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", text)
@@ -386,10 +369,6 @@ def test_the_table(run):
         assert_shows(limits, *(limit for kind in kinds for limit in output[kind]))
         assert ("unclear" in limits) == output["gain_unclear"]
         assert max(len(lines[first]), len(lines[first + 1])) <= 80
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The curves
 
 
 @pytest.mark.parametrize("c", [0, 1])
@@ -421,10 +400,6 @@ def test_the_curves_as_data(run, bootstraps, c):
     assert checked >= 3
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The figures
-
-
 @pytest.mark.parametrize("c", [0, 1])
 def test_the_figure_of_the_curves(run, c):
     axes = run.figure.axes[c]
@@ -444,8 +419,6 @@ def test_the_figure_of_the_curves(run, c):
         for i in at:  # the curve lies between neighbouring drawn points
             expected = truth[np.searchsorted(THRESHOLDS, x[i])]
             assert min(y[i - 2 : i + 3]) - 0.002 <= expected <= max(y[i - 2 : i + 3]) + 0.002
-    assert drawn["trained threshold"].get_xdata()[0] == output["x"]
-    assert drawn["threshold 0.5"].get_xdata()[0] == 0.5
     span = drawn["its 95 % interval"].get_extents().transformed(axes.transData.inverted())
     assert [span.x0, span.x1] == pytest.approx(output["x_confidence_interval"], abs=1e-6)
     outline = drawn["its 95 % confidence band"].get_paths()[0].vertices
@@ -453,8 +426,6 @@ def test_the_figure_of_the_curves(run, c):
     for row in band:
         y = outline[np.isclose(outline[:, 0], float(row["threshold"]), atol=1e-7), 1]
         assert (y.min(), y.max()) == pytest.approx((float(row["band_low"]), float(row["band_high"])), abs=1e-4)
-    points = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
-    assert [[output["x"], output["metric"]]] in points
     _, own_metric = drawn["stacks, each at its own best"].get_data()
     rows = [row for row in run.stacks if row["class"] == CLASSES[c]]
     assert sorted(own_metric) == pytest.approx(sorted(float(row["own_metric"]) for row in rows))
