@@ -38,39 +38,31 @@ from helpers import (
 from counts import Checkpoint
 from gcp_utils import open_bucket
 
-
-@pytest.fixture
-def work(tmp_path):
-    folder = tmp_path / "work"
-    folder.mkdir()
-    return folder
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Killed and interrupted
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
-def test_runs_killed_at_any_moment_lose_nothing(proxy, many_images, work, monkeypatch, kills):
+def test_runs_killed_at_any_moment_lose_nothing(proxy, many_images, tmp_path, monkeypatch, kills):
     """Kills at any moment, during the pass, and, once the counts are there, around the uploads."""
     template, expected = many_images
     bucket, moments = GoogleBucket(proxy, template, f"killed-{kills}"), random.Random(kills)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.server)
-    opened = open_bucket(bucket.address, work / "tmp/objects")
+    opened = open_bucket(bucket.address, tmp_path / "tmp/objects")
     blobs = opened.list("")
 
     def counts_on_disk():
-        return [path.stat().st_ino for path in (work / "tmp/counts").glob("*.npz")]
+        return [path.stat().st_ino for path in (tmp_path / "tmp/counts").glob("*.npz")]
 
     def images_kept():
-        return sum(Checkpoint.load(path).counts.images for path in (work / "tmp/counts").glob("*.npz"))
+        return sum(Checkpoint.load(path).counts.images for path in (tmp_path / "tmp/counts").glob("*.npz"))
 
     def run_until(is_time):
         """Start a run, kill it when it is time or let it end, and check that it repeats and spoils nothing."""
         here, counted = {blob.name for blob in blobs if opened.is_here(blob)}, images_kept()
         proxy.requests.clear()
         command = arguments(bucket.address, batch_size=1)
-        process = start(*command, cwd=work, settings=SMALL_CHUNKS, environment=bucket.environment)
+        process = start(*command, cwd=tmp_path, settings=SMALL_CHUNKS, environment=bucket.environment)
         if is_time:
             is_time(process)
             process.kill()
@@ -149,12 +141,13 @@ def test_a_bad_network_changes_no_result(tiny_bucket_template, counted_template,
         assert {request.operation for request in proxy.requests} == {"get", "list", "create"}
 
 
-def test_credentials_are_nowhere(tiny_bucket_template, proxy, work, tmp_path, monkeypatch):
+def test_credentials_are_nowhere(tiny_bucket_template, proxy, tmp_path, monkeypatch):
     """The key of a service account and the token that it gets, against all that a run writes."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import rsa
 
-    bucket = GoogleBucket(proxy, tiny_bucket_template, "with-credentials")
+    bucket, work = GoogleBucket(proxy, tiny_bucket_template, "with-credentials"), tmp_path / "work"
+    work.mkdir()
     key = rsa.generate_private_key(65537, 2048).private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -182,20 +175,20 @@ def test_credentials_are_nowhere(tiny_bucket_template, proxy, work, tmp_path, mo
 # Beside each other, and changes in the bucket
 
 
-def test_runs_from_nothing_at_once_share_a_folder(proxy, many_images, work):
+def test_runs_from_nothing_at_once_share_a_folder(proxy, many_images, tmp_path):
     template, expected = many_images
     bucket = GoogleBucket(proxy, template, "share-a-folder")
     command = arguments(bucket.address, batch_size=1)
-    running = [start(*command, cwd=work, settings=SMALL_CHUNKS, environment=bucket.environment) for _ in range(2)]
+    running = [start(*command, cwd=tmp_path, settings=SMALL_CHUNKS, environment=bucket.environment) for _ in range(2)]
     for process in map(finish, running):
         assert_done(process)
     assert [thresholds(result) for result in whole_results(bucket)] == [expected] * 2
-    assert not list((work / "tmp/results").iterdir())
-    assert len(list((work / "tmp/counts").iterdir())) == 1
+    assert not list((tmp_path / "tmp/results").iterdir())
+    assert len(list((tmp_path / "tmp/counts").iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", [f"{SPLIT}/images/slice_0010.png", f"{MODEL}/model.hdf5"])
-def test_a_change_in_the_bucket_during_the_run_is_an_error(proxy, tiny_bucket_template, work, monkeypatch, name):
+def test_a_change_in_the_bucket_during_the_run_is_an_error(proxy, tiny_bucket_template, tmp_path, monkeypatch, name):
     bucket, changed = GoogleBucket(proxy, tiny_bucket_template, f"changes-{len(name)}"), []
 
     def change(_, answer):
@@ -207,10 +200,10 @@ def test_a_change_in_the_bucket_during_the_run_is_an_error(proxy, tiny_bucket_te
 
     proxy.rewrite = change
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-    process = run_here(*arguments(bucket.address), cwd=work)
+    process = run_here(*arguments(bucket.address), cwd=tmp_path)
     assert_one_error_line(process, 4, name, "changed in the bucket during the run")
     assert not bucket.contents()
-    assert not list(work.glob("tmp/counts/*"))
+    assert not list(tmp_path.glob("tmp/counts/*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
