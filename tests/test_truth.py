@@ -137,9 +137,9 @@ class Curves:
     negatives: np.ndarray
 
     def drawn(self, weights):
-        """tp, fp, fn, tn of a replicate; `weights` says how often each stack was drawn."""
-        tp, fp = np.tensordot(weights, self.of_stacks, 1)
-        return tp, fp, weights @ self.positives - tp, weights @ self.negatives - fp
+        """tp, fp, fn, tn of a replicate or several; `weights`, (..., stacks), says how often each stack was drawn."""
+        tp, fp = np.moveaxis(np.tensordot(weights, self.of_stacks, 1), -2, 0)
+        return tp, fp, (weights @ self.positives)[..., None] - tp, (weights @ self.negatives)[..., None] - fp
 
     @cached_property
     def counts(self):
@@ -157,7 +157,7 @@ class Curves:
     def value(self, tp, fp, fn, tn):
         if self.metric == "iou_score":
             return tp / (tp + fp + fn)
-        return np.divide(tp, tp + fp, out=np.zeros(len(tp)), where=tp + fp > 0)  # precision
+        return np.divide(tp, tp + fp, out=np.zeros(tp.shape), where=tp + fp > 0)  # precision
 
     def allowed(self, tp, fp, fn, tn):
         """The metric where it may be chosen, else -1."""
@@ -231,20 +231,20 @@ def test_the_threshold_is_the_best_of_all(run, c):
 def bootstraps(run):
     """For each class, 10,000 replicates: what each chooses, and its metrics there and at other thresholds."""
     found = []
+    names = ("threshold", "own", "of_all", "recall", "recall_of_all", "at_x", "at_half", "values")
     for c, curves in enumerate(run.curves):
-        rng = np.random.default_rng(c)
         x, half = index(run.output[CLASSES[c]]["x"]), index(0.5)
         points = np.unique([*range(0, len(THRESHOLDS), 64), x, half])  # replicates may choose among these
         few, replicates = curves.at(points), []
         recall_of_all = few.counts[0] / curves.positives.sum()
-        for _ in range(10_000):
-            drawn = few.drawn(np.bincount(rng.integers(0, 8, 8), minlength=8))
-            values, best = few.value(*drawn), int(np.argmax(few.allowed(*drawn)))
-            recall = drawn[0][best] / (drawn[0][best] + drawn[2][best])
-            chosen = few.thresholds[best], values[best], few.values[best], recall, recall_of_all[best]
-            replicates.append((*chosen, *values[np.searchsorted(points, [x, half])], values))
-        names = ("threshold", "own", "of_all", "recall", "recall_of_all", "at_x", "at_half", "values")
-        columns = (np.array(column) for column in zip(*replicates, strict=True))
+        for weights in np.random.default_rng(c).multinomial(8, np.full(8, 1 / 8), (20, 500)).astype(float):
+            drawn = few.drawn(weights)
+            values, best = few.value(*drawn), few.allowed(*drawn).argmax(axis=1)
+            all_recalls = drawn[0] / (drawn[0] + drawn[2])
+            own, recall = (of_each[np.arange(500), best] for of_each in (values, all_recalls))
+            chosen = few.thresholds[best], own, few.values[best], recall, recall_of_all[best]
+            replicates.append((*chosen, *values[:, np.searchsorted(points, [x, half])].T, values))
+        columns = (np.concatenate(column) for column in zip(*replicates, strict=True))
         found.append(SimpleNamespace(points=points, **dict(zip(names, columns, strict=True))))
     return found
 
