@@ -137,6 +137,13 @@ def test_counts_do_not_depend_on_how_a_job_is_divided_nor_on_the_order_of_its_pa
         assert total.counted_with == whole.counted_with and whole.counted_with[0]["images"] == 11
 
 
+@pytest.mark.parametrize("pixels", [1, 256, 2**16, 2**40])
+def test_counts_are_sent_in_types_that_hold_them(pixels):
+    counts = Counts.empty(1, [3])
+    counts.histogram[0, 1, 5] = counts.block_histograms[0, 0, 1, 1] = counts.overlap[0, 0] = pixels
+    assert_equal(counts.smallest(), counts)
+
+
 def test_the_slices_to_show_do_not_depend_on_how_a_job_is_divided():
     rng = np.random.default_rng(0)
     for classes in (1, 2, 4, 9):
