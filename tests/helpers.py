@@ -72,9 +72,9 @@ def start_program(*command, cwd, environment=None, signals="--default-signal=HUP
     return process
 
 
-def start(*given, cwd, settings=None, script=SCRIPT, **options):
+def start(*given, cwd, settings=None, **options):
     """Start the tool as a user does, or with settings: {"chunks.CHUNK_PIXELS": 2**14}; else as `start_program`."""
-    command = [script] if settings is None else ["-c", WITH_SETTINGS, script.parent, json.dumps(settings)]
+    command = [SCRIPT] if settings is None else ["-c", WITH_SETTINGS, ROOT, json.dumps(settings)]
     return start_program(sys.executable, *command, *given, cwd=cwd, **options)
 
 
@@ -84,9 +84,9 @@ def finish(process, timeout=300):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def run_tool(*given, cwd, settings=None, script=SCRIPT, timeout=300, **environment):
+def run_tool(*given, cwd, settings=None, **environment):
     """`start` and `finish` in one."""
-    return finish(start(*given, cwd=cwd, settings=settings, script=script, environment=environment), timeout)
+    return finish(start(*given, cwd=cwd, settings=settings, environment=environment))
 
 
 def arguments(bucket, dataset="dataset-tiny/validation", model=MODEL_ID, **others):
