@@ -199,6 +199,7 @@ def test_there_is_no_worker(cluster, bucket, tmp_path):
     assert f"warning: {cluster.address} has no worker" in process.stderr
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_named(cluster, bucket, tmp_path):
     cluster.worker("hanging", SLOW.replace("SECONDS", "1000"))
     process = command(cluster, bucket, tmp_path / "command", {"chunks.GIVE_UP_SECONDS": 12})
