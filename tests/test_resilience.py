@@ -228,6 +228,7 @@ def allow_no_large_file():
         (0o555, obey_permissions, ["tmp/counts (Permission denied)", "tmp/results (Permission denied)"]),
         (0o755, allow_no_large_file, ["tmp/counts (File too large)"]),
     ],
+    ids=["read-only", "full"],
 )
 def test_a_bad_disk_costs_no_result(tiny_bucket, counted_template, tmp_path, mode, disk, words):
     """Counts cannot be kept in ./tmp; a directory bucket needs nothing there."""
