@@ -8,7 +8,7 @@ else
 ENVIRONMENT := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 endif
 RUN := $(ENVIRONMENT)/bin/python
-PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
+PYTEST := $(RUN) -m pytest -n 2 --dist worksteal
 DOCUMENTED_RUN := --dataset-directory dataset-composite_0123/validation \
 	--model-id segmentation-model-composite_0123_20200321T154533Z --batch-size 16 \
 	--optimizing-class-metric iou_score --dataset-downsample-factor 0.1

@@ -31,8 +31,7 @@ from helpers import ROOT, SCRIPT, arguments, blobs_and_masks, finish, start_prog
 
 import chunks  # noqa: E402
 import image_utils  # noqa: E402
-import models  # noqa: E402
-from counts import THRESHOLDS, Counts  # noqa: E402
+from counts import Counts  # noqa: E402
 from gcp_utils import open_bucket  # noqa: E402
 from image_utils import decode_image  # noqa: E402
 
@@ -143,25 +142,6 @@ def memory(folder, repeats):
         "peak memory of a pass with 100 classes, 512 x 512, batch 2: 32 threads / 2 threads",
         ratio_of_medians(*(lambda t=t: peak_megabytes("-c", MANY_CLASSES, cwd=folder, **t) for t in threads), repeats),
         unit="MiB",
-    )
-
-
-def optimum(folder, repeats):
-    from sklearn.metrics import precision_recall_curve
-
-    rng = np.random.default_rng(0)
-    truth = rng.random(4_000_000) < 0.1
-    p = np.where(truth, rng.beta(3, 2, len(truth)), rng.beta(1, 6, len(truth))).astype(np.float32)
-    bins, metric = np.searchsorted(THRESHOLDS, p), models.class_metric("f1_score")
-    histogram = np.stack([np.bincount(bins[truth == side], minlength=len(THRESHOLDS) + 1) for side in (0, 1)])
-
-    def ours():
-        models.train_prediction_threshold(histogram, "class0", metric, lambda *_: None)
-
-    ours()  # imports scipy
-    row(
-        "one class, 4 million pixels: optimum from counts / `sklearn.metrics.precision_recall_curve`",
-        ratio_of_medians(lambda: timed(ours), lambda: timed(precision_recall_curve, truth, p), repeats),
     )
 
 
@@ -317,7 +297,7 @@ def passes(folder, repeats):
     )
 
 
-ROWS = {row.__name__: row for row in (whole_job, rerun, memory, optimum, counting, fetching, cluster, passes)}
+ROWS = {row.__name__: row for row in (whole_job, rerun, memory, counting, fetching, cluster, passes)}
 
 
 def main():

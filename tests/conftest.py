@@ -86,12 +86,9 @@ def tiny_bucket_template(make_once):
         model.mkdir(parents=True)
         (model / "config.yaml").write_text(yaml.safe_dump({"train_config": TRAIN_CONFIG}))
         tf.keras.utils.set_random_seed(7)
-        parameters = TRAIN_CONFIG["segmentation_model"]["model_parameters"] | {"encoder_weights": None}
-        tiny = segmentation_models.Unet(
-            **parameters | {"decoder_filters": tuple(parameters["decoder_filters"])},
-            classes=2,
-            input_shape=(None, None, 1),
-        )
+        parameters = TRAIN_CONFIG["segmentation_model"]["model_parameters"]
+        random = parameters | {"encoder_weights": None, "classes": 2, "input_shape": (None, None, 1)}
+        tiny = segmentation_models.Unet(**random)
         tiny.compile("adam", "binary_crossentropy")
         with warnings.catch_warnings(action="ignore"):  # this file format is old: users have it
             tiny.save(model / "model.hdf5")
@@ -153,8 +150,7 @@ def many_images(make_once, tiny_bucket_template):
             shutil.rmtree(bucket / SPLIT)
             write_split(bucket / SPLIT, *blobs_and_masks(120, 32, 64, 2))
             (bucket / "datasets/dataset-tiny/config.yaml").write_text("dataset_config: {target_size: [64, 32]}")
-        process = run_tool(*arguments("bucket", batch_size=1), cwd=folder)
-        assert_done(process)
+        assert_done(run_tool(*arguments("bucket", batch_size=4), cwd=folder))
 
     folder = make_once("many", fill)
     return folder / "template", thresholds(results(folder / "bucket")[0])

@@ -24,13 +24,16 @@ MODEL_ID = "segmentation-model-tiny"
 MODEL = f"models/{MODEL_ID}"
 SPLIT = "datasets/dataset-tiny/validation"
 PARAMETERS = {
-    **{"backbone_name": "resnet18", "encoder_weights": "imagenet"},
-    **{"decoder_filters": [8, 8, 8, 4, 4], "activation": "sigmoid"},
+    "backbone_name": "resnet18",
+    "encoder_weights": "imagenet",
+    "decoder_filters": [8, 8, 8, 4, 4],
+    "activation": "sigmoid",
 }
 TRAIN_CONFIG = {
     "segmentation_model": {"model_name": "Unet", "model_parameters": PARAMETERS},
-    **{"loss": "cross_entropy", "optimizer": "adam"},
-    **{"validation_data_shuffle_seed": 12345, "test_data_shuffle_seed": 123456},
+    "loss": "cross_entropy",
+    "optimizer": "adam",
+    "validation_data_shuffle_seed": 12345,
 }
 SMALL_CHUNKS = {  # four of the images of the fixture many_images, each kept as soon as it is counted
     "chunks.CHUNK_PIXELS": 2**13,
@@ -69,9 +72,9 @@ def start_program(*command, cwd, environment=None, signals="--default-signal=HUP
     return process
 
 
-def start(*given, cwd, settings=None, script=SCRIPT, **options):
+def start(*given, cwd, settings=None, **options):
     """Start the tool as a user does, or with settings: {"chunks.CHUNK_PIXELS": 2**14}; else as `start_program`."""
-    command = [script] if settings is None else ["-c", WITH_SETTINGS, script.parent, json.dumps(settings)]
+    command = [SCRIPT] if settings is None else ["-c", WITH_SETTINGS, ROOT, json.dumps(settings)]
     return start_program(sys.executable, *command, *given, cwd=cwd, **options)
 
 
@@ -81,9 +84,9 @@ def finish(process, timeout=300):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def run_tool(*given, cwd, settings=None, script=SCRIPT, timeout=300, **environment):
+def run_tool(*given, cwd, settings=None, **environment):
     """`start` and `finish` in one."""
-    return finish(start(*given, cwd=cwd, settings=settings, script=script, environment=environment), timeout)
+    return finish(start(*given, cwd=cwd, settings=settings, environment=environment))
 
 
 def arguments(bucket, dataset="dataset-tiny/validation", model=MODEL_ID, **others):
@@ -140,7 +143,7 @@ class GoogleBucket:
     """The files of a directory in a real server, behind a proxy."""
 
     def __init__(self, proxy, template, name):
-        self.server, self.proxy, self.name, self.address = proxy.server, proxy, name, f"gs://{name}"
+        self.server, self.name, self.address = proxy.server, name, f"gs://{name}"
         self.environment = {"STORAGE_EMULATOR_HOST": proxy.url}
         upload(self.server, template, name)
         self.given = set(list_objects(self.server, name))
@@ -163,13 +166,11 @@ def whole_results(bucket):
             Image.open(io.BytesIO(data)).verify()
         if name.endswith(".csv"):
             assert len({len(row) for row in csv.reader(io.StringIO(data.decode()))}) == 1
-    found = []
-    for name in sorted(contents):
-        if name.endswith(".yaml"):
-            assert {name.replace(".yaml", ending) for ending in ENDINGS} <= set(contents)
-            found.append(yaml.safe_load(contents[name]))
-            assert list(found[-1]) == ["final_trained_prediction_thresholds", "metadata", "metadata_system"]
-            assert set(found[-1]["metadata_system"]) == {"System_info", "Lib_versions_info"}
+    names = sorted(name for name in contents if name.endswith(".yaml"))
+    assert {name.replace(".yaml", ending) for name in names for ending in ENDINGS} <= set(contents)
+    found = [yaml.safe_load(contents[name]) for name in names]
+    for result in found:
+        assert list(result) == ["final_trained_prediction_thresholds", "metadata", "metadata_system"]
     return found
 
 
@@ -196,10 +197,8 @@ def assert_one_error_line(process, code, *words):
 def write_split(folder, images, masks):
     """Write uint8 images, shape (n, height, width), and masks, shape (n, height, width, classes), as a split."""
     for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
-        for subfolder, pixels in [
-            ("images", image),
-            *((f"masks/class_{c}", mask[..., c]) for c in range(mask.shape[-1])),
-        ]:
+        pictures = {"images": image} | {f"masks/class_{c}": mask[..., c] for c in range(mask.shape[-1])}
+        for subfolder, pixels in pictures.items():
             (folder / subfolder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(folder / subfolder / f"slice_{i:04d}.png")
 
@@ -215,3 +214,10 @@ def blobs_and_masks(n, height, width, classes, seed=0):
             masks[i, ..., c] = (y - cy) ** 2 + (x - cx) ** 2 < r**2
     images = 60 + 50 * masks.sum(axis=-1) + rng.normal(0, 25, (n, height, width))
     return np.clip(images, 0, 255).astype(np.uint8), masks
+
+
+def predict(network, images, batch_size):
+    """Probabilities from tf.keras, in batches of one size as in the pass, because their last bit may depend on it."""
+    x = (images * (1 / 255)).astype(np.float32)[..., None]
+    padded = np.concatenate([x, np.repeat(x[-1:], -len(x) % batch_size, axis=0)])
+    return network.predict(padded, batch_size=batch_size, verbose=0)[: len(x)]

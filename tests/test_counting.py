@@ -5,8 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from helpers import MODEL, ROOT, blobs_and_masks, finish, start_program
-from PIL import Image
+from helpers import MODEL, ROOT, blobs_and_masks, finish, predict, start_program
 
 import chunks
 from counts import BLOCK_THRESHOLDS, SHOWN_SLICES, THRESHOLDS, Checkpoint, Counts, ShownSlice, confusion, slices_to_show
@@ -98,18 +97,10 @@ def test_the_bin_of_every_probability_is_exact(tf):
             np.testing.assert_array_equal(histogram[i, truth], expected)
 
 
-def predictions(network, data, batch_size=4):
-    """Of tf-keras, compiled and in the same batches as in the pass: else a convolution may sum in another order."""
-    images = np.stack([image for _, image, *_ in data])
-    padded = np.concatenate([images, *[images[-1:]] * (-len(images) % batch_size)])
-    batches = (padded * (1 / 255)).astype(np.float32)[..., None].reshape(-1, batch_size, *images.shape[1:], 1)
-    return np.concatenate([network.predict_on_batch(batch) for batch in batches])[: len(images)]
-
-
 def test_counts_are_those_of_keras_metrics(tf, tiny_network, data):
     counts, _ = count(tiny_network, data)
     truth = np.stack([masks for _, _, masks, _ in data])
-    probabilities = predictions(tiny_network, data)
+    probabilities = predict(tiny_network, np.stack([image for _, image, *_ in data]), 4)
     bins = np.searchsorted(THRESHOLDS, probabilities)
     spread = np.quantile(bins, np.linspace(0, 1, 60)).astype(int)
     positions = np.unique(np.concatenate([spread, spread - 1, [0, 1, len(THRESHOLDS) - 1]]))
@@ -133,28 +124,6 @@ def test_counts_are_those_of_keras_metrics(tf, tiny_network, data):
         tp = (above & (truth[block::3, ..., None] == 1)).sum(axis=(0, 1, 2))
         np.testing.assert_array_equal(confusion(counts.block_histograms[block])[0][:, ::100], tp)
 
-    # for each class, of each block the slice with the most pixels of the class
-    pixels = truth.sum(axis=(1, 2), dtype=int)
-    expected = [sorted((-pixels[b::3, c].max(), b + 3 * pixels[b::3, c].argmax()) for b in range(3)) for c in (0, 1)]
-    assert [shown.name for shown in counts.shown] == [f"slice {i:02d}" for of in expected for _, i in of]
-    for shown in counts.shown:
-        i = int(shown.name[-2:])
-        assert (shown.block, shown.pixels) == (i % 3, pixels[i, shown.class_index])
-        np.testing.assert_array_equal(shown.bins, bins[i])
-        np.testing.assert_array_equal(shown.truth, truth[i] == 1)
-        np.testing.assert_array_equal(shown.image, data[i][1])
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_counts_do_not_depend_on_the_batch_size(tiny_network, data, batch_size):
-    counts, _ = count(tiny_network, data, batch_size)
-    reference, _ = count(tiny_network, data)
-    # Float32 convolutions may differ in the last bit between batch sizes, and some pixels so move to the next bin.
-    drift = np.abs(np.cumsum(counts.histogram - reference.histogram, axis=2))
-    assert drift.sum() <= 0.02 * reference.histogram.sum()
-    np.testing.assert_array_equal(counts.histogram.sum(axis=2), reference.histogram.sum(axis=2))
-    np.testing.assert_array_equal(counts.block_histograms.sum(axis=3), reference.block_histograms.sum(axis=3))
-
 
 def test_counts_do_not_depend_on_how_a_job_is_divided_nor_on_the_order_of_its_parts(tiny_network, data):
     whole, _ = count(tiny_network, data)
@@ -173,7 +142,6 @@ def test_counts_are_sent_in_types_that_hold_them(pixels):
     counts = Counts.empty(1, [3])
     counts.histogram[0, 1, 5] = counts.block_histograms[0, 0, 1, 1] = counts.overlap[0, 0] = pixels
     assert_equal(counts.smallest(), counts)
-    assert counts.smallest().histogram.itemsize == {1: 1, 256: 2, 2**16: 4, 2**40: 8}[pixels]
 
 
 def test_the_slices_to_show_do_not_depend_on_how_a_job_is_divided():
@@ -201,45 +169,6 @@ def test_a_chunk_is_a_power_of_two_of_images_in_order(monkeypatch, pixels, size)
     assert {len(chunk.samples) for chunk in divided[:-1]} <= {size}
 
 
-def best_iou(truth, probabilities):
-    """Exact optimum over all distinct probabilities: positives are those above a threshold."""
-    order = np.argsort(-probabilities, kind="stable")
-    tp, above = np.cumsum(truth[order], dtype=np.int64), np.arange(1, len(order) + 1)
-    last_of_value = np.append(np.diff(probabilities[order]) != 0, True)
-    return (tp / (above + truth.sum(dtype=np.int64) - tp))[last_of_value].max()
-
-
-@pytest.fixture(scope="module")
-def trained(tf, sandbox):
-    """The end of the sandbox's network from its last weights on, what goes in there for the validation split, masks."""
-    network = tf.keras.models.load_model(next((sandbox / "models").iterdir()) / "model.hdf5", compile=False)
-    split = next((sandbox / "datasets").iterdir()) / "validation"
-    folders, paths = sorted((split / "masks").iterdir()), sorted((split / "images").iterdir())
-    images = np.stack([np.asarray(Image.open(path)) for path in paths])
-    masks = [np.stack([np.asarray(Image.open(folder / path.name)) for folder in folders], axis=-1) for path in paths]
-    last = max(i for i, layer in enumerate(network.layers) if layer.weights)
-    until = tf.keras.Model(network.input, network.layers[last].input)
-    end = tf.keras.Sequential(network.layers[last:])
-    given = until.predict((images * (1 / 255)).astype(np.float32)[..., None], batch_size=8, verbose=0)
-    end.build(given.shape)
-    return end, given, np.stack(masks) > 0, end.get_weights()
-
-
-@pytest.mark.parametrize(("shift", "scale"), [(-20, 1), (-8, 1), (0, 1), (14, 1), (0, 0.005)])
-def test_the_best_threshold_is_on_the_list(trained, shift, scale):
-    """Networks whose probabilities crowd at one end, or around 1/2: the best IoU is near the exact optimum's."""
-    end, given, truth, (kernel, bias) = trained
-    end.set_weights([kernel * np.float32(scale), bias * np.float32(scale) + shift])
-    probabilities = end.predict(given, batch_size=30, verbose=0)
-    for c in range(truth.shape[-1]):
-        bins = np.searchsorted(THRESHOLDS, probabilities[..., c])
-        histogram = [np.bincount(bins[truth[..., c] == side], minlength=len(THRESHOLDS) + 1) for side in (0, 1)]
-        tp, fp, fn, _ = confusion(np.stack(histogram))
-        exact = best_iou(truth[..., c].ravel(), probabilities[..., c].ravel())
-        assert exact > 0.5  # the network finds the class
-        assert abs((tp / (tp + fp + fn)).max() - exact) <= 2e-5
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # What does not fit, and what is no probability
 
@@ -260,16 +189,8 @@ def failing_network(tf, error, limit, after=0):
     return lambda_network(tf, lambda x: tf.ensure_shape(tf.numpy_function(fail, [x], tf.float32), (*x.shape[:3], 2)))
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("ResourceExhaustedError", "OOM when allocating tensor"),
-        ("UnknownError", "CUDNN_STATUS_ALLOC_FAILED"),
-        (None, "Unable to allocate 7.00 GiB"),
-    ],
-)
-def test_a_batch_that_does_not_fit_is_halved(tf, data, name, text):
-    error = getattr(tf.errors, name)(None, None, text) if name else MemoryError(text)
+def test_a_batch_that_does_not_fit_is_halved(tf, data):
+    error = tf.errors.UnknownError(None, None, "CUDNN_STATUS_ALLOC_FAILED")
     counts, warnings = count(failing_network(tf, error, 3), data, batch_size=8)
     assert len(warnings) == 2
     assert "8 images" in warnings[0] and "--batch-size 4" in warnings[0] and "--batch-size 2" in warnings[1]
@@ -281,19 +202,17 @@ def test_a_batch_that_does_not_fit_is_halved(tf, data, name, text):
         count(failing_network(tf, error, 0), data, batch_size=2)
 
 
-@pytest.mark.parametrize("after", [1, 2])
-def test_memory_that_fills_during_the_pass_loses_no_image(tf, data, after):
-    counts, warnings = count(failing_network(tf, MemoryError("out of memory"), 2, after), data, batch_size=3)
+def test_memory_that_fills_during_the_pass_loses_no_image(tf, data):
+    counts, warnings = count(failing_network(tf, MemoryError("out of memory"), 2, after=2), data, batch_size=3)
     assert len(warnings) == 1
     assert sum(way["images"] for way in counts.counted_with) == counts.images == 11
-    assert {way["batch_size"] for way in counts.counted_with} <= {3, 1}
+    assert {way["batch_size"] for way in counts.counted_with} == {3, 1}
     assert_equal(counts, count(failing_network(tf, MemoryError(), 9), data, batch_size=3)[0])
 
 
-@pytest.mark.parametrize("text", ["a shape that cannot be", "libdevice not found at ./libdevice.10.bc"])
-def test_another_error_is_no_lack_of_memory(tf, data, text):
-    error = tf.errors.InternalError(None, None, text)
-    with pytest.raises(tf.errors.OpError, match=text):
+def test_another_error_is_no_lack_of_memory(tf, data):
+    error = tf.errors.InternalError(None, None, "libdevice not found at ./libdevice.10.bc")
+    with pytest.raises(tf.errors.OpError, match="libdevice"):
         count(failing_network(tf, error, 0), data, batch_size=2)
 
 
@@ -333,19 +252,16 @@ def test_kept_counts_are_read_as_they_were_and_damaged_ones_are_not(tiny_network
         np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
     assert {kind: tuple(remark) for kind, remark in read.remarks.items()} == written.remarks
     content = path.read_bytes()
-    for position in {*range(0, len(content), len(content) // 40), *range(len(content) - 2048, len(content), 41)}:
-        damaged = bytearray(content)
-        damaged[position] ^= 4
-        path.write_bytes(damaged)
+    for position in range(0, len(content), len(content) // 60):
+        path.write_bytes(content[:position])
+        assert Checkpoint.load(path) is None
+        path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
         if found := Checkpoint.load(path):  # the damage is in a part of the file that says nothing
             assert_equal(found.counts, written.counts)
-    for length in (0, 1, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:length])
-        assert Checkpoint.load(path) is None, length
     assert Checkpoint.load(tmp_path / "none.npz") is None
 
 
-def test_several_devices_give_the_same_counts(tmp_path, tiny_bucket_template):
+def test_several_devices_give_the_same_counts(tmp_path, tiny_bucket_template, tiny_network, data):
     """MirroredStrategy over logical CPUs: 11 images, 2 a replica, so that the last step leaves replicas without any."""
     program = """
 import os, sys
@@ -353,21 +269,16 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 os.environ.update(TF_USE_LEGACY_KERAS="1", SM_FRAMEWORK="tf.keras", TF_CPP_MIN_LOG_LEVEL="3")
 import tensorflow as tf
-if int(sys.argv[2]) > 1:
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * int(sys.argv[2]))
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 3)
 import network, test_counting
 from helpers import TRAIN_CONFIG
-model = network.build_network(TRAIN_CONFIG, 2, (96, 64), sys.argv[3], print)
-assert model.distribute_strategy.num_replicas_in_sync == int(sys.argv[2])
+model = network.build_network(TRAIN_CONFIG, 2, (96, 64), sys.argv[2], print)
+assert model.distribute_strategy.num_replicas_in_sync == 3
 counts, _ = test_counting.count(model, test_counting.samples(), 2)
-test_counting.kept(counts, Path(sys.argv[4]))
+test_counting.kept(counts, Path("counts.npz"))
 """
-    found = []
-    for replicas in (1, 3):
-        path = tmp_path / f"{replicas}.npz"
-        words = (ROOT, replicas, tiny_bucket_template / MODEL / "model.hdf5", path)
-        process = finish(start_program(sys.executable, "-c", program, *words, cwd=tmp_path))
-        assert process.returncode == 0, process.stderr
-        found.append(Checkpoint.load(path).counts)
-    assert_equal(*found)
+    words = (ROOT, tiny_bucket_template / MODEL / "model.hdf5")
+    process = finish(start_program(sys.executable, "-c", program, *words, cwd=tmp_path))
+    assert process.returncode == 0, process.stderr
+    assert_equal(Checkpoint.load(tmp_path / "counts.npz").counts, count(tiny_network, data, 2)[0])

@@ -77,41 +77,23 @@ def test_the_documented_commands_work_as_written(sandbox, server, tmp_path):
     assert sorted(re.sub(r".*_\d{8}T\d{6}Z", "", name) for name in after - before) == sorted(2 * ENDINGS)
 
 
-@pytest.fixture
-def config(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text("value: 1\n")
-    return path
-
-
-def write_value(folder, config):
-    (folder / "value").write_text(str(config["value"]))
-
-
-def test_a_changed_configuration_rebuilds_the_folder_and_removes_what_was_made_from_it(tmp_path, config):
-    dataset, model = tmp_path / "bucket/datasets/d", tmp_path / "bucket/models/m"
+def test_a_folder_is_built_anew_when_its_configuration_changed_and_completely_or_not_at_all(tmp_path):
+    dataset, model, config = tmp_path / "bucket/datasets/d", tmp_path / "bucket/models/m", tmp_path / "config.yaml"
     model.mkdir(parents=True)
+
+    def write_value(folder, config):
+        (folder / "value").write_text(str(config["value"]))
+        if config["value"] == 2:
+            raise KeyboardInterrupt
+
+    config.write_text("value: 1\n")
     assert build_sandbox.build(dataset, config, write_value)
     assert not build_sandbox.build(dataset, config, write_value, outdates=model)
-    assert model.exists()
     config.write_text("value: 2\n")
-    assert build_sandbox.build(dataset, config, write_value, outdates=model)
-    assert (dataset / "value").read_text() == "2"
-    assert not model.exists()
-
-
-def test_an_interrupted_build_changes_nothing(tmp_path, config):
-    folder = tmp_path / "bucket/datasets/d"
-    folder.parent.mkdir(parents=True)
-    build_sandbox.build(folder, config, write_value)
-    config.write_text("value: 2\n")
-
-    def interrupted(new, config):
-        (new / "value").write_text("half of i")
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        build_sandbox.build(folder, config, interrupted)
-    assert (folder / "value").read_text() == "1"
-    assert build_sandbox.build(folder, config, write_value)
-    assert (folder / "value").read_text() == "2"
+        build_sandbox.build(dataset, config, write_value, outdates=model)
+    assert (dataset / "value").read_text() == "1" and model.exists()
+    config.write_text("value: 3\n")
+    assert build_sandbox.build(dataset, config, write_value, outdates=model)
+    assert (dataset / "value").read_text() == "3"
+    assert not model.exists()  # what was made from the old one
