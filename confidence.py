@@ -143,8 +143,8 @@ def _doubts(absent, strangers, ambiguous):
     """Sentences about stacks without an image, images of no named stack, and images that several stacks fit."""
     doubts = (
         ("names {} without an image", "stack", absent, "the intervals rest on the other stacks only"),
-        ("names no stack for {}", "image", strangers, "they count as one more stack, and must all come from one"),
-        ("names several stacks for {}", "image", ambiguous, "the longest name counts, and must be the stack's"),
+        ("names no stack for {}", "image", strangers, "they count as one more stack: right only if they come from one"),
+        ("names several stacks for {}", "image", ambiguous, "the longest name counts: right only if it is the stack's"),
     )
     sentences = []
     for what, kind, names, meaning in doubts:

@@ -164,7 +164,7 @@ def test_the_range_for_the_next_stack(name):
     own = metric(*(count[:11, trained(blocks, metric)] for count in counts.confusion(blocks)))
     reach = stats.t.ppf(0.975, 10) * logit(own).std(ddof=1) * np.sqrt(1 + 1 / 11)
     limits = expit(logit(own).mean() + reach * np.array([-1, 1]))
-    assert assess(blocks, metric).next_stack_interval == pytest.approx(limits, abs=0.01)
+    assert assess(blocks, metric).next_stack_interval == pytest.approx(limits, abs=0.003)
 
 
 def test_stacks_without_a_hit_or_without_an_error_have_a_range_too():
