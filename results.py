@@ -11,7 +11,6 @@ import subprocess
 import time
 import unicodedata
 import uuid
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -162,7 +161,7 @@ def _describe_class(result, metric_name):
         "blocks": confidence.blocks,
         "worth": confidence.worth,
         "why_no_interval": confidence.reason,
-        "guaranteed_recall": None if guaranteed is None else asdict(guaranteed),
+        "guaranteed_recall": None if guaranteed is None else guaranteed._asdict(),
         "equally_good_thresholds": trained.best_stretch,
         "warnings": warnings(result, metric_name),
     }

@@ -222,7 +222,7 @@ def count_what_is_missing(job, inputs, parts, checkpoint, path):
                 save(checkpoint, path)
                 saved = time.monotonic()
     if problems:
-        raise image_utils.problems_error(problems, inputs.problems_path)
+        raise image_utils.problems_error(sorted(problems), inputs.problems_path)
 
 
 def save(checkpoint, path):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import termios
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from helpers import (
     MODEL,
     MODEL_ID,
     ROOT,
+    SCRIPT,
     SMALL_CHUNKS,
     SPLIT,
     arguments,
@@ -34,6 +36,7 @@ from helpers import (
     run_here,
     run_tool,
     start,
+    start_program,
     thresholds,
     upload,
     write_split,
@@ -184,9 +187,12 @@ def test_seeds_do_what_they_say(counted):
     import tensorflow as tf  # not before the tool did
 
     assert tf.compat.v1.get_seed(None)[0] == 5
-    assert_done(run_here(*command, cwd=counted))  # without the network, which draws numbers of its own
-    assert random.random() == random.Random(0).random()
-    assert np.random.random() == np.random.RandomState(4).random()
+    # Without the network, which draws numbers of its own, and in a process where nothing else does.
+    then = "import random; print(script.main(), random.random(), script.np.random.random())"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {SCRIPT.stem} as script; {then}"
+    process = finish(start_program(sys.executable, "-c", code, *command, cwd=counted))
+    drawn = random.Random(0).random(), np.random.RandomState(4).random()
+    assert process.stdout.splitlines()[-1] == f"0 {drawn[0]} {drawn[1]}", process.stderr
     metadata = results(counted / "bucket")[-1]["metadata"]
     assert metadata["random-module-global-seed"] == 0
     assert metadata["numpy_random_global_seed"] == metadata["subset_seed"] == 4
@@ -332,7 +338,7 @@ def test_a_terminal_shows_progress_and_an_interrupted_run_continues_later(tmp_pa
     code, screen = run_in_terminal(*command, cwd=tmp_path, settings=SMALL_CHUNKS, **stop)
     assert code == 130, screen
     assert "images/s" in screen
-    kept = int(re.search(r"error: interrupted; .* the counts of (\d+) of 120 images, are kept", screen)[1])
+    kept = int(re.search(r"error: interrupted; .* the counts of (\d+) of 120 images are kept", screen)[1])
     assert 0 < kept < 120
     assert "Traceback" not in screen
     assert not results(bucket)
