@@ -181,10 +181,12 @@ def test_a_cluster_continues_what_one_process_began(cluster, bucket, tmp_path, a
     assert rerun.returncode == 0 and "no inference needed" in rerun.stdout
 
 
-def test_a_scheduler_that_is_lost(cluster, bucket, tmp_path, alone):
-    _, folder = cluster.worker("slow", SLOW.replace("SECONDS", "0.2"))
+@pytest.mark.parametrize("seconds, images", [("0.2", 24), ("60", 0)])
+def test_a_scheduler_that_is_lost(cluster, bucket, tmp_path, alone, seconds, images):
+    """In the middle of the job, and before its first chunk is counted."""
+    _, folder = cluster.worker("slow", SLOW.replace("SECONDS", seconds))
     process = command(cluster, bucket, tmp_path / "command")
-    wait_until(lambda: counted(folder) > 24, process)
+    wait_until(lambda: counted(folder) > images, process)
     cluster.scheduler.kill()
     assert_one_error_line(finish(process), CLUSTER, cluster.address, "lost", "run the same command again")
     assert not results(bucket)
