@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-FAULTS = ("reset", "lost", "delay", "403", "429", "500", "503", "cut", "wrong")
+OPERATIONS = ("get", "list", "create", "other")
 
 
 class Request(NamedTuple):
@@ -47,10 +47,9 @@ class ChaosProxy:
 
     server : address of the storage server, "http://host:port"
     rate : share of the requests that meet a fault, in [0, 1], drawn from the seed
-    faults : which: "reset" (the connection, before the request reaches the server), "lost" (the connection is reset
+    faults : "reset" (the connection, before the request reaches the server), "lost" (the connection is reset
         once the server has done its work), "delay" (for `delay` seconds), "403" (as for too many requests), "429",
         "500", "503", "cut" (half a body), "wrong" (a whole body of the right length, of other bytes)
-    bandwidth : of the line back, shared by all connections, in bytes/s; None: no limit
     latency : of each answer, in seconds
     permissions : operations that are not refused
     token : the access token without which a request is refused with 401; None: any will do
@@ -59,18 +58,15 @@ class ChaosProxy:
     certificate : a PEM file with certificate and key, for a proxy that speaks TLS
     """
 
-    def __init__(
-        self, server, rate=0.0, faults=FAULTS, seed=0, delay=0.5, permissions=("get", "list", "create", "other"),
-        token=None, certificate=None,
-    ):  # fmt: skip
-        self.server, self.rate, self.faults, self.delay = server, rate, faults, delay
-        self.permissions, self.token = permissions, token
-        self.bandwidth, self.latency = None, 0.0
+    faults = ("reset", "lost", "delay", "403", "429", "500", "503", "cut", "wrong")
+
+    def __init__(self, server, rate=0.0, seed=0, delay=0.5, permissions=OPERATIONS, certificate=None):
+        self.server, self.rate, self.delay, self.latency = server, rate, delay, 0.0
+        self.permissions, self.token = permissions, None
         self.play, self.rewrite = lambda *request: None, lambda operation, answer: answer
         self.requests = []
-        self.line = threading.Lock()
         self.connections = set()
-        self._random, self._lock = random.Random(seed), threading.Lock()
+        self._random = random.Random(seed)
         self._listener = _Listener(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
         self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{self._listener.server_port}"
         if certificate:
@@ -96,15 +92,12 @@ class ChaosProxy:
 
     def draw(self, method, path):
         """Log a request and choose its fault."""
-        with self._lock:
-            fault = self._random.choice(self.faults) if self._random.random() < self.rate else None
-            self.requests.append(Request(operation(method, path), path, fault))
+        fault = self._random.choice(self.faults) if self._random.random() < self.rate else None
+        self.requests.append(Request(operation(method, path), path, fault))
         return fault
 
 
 class _Listener(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
     request_queue_size = 256
 
     def handle_error(self, request, client_address):
@@ -169,20 +162,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(key, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self._send(content[: len(content) // 2] if fault == "cut" else content)
+        self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
         if fault == "cut":
             self._reset()
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = _handle
-
-    def _send(self, content):
-        size = 1 << 14 if self.proxy.bandwidth else len(content) + 1
-        for start in range(0, len(content), size):
-            chunk = content[start : start + size]
-            with self.proxy.line:
-                time.sleep(len(chunk) / (self.proxy.bandwidth or float("inf")))
-            self.wfile.write(chunk)
-            self.wfile.flush()
 
     def do_CONNECT(self):
         """Let bytes through, both ways, until one side has no more."""
@@ -205,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self._send(content)
+        self.wfile.write(content)
 
     def _reset(self):
         self.close_connection = True

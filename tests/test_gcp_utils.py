@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import socket
@@ -144,17 +143,6 @@ def test_a_version_changes_with_the_content(bucket, server, bucket_name, tmp_pat
         assert "changed in the bucket during the run" in error_of(call, before)
 
 
-def test_a_folder_of_a_bucket_is_a_bucket_and_its_address_opens_it_elsewhere(bucket, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    inner = open_bucket(f"{bucket.url('dataset/train')}/".removeprefix(f"{tmp_path}/"), tmp_path / "cache")
-    monkeypatch.chdir("/")
-    place = open_bucket(inner.address, tmp_path / "cache")
-    assert place.list("images")[0].name == "images/a.png"
-    assert place.read(place.stat("images/a.png")) == IN_THE_BUCKET["dataset/train/images/a.png"]
-    place.create("x.yaml", b"x")
-    assert bucket.stat("dataset/train/x.yaml").size == 1
-
-
 @pytest.mark.parametrize(
     "name", ["x/../../etc/passwd", "..", "x/./y", "/etc/passwd", "x/\x1b]0;\x07", "a\nb", "\udcff"]
 )
@@ -191,18 +179,6 @@ def test_objects_uploaded_from_windows_are_named(gs, server, bucket_name, name):
     assert name.replace("\\", "\\\\") in repr(error_of(call, "/".join(parts if call == gs.stat else parts[:-2])))
 
 
-def test_the_folders_of_a_split_are_listed_at_once(monkeypatch, tmp_path):
-    """The page sizes come in turns of the folders."""
-    folders = ["images", *(f"masks/class_{i}" for i in range(3))]
-    names = sorted(f"dataset/train/{folder}/{i:06d}.png" for folder in folders for i in range(3500))
-    with listing_stub(names, latency=0.05) as (url, page_sizes):
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        blobs = open_bucket("gs://sandbox", tmp_path / "cache").list("dataset/train")
-    assert [blob.name for blob in blobs] == names
-    assert sorted(page_sizes) == [0] * 2 + [500] * 4 + [1000] * 12
-    assert page_sizes.index(500) >= 2 + 6  # when the first folder ends, all others have begun
-
-
 def test_a_malformed_address_is_told(tmp_path):
     for address in ("gs://", "gs:///x", "gs://UPPER", "gs://..", "gs://a b/c", "gs://sandbox/../x", "gs://a//b"):
         assert error_of(open_bucket, address, tmp_path).startswith(f"{address}: ")
@@ -226,17 +202,6 @@ def test_a_later_run_fetches_what_has_changed_or_is_damaged_and_nothing_else(gs,
     assert sum(told) == len(IN_THE_BUCKET["dataset/config.yaml"] + b"retrained")
 
 
-def test_what_stands_in_the_place_of_the_cache_or_of_an_object_in_it_is_named(gs, bucket_name, tmp_path):
-    blob = gs.stat("model.hdf5")
-    path = gs.fetch(blob)
-    path.unlink()
-    path.mkdir()
-    message = error_of(gs.read, blob)
-    assert str(path) in message and "Is a directory" in message and "in the way" in message
-    (tmp_path / "file").write_text("in the way")
-    assert f"{tmp_path}/file: " in error_of(open_bucket, f"gs://{bucket_name}", tmp_path / "file")
-
-
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing(gs, directory, tmp_path):
     """The kernel lets no file grow beyond 100 kB: the nearest to a full disk that needs no mount."""
     blob, limits = gs.stat("model.hdf5"), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -255,7 +220,6 @@ def test_a_dataset_larger_than_the_disk_is_told_before_the_fetch(gs, tmp_path):
     gs.check_room(blobs)
     message = error_of(gs.check_room, [*blobs, Blob("images/x.png", free + 10**12, 1)])
     assert "disk_gb" in message and str(tmp_path / "cache") in message
-    assert abs(int(re.search(r"lacks ([\d,]+) GB", message)[1].replace(",", "")) - 1001) <= 1  # others write, too
 
 
 def test_partial_files_of_killed_runs_are_swept_from_every_folder(tmp_path):
@@ -300,14 +264,6 @@ def test_an_upload_that_nobody_reads_is_given_up(brief, monkeypatch, tmp_path):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{listener.getsockname()[1]}")
         message = error_of(open_bucket("gs://sandbox", tmp_path).create, "x.png", bytes(20_000_000))
     assert "gs://sandbox/x.png" in message and "timed out" in message and "gave up after" in message
-
-
-def test_a_slow_line_is_no_fault_and_a_cut_after_a_long_time_is_tried_again(proxy, brief, gs):
-    blob = gs.stat("model.hdf5")
-    proxy.bandwidth, proxy.latency, proxy.requests[:] = 5e5, 0.1, []
-    proxy.draw = lambda *request, draw=proxy.draw: draw(*request) or ("cut" if len(proxy.requests) == 1 else None)
-    assert gs.read(blob) == IN_THE_BUCKET["model.hdf5"]  # takes longer than any of the limits
-    assert len(proxy.requests) == 2
 
 
 def test_listings_without_checksums(proxy, gs, server, bucket_name):
@@ -361,7 +317,6 @@ def other_refusal(message):
         (other_refusal("Provided scope(s) are not authorized"), ["Provided scope", "cloud-platform"]),
         (other_refusal("Permission denied on Cloud KMS key. Please ensure ..."), ["denied on", "encrypts"]),
         (other_refusal("x does not have serviceusage.services.use access"), ["x does not", "serviceUsageConsumer"]),
-        (other_refusal("The bucket is quarantined"), ["quarantined"]),
         ((403, b"<!DOCTYPE html><html>Blocked by ACME</html>"), ["web page", "web filter"]),
         ((200, b"<html>Please log in</html>"), ["web page", "web filter"]),
     ],
@@ -377,10 +332,8 @@ def test_refusals_that_are_not_about_the_two_roles(proxy, gs, answer, words):
 
 
 @pytest.mark.parametrize(("missing", "role"), [("list", "Viewer"), ("get", "Viewer"), ("create", "Creator")])
-def test_a_missing_permission_is_named_with_its_role(proxy, gs, server, bucket_name, missing, role):
-    """Also where the name of an object has the words of another cause in it."""
-    fake_gcs.put_object(server, bucket_name, "billing policy, rate limit", b"")
-    blob = gs.stat("billing policy, rate limit")
+def test_a_missing_permission_is_named_with_its_role(proxy, gs, missing, role):
+    blob = gs.stat("model.hdf5")
     proxy.permissions = {"get", "list", "create"} - {missing}
     proxy.requests.clear()
     calls = {"list": lambda: gs.list(""), "get": lambda: gs.stat(blob.name), "create": lambda: gs.create("x", b"x")}
@@ -418,32 +371,17 @@ def test_behind_an_http_proxy_that_wants_a_password(proxy, bucket_name, behind, 
     assert "407" in message and "user:password" in message and "ong" not in message and "gave up" not in message
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["http://me:se/cret@proxy:3128", "me:secret#x@proxy:80", "http://me:secret@proxy:80a", "http:/secret", "http://",
-     "socks5h://me:secret@127.0.0.1:1"]
-)  # fmt: skip
-@pytest.mark.parametrize("variable", ["HTTP_PROXY", "STORAGE_EMULATOR_HOST"])
-def test_an_address_that_cannot_be_one_is_told_at_once_and_not_shown(behind, tmp_path, address, variable):
-    behind("http://storage.example.test", **{variable: address})
-    message = error_of(open_bucket, "gs://sandbox", tmp_path)
-    assert variable in message and "http://host:port" in message and "cret" not in message
-
-
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
     """A PEM file with a key and a certificate, which is its own authority, for the hosts of the tests."""
     path = tmp_path_factory.mktemp("certificate") / "both.pem"
-    hosts = "subjectAltName=DNS:storage.example.test,DNS:iamcredentials.googleapis.com,IP:127.0.0.1"
+    hosts = "subjectAltName=DNS:storage.example.test"
     make = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=storage.example.test -keyout /dev/stdout -addext"
     path.write_bytes(subprocess.run([*make.split(), hosts], check=True, capture_output=True).stdout)
     return path
 
 
-@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
-def test_behind_an_https_proxy_with_an_authority_of_its_own(
-    server, bucket_name, certificate, behind, tmp_path, variable
-):
+def test_behind_an_https_proxy_with_an_authority_of_its_own(server, bucket_name, certificate, behind, tmp_path):
     place, blob = "https://storage.example.test", Blob("model.hdf5", 600_000, 1, "x")
     with ChaosProxy(server, certificate=certificate) as storage, ChaosProxy(storage.url) as proxy:
         behind(place, HTTPS_PROXY=proxy.url)
@@ -453,13 +391,10 @@ def test_behind_an_https_proxy_with_an_authority_of_its_own(
             message = error_of(call)
             assert "CERTIFICATE_VERIFY_FAILED" in message and "REQUESTS_CA_BUNDLE" in message
             assert len(proxy.requests) == 1  # waiting does not help
-        behind(place, HTTPS_PROXY=proxy.url, **{variable: certificate})
+        behind(place, HTTPS_PROXY=proxy.url, REQUESTS_CA_BUNDLE=certificate)
         all_operations(open_bucket(f"gs://{bucket_name}", tmp_path / "cache"))
         assert {request.operation for request in storage.requests} == {"list", "get", "create"}
         assert {request.path for request in proxy.requests} == {"storage.example.test:443"}
-    behind(place, **{variable: tmp_path / "nothing.pem"})
-    message = error_of(open_bucket, f"gs://{bucket_name}", tmp_path)
-    assert variable in message and "nothing.pem" in message and "No such file" in message
 
 
 def test_a_missing_bucket_is_told_and_an_emulator_that_is_left_over(server, monkeypatch, tmp_path):
@@ -493,11 +428,10 @@ def as_service_account(proxy, bucket_name, certificate, monkeypatch, tmp_path):
     (tmp_path / ".netrc").write_text("default login me password secret\n")
     monkeypatch.setenv("HOME", str(tmp_path))
 
-    def open_as(token_uri, **impersonated):
+    def open_as(token_uri):
         account = {"type": "service_account", "client_email": "someone@example.com", "token_uri": token_uri}
         account |= {"private_key": certificate.read_text().partition("-----BEGIN CERT")[0], "project_id": "p"}
-        given = {**impersonated, "source_credentials": account} if impersonated else account
-        (tmp_path / "key.json").write_text(json.dumps(given))
+        (tmp_path / "key.json").write_text(json.dumps(account))
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
         monkeypatch.setenv("API_ENDPOINT_OVERRIDE", proxy.url)
         monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
@@ -538,54 +472,24 @@ def test_credentials_that_give_no_token_are_told(as_service_account, brief, capf
     assert "trying again for 0.9 s" in line
 
 
-def test_the_permission_that_impersonation_lacks_is_told(as_service_account, server, certificate, monkeypatch):
-    denied = {"error": {"message": "Permission 'iam.getAccessToken' denied"}, "other": "s3cr3t"}
-    url = "https://iamcredentials.googleapis.com/v1/projects/-/serviceAccounts/x@p:generateAccessToken"
-    given = {"type": "impersonated_service_account", "service_account_impersonation_url": url}
-    with (
-        ChaosProxy(server, certificate=certificate) as iam,
-        ChaosProxy(iam.url) as proxy,
-        answering(200, {"access_token": "s3cr3t", "expires_in": 3600}) as token_url,
-    ):
-        iam.play = lambda *request: (403, json.dumps(denied).encode())
-        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
-        message = error_of(as_service_account(token_url, **given).list, "")
-    assert "Permission 'iam.getAccessToken' denied" in message and "s3cr3t" not in message
-
-
-def test_a_directory_that_cannot_be_used_is_told(tmp_path):
-    (tmp_path / "file").write_text("x")
-    assert "No such file or directory" in error_of(open_bucket, str(tmp_path / "none"), tmp_path)
-    assert "Not a directory" in error_of(open_bucket, str(tmp_path / "file"), tmp_path)
-    message = error_of(open_bucket(str(tmp_path), tmp_path).create, "file/x.yaml", b"x")
-    assert "file/x.yaml: cannot be written" in message
-
-
 def test_links_are_followed(directory, tmp_path):
     images = tmp_path / "bucket/dataset/train/images"
     (images / "more").symlink_to(tmp_path / "bucket/dataset-2")
     assert len(directory.list("dataset/train/images")) == 4
-    os.mkfifo(images / "pipe")
-    assert "pipe: is not a regular file" in error_of(directory.list, "dataset")
 
 
-@pytest.mark.parametrize("number", [0, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_result_is_published_with_hard_links_and_without(directory, tmp_path, monkeypatch, number):
-    """Without, as on exFAT, gcsfuse and shared folders. Never over another's, or through a link; all may read it."""
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_result_is_published_without_hard_links(directory, tmp_path, monkeypatch, number):
+    """As on exFAT, gcsfuse and shared folders. Never over another's; all may read it."""
 
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    if number:
-        monkeypatch.setattr(os, "link", refuse)
-    folder = tmp_path / "bucket/models/m"
+    monkeypatch.setattr(os, "link", refuse)
     directory.create("models/m/x.yaml", b"x: 1\n")
     directory.create("models/m/x.yaml", b"x: 1\n")
     error_of(directory.create, "models/m/x.yaml", b"x: 2\n", error=FileExistsError)
     assert directory.read(directory.stat("models/m/x.yaml")) == b"x: 1\n"
-    (folder / "dangling").symlink_to("nowhere")
-    error_of(directory.create, "models/m/dangling", b"x", error=(BucketError, FileExistsError))
-    assert sorted(os.listdir(folder)) == ["dangling", "x.yaml"]
+    assert os.listdir(tmp_path / "bucket/models/m") == ["x.yaml"]
     os.umask(mask := os.umask(0))
-    assert (folder / "x.yaml").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert (tmp_path / "bucket/models/m/x.yaml").stat().st_mode & 0o777 == 0o666 & ~mask

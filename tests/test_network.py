@@ -1,7 +1,6 @@
 """The network is the one that was trained: rebuilt from its configuration, with the weights of every kind of file."""
 
 import fcntl
-import inspect
 import json
 import os
 import re
@@ -249,45 +248,6 @@ def test_a_configuration_that_the_file_or_the_dataset_contradicts_is_an_error(fi
     error(train_config, files / "whole.hdf5", words, **others)
 
 
-OTHER_SETTINGS = {
-    "Unet": {
-        **{"input_shape": (96, 96, 1), "classes": 3, "activation": "softmax", "encoder_freeze": True},
-        "encoder_features": ("conv_pw_10_relu", "conv_pw_5_relu", "conv_pw_3_relu", "conv_pw_1_relu"),
-        **{"decoder_block_type": "transpose", "decoder_filters": (8, 8, 8, 4, 8), "decoder_use_batchnorm": False},
-    },
-    "FPN": {
-        **{"pyramid_block_filters": 16, "pyramid_use_batchnorm": False},
-        **{"pyramid_aggregation": "sum", "pyramid_dropout": 0.5},
-    },
-    "Linknet": {
-        "decoder_filters": (None, None, None, None, 8),
-        **{"decoder_block_type": "transpose", "decoder_use_batchnorm": False},
-    },
-    "PSPNet": {
-        **{"downsample_factor": 4, "psp_conv_filters": 16, "psp_pooling_type": "max"},
-        **{"psp_use_batchnorm": False, "psp_dropout": 0.5},
-    },
-}
-SAME_NETWORK = {"input_shape", "encoder_freeze"}
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_every_setting_that_a_whole_model_does_not_have_is_refused_or_changes_nothing(tf, tmp_path, name):
-    import segmentation_models
-
-    original = trained(name, "mobilenet")
-    original.save(tmp_path / "model.hdf5")
-    of_all = OTHER_SETTINGS["Unet"].keys() | {"backbone_name", "weights", "encoder_weights", "kwargs"}
-    settings = inspect.signature(getattr(segmentation_models, name)).parameters.keys()
-    assert settings <= OTHER_SETTINGS[name].keys() | of_all
-    for setting, value in OTHER_SETTINGS[name].items():
-        other = config(name, **{"backbone": "mobilenet", setting: value})
-        if setting in SAME_NETWORK:
-            assert_same_weights(build(other, tmp_path / "model.hdf5"), original)
-        else:
-            error(other, tmp_path / "model.hdf5", "train_config")
-
-
 def described(path, change):
     """Change the layers in the description of a whole model."""
     with h5py.File(path, "r+") as file:
@@ -359,17 +319,6 @@ def test_another_preprocessing_is_warned_of(files):
         build(PSPNET | more, files / "weights.hdf5", warn=warnings.append)
         assert len(warnings) == (warned is not None)
         assert not warned or (warned in warnings[0] and "divided by 255" in warnings[0])
-
-
-def test_lack_of_memory_is_called_that(tf, files, monkeypatch):
-    """What TensorFlow raises; to be really out of memory takes it 10 s of trying."""
-    import segmentation_models
-
-    def no_memory(activation="softmax", downsample_factor=8, **kwargs):
-        raise tf.errors.InternalError(None, None, "Dst tensor is not initialized.")
-
-    monkeypatch.setattr(segmentation_models, "PSPNet", no_memory)
-    assert "model_parameters" not in error(PSPNET, files / "weights.hdf5", "has no memory for the network", "Dst")
 
 
 # ---------------------------------------------------------------------------------------------------------------
