@@ -1,4 +1,4 @@
-"""The figures: everything is drawn at the right place, for any number of classes, any names and sizes."""
+"""The figures: everything is drawn at the right place, for any number of classes and any names."""
 
 import hashlib
 import io
@@ -137,34 +137,17 @@ def test_panels_have_the_same_vertical_axis_except_where_a_curve_would_be_flat()
         assert [float(text.get_text()) for text in one.get_yticklabels()] == pytest.approx(list(one.get_yticks()))
 
 
-def test_what_belongs_to_a_class_is_drawn():
+def test_a_level_a_guarantee_the_next_stack_and_a_narrow_peak_are_drawn():
     guaranteed = GuaranteedRecall(0.9, 0.2, 0.5, 0.97, 11, None)
-    stacks = [stack("a", 0.25, 0.4), stack("b", 0.75, 0.9), StackResult("c", 5, 0, *6 * [None])]
     metric = np.where(np.arange(len(T)) == index_of(0.61) + 1, 0.9, 0.4)  # a peak of one threshold
-    intervals = {"x_interval": (0.3, 0.9), "next_stack_interval": (0.35, 0.95), "gain": None, "worth": 4.61}
-    shown = result("class7", "cracks", metric, None, guaranteed, stacks, **intervals)
+    shown = result("class7", "cracks", metric, None, guaranteed, next_stack_interval=(0.35, 0.95), gain=None)
     figure, (axes,) = panels([shown], "precision_at_recall_0.9")
     assert [shown.trained.x, 0.9] in line(axes, "precision").get_xydata().tolist()
-    low, high = axes.patches[0].get_extents().transformed(axes.transData.inverted()).intervalx
-    assert (low, high) == pytest.approx((0.3, 0.9))
-    band = axes.collections[0].get_paths()[0].vertices
-    for y in (0.36, 0.44):
-        assert np.isclose(band, (0.5, y)).all(axis=1).any()
     assert line(axes, "recall asked for").get_ydata()[0] == 0.9
     assert line(axes, "recall 0.9 guaranteed").get_xdata()[0] == 0.2
-    assert line(axes, "stacks, each at its own best").get_xydata().tolist() == [[0.25, 0.4], [0.75, 0.9]]
     assert line(axes, "next stack (95 % range)").get_xydata().tolist() == [[shown.trained.x, y] for y in (0.35, 0.95)]
     assert [artist.get_label() for artist in axes.lines].count("precision") == 1  # the metric is not drawn twice
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert {"recall", "recall asked for", "next stack (95 % range)", "its 95 % interval"} < set(legend)
-    text = "\n".join(text.get_text() for text in axes.texts)
-    for part in (
-        "class7 (cracks)",
-        "12,345 positives in 11 stacks, worth 4.6",
-        "0.5 does not reach",
-        "next stack 0.35",
-    ):
-        assert part in text
+    assert any("0.5 does not reach" in text.get_text() for text in axes.texts)
     assert NOTE.split() == figure.get_suptitle().split()[1:]
 
 
@@ -176,10 +159,7 @@ def test_without_an_interval_there_is_no_band():
 
 def test_names_are_drawn_literally():
     results = [result(f"class{i}", name) for i, name in enumerate(ODD_NAMES)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        figures.draw_curves(results, "iou_score", r"$\frac{model}$ 裂纹", NOTE)
-    _, axes = panels(results)
+    _, axes = panels(results, title=r"$\frac{model}$ 裂纹")
     titles = [one.texts[0].get_text() for one in axes]
     assert titles[0] == r"class0 (fibre $\alpha)" and titles[7] == "class7 ($x$)"
     assert titles[5].startswith("class5 (aaa") and titles[5].endswith("aaa)") and "…" in titles[5]
@@ -187,7 +167,9 @@ def test_names_are_drawn_literally():
 
 def draw_both():
     """Hashes of both figures by the ends of their names, and the number of warnings."""
-    files, problems = figures.draw([result()], SimpleNamespace(shown=[shown_slice()]), "iou_score", "title", NOTE)
+    mask, bins = np.ones((64, 64, 1), bool), np.full((64, 64, 1), index_of(0.55))
+    shown = SimpleNamespace(name="slice_0", image=np.zeros((64, 64), np.uint8), truth=mask, bins=bins)
+    files, problems = figures.draw([result()], SimpleNamespace(shown=[shown]), "iou_score", "title", NOTE)
     return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, len(problems)
 
 
@@ -211,24 +193,6 @@ def test_a_figure_that_cannot_be_drawn_costs_a_warning_only(monkeypatch):
 
 
 # The slices
-
-
-def shown_slice(name="slice_0", truth=True, probability=0.55):
-    """A counts.ShownSlice of 64 x 64 pixels and one class: a square with this probability, in the mask or not."""
-    square = np.zeros((64, 64, 1), bool)
-    square[10:20, 10:20] = True
-    bins = np.where(square, index_of(probability), 0).astype(np.int32)
-    return SimpleNamespace(name=name, image=np.zeros((64, 64), np.uint8), truth=square & truth, bins=bins)
-
-
-def test_each_slice_is_shown_once_and_empty_ones_only_where_there_are_no_others():
-    one, empty = shown_slice("a"), shown_slice("b", truth=False, probability=0.01)
-    shown = figures.slices(SimpleNamespace(shown=[one, empty, one]), [index_of(0.6)])
-    assert [slice.name for slice in shown] == ["a"]
-    assert not shown[0].prediction.any() and shown[0].at_half.sum() == 100
-    at_half = shown_slice(probability=0.5)  # not above
-    assert not figures.slices(SimpleNamespace(shown=[at_half]), [index_of(0.4)])[0].at_half.any()
-    assert [slice.name for slice in figures.slices(SimpleNamespace(shown=[empty, empty]), [index_of(0.6)])] == ["b"]
 
 
 def tint(outcome, grey):
@@ -277,21 +241,14 @@ def test_what_changed_from_one_half_is_marked_and_counted():
 
 
 def test_rows_are_classes_and_columns_are_slices():
-    slices = []
-    for i in range(3):
-        mask = np.zeros((100, 80, 2), bool)
-        mask[:, :, i % 2] = True
-        slices.append(figures.Slice("name", np.full((100, 80), 40 * i, np.uint8), mask, *2 * [np.ones_like(mask)]))
+    masks = np.zeros((2, 100, 80, 2), bool)
+    masks[0, :, :, 1] = masks[1, :, :, 0] = True
+    slices = [figures.Slice("name", np.full((100, 80), 40 * i, np.uint8), *3 * [masks[i]]) for i in range(2)]
     picture = decode(figures.draw_slices(slices, ["a", "b"], "title"))
-    places = np.zeros((3, 2, 2))
-    for i in range(3):
-        for k in range(2):
-            found = positions(picture, tint(0 if i % 2 == k else 2, 40 * i))
-            assert len(found) == 300 * 240  # enlarged three times
-            places[i, k] = found.mean(axis=0)
-    rows, columns = places[..., 0], places[..., 1]
-    assert (rows == rows[0]).all() and rows[0, 0] < rows[0, 1]
-    assert (columns[:, 0] == columns.T).all() and columns[0, 0] < columns[1, 0] < columns[2, 0]
+    found = [positions(picture, tint(0, 40 * i)) for i in range(2)]
+    assert [len(pixels) for pixels in found] == 2 * [300 * 240]  # enlarged three times
+    (first_row, first_column), (second_row, second_column) = (pixels.mean(axis=0) for pixels in found)
+    assert first_row > second_row and first_column < second_column
 
 
 def test_cracks_one_pixel_wide_have_no_gaps_in_large_slices():
@@ -301,17 +258,3 @@ def test_cracks_one_pixel_wide_have_no_gaps_in_large_slices():
     found = positions(decode(figures.draw_slices([shown], ["a"], "title")), tint(1, 12))
     expected = {(777 // 6, i) for i in range(342)} | {(i, i) for i in range(342)} | {(1500 // 6, 0)}
     assert set(map(tuple, (found - found.min(axis=0)).tolist())) == expected
-
-
-def test_twelve_classes_of_noisy_images_and_odd_names_stay_below_4_mb():
-    rng, side = np.random.default_rng(0), 512
-    masks = (rng.random((3, side // 32, side // 32, 12)) < 0.3).repeat(32, axis=1).repeat(32, axis=2)
-    slices = [
-        figures.Slice(name, rng.normal(128, 40, (side, side)).clip(0, 255).astype(np.uint8), *masks)
-        for name in ["$", "裂纹.tif", "x" * 400, "a", "b", "c"]
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        png = figures.draw_slices(slices, [*ODD_NAMES, "i", "j", "k", "l"], "m" * 900)
-    assert len(png) < 4_000_000
-    assert decode(png).shape[1] > 6 * 190

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,33 +118,6 @@ def test_the_optimum_is_found_for_shifted_logits(shift):
     assert trained.metric == np.sum(truth & above) / np.sum(truth | above)
     assert iou[ends].max() - 2e-5 <= trained.metric <= iou[ends].max()
     assert not trained.warnings
-
-
-def test_every_threshold_agrees_with_scikit_learn():
-    p, truth = some_network()
-    p, metric = p.astype(np.float32), models.class_metric("precision_at_recall_0.9")
-    trained, curve = models.train_prediction_threshold(histogram_of(p, truth), "class0", metric, lambda *_: None)
-    precision, recall, _ = sklearn.metrics.precision_recall_curve(truth, p)
-    assert trained.metric == pytest.approx(precision[recall >= 0.9].max(), abs=1e-12)
-    assert trained.metric_at_half == pytest.approx(sklearn.metrics.precision_score(truth, p > 0.5), abs=1e-12)
-    assert trained.allowed_at_half == (sklearn.metrics.recall_score(truth, p > 0.5) >= 0.9)
-    for k in (0, 20000, 66637, 90000, N - 1):
-        predicted = p > THRESHOLDS[k]
-        cells = curve.tn[k], curve.fp[k], curve.fn[k], curve.tp[k]
-        assert cells == tuple(sklearn.metrics.confusion_matrix(truth, predicted).ravel())
-        reference = {
-            "iou_score": sklearn.metrics.jaccard_score(truth, predicted, zero_division=0),
-            "f1_score": sklearn.metrics.f1_score(truth, predicted, zero_division=0),
-            "f2_score": sklearn.metrics.fbeta_score(truth, predicted, beta=2, zero_division=0),
-            "precision": sklearn.metrics.precision_score(truth, predicted, zero_division=0),
-            "recall": sklearn.metrics.recall_score(truth, predicted),
-            "binary_accuracy_tfkeras": sklearn.metrics.accuracy_score(truth, predicted),
-            "binary_accuracy_sm": sklearn.metrics.accuracy_score(truth, predicted),
-            "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(truth, predicted),
-            "matthews_corrcoef": sklearn.metrics.matthews_corrcoef(truth, predicted),
-        }
-        ours = {name: of(curve.tp, curve.fp, curve.fn, curve.tn)[k] for name, of in models.CLASS_METRICS.items()}
-        assert ours == pytest.approx(reference, abs=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------
