@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import io
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -20,20 +19,19 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a machine compiles a module once, not in every run
 
+import distributed
 import numpy as np
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark_programs import CLASSES, FLOOR, MAKE_MODEL, MANY_CLASSES, PEAK, SIZE, network_of  # noqa: E402
 from fake_gcs import fake_gcs_server, free_port  # noqa: E402
 from helpers import ROOT, SCRIPT, arguments, blobs_and_masks, finish, start_program, upload, write_split  # noqa: E402
 
 import chunks  # noqa: E402
-import image_utils  # noqa: E402
 from counts import Counts  # noqa: E402
 from gcp_utils import open_bucket  # noqa: E402
-from image_utils import decode_image  # noqa: E402
+from image_utils import decode_image, pair_images_and_masks  # noqa: E402
 
 MODEL_ID = "segmentation-model-benchmark"
 MODEL = f"models/{MODEL_ID}"
@@ -41,9 +39,49 @@ SPLIT = "datasets/dataset-benchmark/validation"
 GPU = bool(shutil.which("nvidia-smi"))
 BACKBONE = "vgg16" if GPU else "resnet18"  # of the rows whose images are 512 x 512
 LARGE = 2000 if GPU else 500  # images of them
+SIZE, CLASSES = 128, 3  # of the other rows, and of all
 
-# ---------------------------------------------------------------------------------------------------------------
-# What is measured
+
+def network_of(backbone):
+    return {"model_name": "Unet", "model_parameters": {"backbone_name": backbone, "activation": "sigmoid"}}
+
+
+# Programs, each in a process of its own. Makes a model of random weights; its arguments are the backbone and the file.
+MAKE_MODEL = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import network
+tf = network.import_tensorflow()
+import segmentation_models
+tf.keras.utils.set_random_seed(1)
+model = segmentation_models.Unet(sys.argv[1], encoder_weights=None, input_shape=(None, None, 1), classes={CLASSES})
+model.compile("adam", "binary_crossentropy")
+model.save(sys.argv[2])
+"""
+
+# What a job cannot do without: TensorFlow, the network with its weights, and the forward passes.
+FLOOR = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np
+import network as room
+tf = room.import_tensorflow()
+config = {{"segmentation_model": {network_of("resnet18")}}}
+network = room.build_network(config, {CLASSES}, ({SIZE}, {SIZE}), sys.argv[1], lambda line: None)
+forward = tf.function(lambda x: network(x, training=False))
+batch = np.random.default_rng(0).random((16, {SIZE}, {SIZE}, 1), np.float32)
+for _ in range(int(sys.argv[2]) // 16):
+    last = forward(batch)
+last.numpy()
+os._exit(0)
+"""
+
+# A process begins with its parent's peak, so a small one stands between: this one may be large.
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+"""
 
 
 def seconds(*command, cwd, **environment):
@@ -107,7 +145,6 @@ def first_run(folder, bucket, measure=seconds, **environment):
     return measure(*tool(bucket), cwd=folder, **environment)
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # Rows: one process
 
 
@@ -135,12 +172,6 @@ def memory(folder, repeats):
     row(
         "peak memory, 2,000 images / 100 images",
         ratio_of_medians(*(lambda b=b: first_run(folder, b, peak_megabytes) for b in buckets), repeats),
-        unit="MiB",
-    )
-    threads = [{f"TF_NUM_{kind}_THREADS": n for kind in ("INTRAOP", "INTEROP")} for n in (32, 2)]
-    row(
-        "peak memory of a pass with 100 classes, 512 x 512, batch 2: 32 threads / 2 threads",
-        ratio_of_medians(*(lambda t=t: peak_megabytes("-c", MANY_CLASSES, cwd=folder, **t) for t in threads), repeats),
         unit="MiB",
     )
 
@@ -198,7 +229,6 @@ def fetching(folder, repeats):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # Rows: a Dask cluster on this machine
 
 
@@ -217,19 +247,13 @@ def dask_cluster(folder, workers):
         own = ",".join(map(str, cores[i::workers]))
         processes.append(start_program("taskset", "-c", own, *dask, "worker", address, *options, **quiet))
     try:
-        with connected(address) as client:
+        with distributed.Client(address, timeout=60) as client:
             client.wait_for_workers(workers, timeout=60)
         yield {"DASK_SCHEDULER_ADDRESS": address}
     finally:
         for process in processes:
             process.terminate()
             process.wait()
-
-
-def connected(address):
-    import distributed
-
-    return distributed.Client(address, timeout=60)
 
 
 def cluster(folder, repeats):
@@ -249,17 +273,17 @@ def cluster(folder, repeats):
         both = [("-c", program) for program in (connect, "pass")]
         ours, nothing, _ = ratio_of_medians(*(lambda b=b: seconds(*b, cwd=folder) for b in both), repeats)
         print(f"| import and connect (at most 1.5 s) | {ours - nothing:.2f} s | | |", flush=True)
-        with connected(address) as client:
+        with distributed.Client(address) as client:
             packed = [os.urandom(8000) for _ in range(2000)]
             took = timed(lambda: client.gather([client.submit(len, one, pure=False) for one in packed]))
         print(f"| a chunk of 8 kB through scheduler and worker | {took / len(packed) * 1000:.2g} ms | | |", flush=True)
 
 
-def passes(folder, repeats):
-    """The pass over several chunks by this process and by a Dask worker: images/s, and the gap between chunks."""
+def gap(folder, repeats):
+    """The pass over several chunks by this process: how much longer the first batch of a chunk takes than others."""
     bucket = open_bucket(str(folder / bucket_of(folder, LARGE, 512, BACKBONE)), folder / "tmp/objects")
     blobs = bucket.list(SPLIT)
-    _, samples = image_utils.pair_images_and_masks(blobs, SPLIT, bucket.url, folder / "problems.txt")
+    _, samples = pair_images_and_masks(blobs, SPLIT, bucket.url, folder / "problems.txt")
     job = chunks.Job(
         address=bucket.address,
         train_config={"segmentation_model": network_of(BACKBONE)},
@@ -271,33 +295,17 @@ def passes(folder, repeats):
         environment=chunks.environment(),
     )
     parts = chunks.divide(samples, np.arange(len(samples)) * 20 // len(samples), (512, 512))
-
-    def run():
-        """Images/s after the first chunk, and the time of each batch, from one to the next."""
-        batches, counted = [], []
+    per_chunk, gaps = len(parts[0].samples) // job.batch_size, []
+    for _ in range(repeats):
+        ends = []
         with contextlib.redirect_stdout(io.StringIO()):
-            for part in chunks.counted_chunks(job, bucket, parts, lambda _: batches.append(time.perf_counter())):
-                counted.append((time.perf_counter(), part.counts.images))
-        images = sum(images for _, images in counted[1:])
-        return images / (counted[-1][0] - counted[0][0]), np.diff(batches)
-
-    runs = [run() for _ in range(repeats)]
-    rate = statistics.median(rate for rate, _ in runs)
-    per_chunk = len(parts[0].samples) // job.batch_size
-    gaps = [np.median(times[per_chunk - 1 :: per_chunk]) / np.median(times) - 1 for _, times in runs]
+            list(chunks.counted_chunks(job, bucket, parts, lambda _, ends=ends: ends.append(time.perf_counter())))
+        times = np.diff(ends)
+        gaps.append(np.median(times[per_chunk - 1 :: per_chunk]) / np.median(times) - 1)
     print(f"| gap between chunks, as a part of a chunk (at most 2 %) | {np.median(gaps) / per_chunk:.2%} | | |")
-    with dask_cluster(folder, 1) as environment, contextlib.ExitStack() as stack:
-        os.environ |= environment
-        stack.callback(os.environ.pop, "DASK_SCHEDULER_ADDRESS")
-        of_worker = statistics.median(run()[0] for _ in range(repeats))
-    row(
-        f"pass, Unet/{BACKBONE}, 512 x 512, batch 16: one Dask worker / this process",
-        (of_worker, rate, of_worker / rate),
-        "images/s",
-    )
 
 
-ROWS = {row.__name__: row for row in (whole_job, rerun, memory, counting, fetching, cluster, passes)}
+ROWS = {row.__name__: row for row in (whole_job, rerun, memory, counting, fetching, cluster, gap)}
 
 
 def main():
@@ -309,7 +317,6 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name in options.rows:
             ROWS[name](Path(folder), options.repeats)
-    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,6 @@ def make_once(tmp_path_factory):
         with open(base / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.exists():
-                shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 fill(partial)
                 partial.rename(folder)

@@ -1,7 +1,6 @@
 """Helpers for several test files: the tool as a process, buckets, tiny datasets, and checks of results and errors."""
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -32,7 +31,6 @@ PARAMETERS = {
 TRAIN_CONFIG = {
     "segmentation_model": {"model_name": "Unet", "model_parameters": PARAMETERS},
     "loss": "cross_entropy",
-    "optimizer": "adam",
     "validation_data_shuffle_seed": 12345,
 }
 SMALL_CHUNKS = {  # four of the images of the fixture many_images, each kept as soon as it is counted
@@ -108,9 +106,7 @@ def run_here(*given, cwd):
 
 def wait_until(condition, process):
     """Wait; returns at once when the process ends."""
-    deadline = time.monotonic() + 300
     while not condition() and process.poll() is None:
-        assert time.monotonic() < deadline, "what is waited for does not come"
         time.sleep(0.003)
 
 
@@ -155,17 +151,12 @@ class GoogleBucket:
 
 
 def whole_results(bucket):
-    """Check that all that is new in a bucket, a directory or a GoogleBucket, is whole; its YAML files, oldest first."""
-    if isinstance(bucket, GoogleBucket):
-        contents = bucket.contents()
-    else:
-        contents = {f"{MODEL}/{path.name}": path.read_bytes() for path in (bucket / MODEL).glob("model_thresholds_*")}
+    """Check that all that is new in a GoogleBucket is whole; its YAML files, oldest first."""
+    contents = bucket.contents()
     for name, data in contents.items():
         assert re.fullmatch(rf"{MODEL}/model_thresholds_\d{{8}}T\d{{6}}Z({'|'.join(map(re.escape, ENDINGS))})", name)
         if name.endswith(".png"):
             Image.open(io.BytesIO(data)).verify()
-        if name.endswith(".csv"):
-            assert len({len(row) for row in csv.reader(io.StringIO(data.decode()))}) == 1
     names = sorted(name for name in contents if name.endswith(".yaml"))
     assert {name.replace(".yaml", ending) for name in names for ending in ENDINGS} <= set(contents)
     found = [yaml.safe_load(contents[name]) for name in names]

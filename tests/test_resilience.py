@@ -7,10 +7,7 @@ import os
 import random
 import re
 import resource
-import shutil
-import signal
 import time
-from pathlib import Path
 
 import pytest
 from chaos_proxy import ChaosProxy
@@ -39,7 +36,7 @@ from counts import Checkpoint
 from gcp_utils import open_bucket
 
 # ---------------------------------------------------------------------------------------------------------------
-# Killed and interrupted
+# Killed
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
@@ -98,26 +95,6 @@ def test_runs_killed_at_any_moment_lose_nothing(proxy, many_images, tmp_path, mo
     assert done >= 1
     assert run_until(None).returncode == 0
     assert len(whole_results(bucket)) == done + 1
-
-
-@pytest.mark.slow
-def test_interruptions_at_any_moment_are_one_line(many_images, tmp_path):
-    bucket = Path(shutil.copytree(many_images[0], tmp_path / "bucket"))
-    moments, told = random.Random(1), 0
-    for attempt in range(15):
-        process = start(*arguments("bucket", batch_size=1), cwd=tmp_path, settings=SMALL_CHUNKS)
-        process.stdout.readline()  # it is up
-        number = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[attempt % 3]
-        time.sleep(moments.uniform(0, 4) * (attempt > 0))
-        for _ in range(1 + 2 * (attempt % 2)):  # hasty people press Ctrl-C more than once
-            process.send_signal(number)
-            time.sleep(0.01)
-        process = finish(process)
-        if process.returncode != 0:  # it was not done
-            told += 1
-            assert_one_error_line(process, 128 + number, "interrupted; what was fetched", "kept in tmp")
-        assert all(thresholds(result) == many_images[1] for result in whole_results(bucket))
-    assert told
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -225,8 +202,8 @@ def allow_no_large_file():
 @pytest.mark.parametrize(
     ("mode", "disk", "words"),
     [
-        (0o555, obey_permissions, ["tmp/counts (Permission denied)"]),
-        (0o755, allow_no_large_file, ["tmp/counts (File too large)"]),
+        (0o555, obey_permissions, "tmp/counts (Permission denied)"),
+        (0o755, allow_no_large_file, "tmp/counts (File too large)"),
     ],
     ids=["read-only", "full"],
 )
@@ -235,10 +212,9 @@ def test_a_bad_disk_costs_no_result(tiny_bucket, counted_template, tmp_path, mod
     (tmp_path / "work").mkdir(mode)
     process = finish(start(*arguments("../bucket", batch_size=4), cwd=tmp_path / "work", preexec_fn=disk))
     assert_done(process)
-    warnings = [line for line in lines_of(process) if " class" not in line.split(":")[1]]
-    assert len(warnings) == len(words), process.stderr
-    assert all(word in line for word, line in zip(words, warnings, strict=True))
-    (result,) = whole_results(tiny_bucket)
+    (warning,) = (line for line in lines_of(process) if " class" not in line.split(":")[1])
+    assert words in warning
+    (result,) = results(tiny_bucket)
     assert thresholds(result) == thresholds(results(counted_template / "bucket")[0])
     assert not [path for path in tmp_path.glob("work/tmp/**/*") if path.is_file()]
 
@@ -250,4 +226,4 @@ def test_a_screen_that_goes_away_costs_no_result(counted, no_tensorflow):
     process.stdout.close()
     process.stderr.close()
     assert process.wait(300) == 0
-    assert len(whole_results(counted / "bucket")) == 2
+    assert len(results(counted / "bucket")) == 2
