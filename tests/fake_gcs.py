@@ -113,7 +113,7 @@ def answering(status, answer):
 
 
 @contextlib.contextmanager
-def listing_stub(names, latency=0.0):
+def listing_stub(names):
     """Run the storage API's objects.list for names that no server can be filled with in good time.
 
     Yields its address and a list: for each page that it has sent, the number of objects on it.
@@ -128,7 +128,6 @@ def listing_stub(names, latency=0.0):
         return list(dict.fromkeys((prefix + first + mark, bool(mark)) for first, mark, _ in entries))
 
     def answer(path):
-        time.sleep(latency)
         query = {key: values[0] for key, values in parse_qs(urlsplit(path).query).items()}
         entries = found(query.get("prefix", ""), query.get("delimiter", ""))
         start, size = int(query.get("pageToken") or 0), min(int(query.get("maxResults", 1000)), 1000)

@@ -143,6 +143,15 @@ def test_a_version_changes_with_the_content(bucket, server, bucket_name, tmp_pat
         assert "changed in the bucket during the run" in error_of(call, before)
 
 
+def test_a_listing_of_many_pages_is_whole(monkeypatch, tmp_path):
+    names = [f"split/{folder}/{i:05d}.png" for folder in ("images", "masks/class_0") for i in range(2500)]
+    with listing_stub(names) as (url, page_sizes):
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+        blobs = open_bucket("gs://sandbox", tmp_path / "cache").list("split")
+    assert [blob.name for blob in blobs] == names
+    assert page_sizes.count(1000) == 4 and sum(page_sizes) == 5000
+
+
 @pytest.mark.parametrize(
     "name", ["x/../../etc/passwd", "..", "x/./y", "/etc/passwd", "x/\x1b]0;\x07", "a\nb", "\udcff"]
 )
