@@ -1,6 +1,7 @@
 """The network is the one that was trained: rebuilt from its configuration, with the weights of every kind of file."""
 
 import fcntl
+import inspect
 import json
 import os
 import re
@@ -32,6 +33,26 @@ QUICK = {
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+OTHER_SETTINGS = {
+    "Unet": {
+        **{"input_shape": (96, 96, 1), "classes": 3, "activation": "softmax", "encoder_freeze": True},
+        "encoder_features": ("conv_pw_10_relu", "conv_pw_5_relu", "conv_pw_3_relu", "conv_pw_1_relu"),
+        **{"decoder_block_type": "transpose", "decoder_filters": (8, 8, 8, 4, 8), "decoder_use_batchnorm": False},
+    },
+    "FPN": {
+        **{"pyramid_block_filters": 16, "pyramid_use_batchnorm": False},
+        **{"pyramid_aggregation": "sum", "pyramid_dropout": 0.5},
+    },
+    "Linknet": {
+        "decoder_filters": (None, None, None, None, 8),
+        **{"decoder_block_type": "transpose", "decoder_use_batchnorm": False},
+    },
+    "PSPNet": {
+        **{"downsample_factor": 4, "psp_conv_filters": 16, "psp_pooling_type": "max"},
+        **{"psp_use_batchnorm": False, "psp_dropout": 0.5},
+    },
+}
+SAME_NETWORK = {"input_shape", "encoder_freeze"}
 
 
 @pytest.fixture(scope="module")
@@ -362,3 +383,20 @@ def test_what_the_probabilities_depend_on_is_told(tf, monkeypatch):
     assert re.match(r"\d+", facts["cuda_version"]) and re.match(r"\d+", facts["cudnn_version"])
     details["compute_capability"] = (7, 0)  # before Ampere there is no TF32
     assert room.device_facts()["tf32"] is False
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_setting_that_a_whole_model_does_not_have_is_refused_or_changes_nothing(tf, tmp_path, name):
+    import segmentation_models
+
+    original = trained(name, "mobilenet")
+    original.save(tmp_path / "model.hdf5")
+    of_all = OTHER_SETTINGS["Unet"].keys() | {"backbone_name", "weights", "encoder_weights", "kwargs"}
+    settings = inspect.signature(getattr(segmentation_models, name)).parameters.keys()
+    assert settings <= OTHER_SETTINGS[name].keys() | of_all
+    for setting, value in OTHER_SETTINGS[name].items():
+        other = config(name, **{"backbone": "mobilenet", setting: value})
+        if setting in SAME_NETWORK:
+            assert_same_weights(build(other, tmp_path / "model.hdf5"), original)
+        else:
+            error(other, tmp_path / "model.hdf5", "train_config")
