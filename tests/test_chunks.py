@@ -212,7 +212,9 @@ def test_a_worker_that_hangs_is_named(cluster, bucket, tmp_path):
 def test_a_chunk_that_kills_every_worker(cluster, bucket, tmp_path):
     cluster.worker("deadly", DEADLY)
     process = command(cluster, bucket, tmp_path / "command")
-    assert_one_error_line(finish(process), CLUSTER, "took the images slice_00", ".png to slice_0", "died, 4 times", "memory")
+    assert_one_error_line(
+        finish(process), CLUSTER, "took the images slice_00", ".png to slice_0", "died, 4 times", "memory"
+    )
 
 
 def test_a_worker_with_other_code(cluster, bucket, tmp_path):
