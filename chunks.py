@@ -67,7 +67,7 @@ class Chunk(NamedTuple):
 
 @dataclass
 class CountedChunk:
-    """What `count_chunk` found out about a chunk."""
+    """What `count_chunks` found out about a chunk."""
 
     number: int
     first: int  # the number of its first image
@@ -105,43 +105,67 @@ def divide(samples, labels, target_size):
     ]
 
 
-def count_chunk(chunk, decoded, counter, on_images, shown=()):
-    """Count one chunk. After the first file that cannot be used, the others are only checked.
+def count_chunks(chunks, decoded, counter, on_images, shown=(), on_all_started=lambda: None):
+    """Count chunks in turn, so that the network need not wait between them; a generator.
+
+    After the first file that cannot be used, the others are only checked.
 
     Parameters
     ----------
-    chunk : Chunk
-    decoded : iterable of image_utils.Decoded
-        One for each sample of the chunk.
+    chunks : iterable of Chunk
+    decoded : iterator over image_utils.Decoded
+        One for each sample of the chunks.
     counter : inference.Counter or None
         None to check the files only.
     on_images : callable
         Is called with a number of images that were just counted.
     shown : list of counts.ShownSlice
-        Slices of other chunks, without their pixels: this one's are kept only where they are better.
+        Slices of other chunks, without their pixels: those of these are kept only where they are better.
+    on_all_started : callable
+        Is called when the network has got the last batch.
 
-    Returns
-    -------
+    Yields
+    ------
     CountedChunk
+        In the order of the chunks.
 
     Raises
     ------
     ModelError, BucketError
     """
-    counts = Counts.empty(len(chunk.samples[0].masks), np.unique(chunk.labels))
-    counted = CountedChunk(chunk.number, chunk.first, counts)
-    usable = _usable(chunk, decoded, counted)
-    if counter:
+    started = []  # (counted, batch) that is not added yet; then (counted, None) for each chunk that ends with it
+    check_only = counter is None
+    for chunk in chunks:
+        counts = Counts.empty(len(chunk.samples[0].masks), np.unique(chunk.labels))
         counts.shown = list(shown)
-        for images in counter.count(usable, counts):
-            on_images(images)
-        counts.shown = [one for one in counts.shown if one.image is not None]
-    collections.deque(usable, maxlen=0)
-    return counted
+        counted = CountedChunk(chunk.number, chunk.first, counts)
+        usable = _usable(chunk, itertools.islice(decoded, len(chunk.samples)), counted)
+        while not check_only and (samples := list(itertools.islice(usable, counter.images_per_step))):
+            batch = counter.start(samples)
+            yield from _finish(started, counter, on_images)
+            started = [(counted, batch)]
+        collections.deque(usable, maxlen=0)
+        started.append((counted, None))
+        if check_only := check_only or bool(counted.problems):
+            yield from _finish(started, counter, on_images)
+            started = []
+    on_all_started()
+    yield from _finish(started, counter, on_images)
+
+
+def _finish(started, counter, on_images):
+    """Add the batches that are not added yet, and give the chunks that end with them."""
+    for counted, batch in started:
+        if batch:
+            counter.add(batch, counted.counts)
+            on_images(len(batch.samples))
+        else:
+            counted.counts.shown = [one for one in counted.counts.shown if one.image is not None]
+            yield counted
 
 
 def _usable(chunk, decoded, counted):
-    """What Counter.count takes, until a file cannot be used; notes what was found in `counted`."""
+    """The samples as Counter.start takes them, until a file cannot be used; notes what was found in `counted`."""
     for sample, label in zip(decoded, chunk.labels, strict=True):
         counted.digests.append(sample.digest)
         counted.problems += sample.problems
@@ -170,7 +194,7 @@ def counted_chunks(job, bucket, chunks, on_images):
     Raises
     ------
     ExpectedError
-        A ClusterError, or what `count_chunk` raises.
+        A ClusterError, or what `count_chunks` raises.
     """
     if scheduler := scheduler_address():
         return _count_on_cluster(job, scheduler, chunks, on_images)
@@ -194,11 +218,8 @@ def _count_here(job, bucket, chunks, on_images):
         counter, weights_digest = _make_counter(job, bucket, warn)
         device = network.device_facts()["gpu"] or "the CPU"
         show(f"Counting the probabilities of {images_text(len(samples))} on {device}.")
-        for chunk in chunks:
-            counted = count_chunk(chunk, itertools.islice(decoded, len(chunk.samples)), counter, on_images)
+        for counted in count_chunks(chunks, decoded, counter, on_images):
             counted.weights_digest = weights_digest
-            if counted.problems:
-                counter = None
             yield counted
 
 
@@ -382,7 +403,7 @@ def count_on_worker(packed_job, packed_chunk, check_only):
     Parameters
     ----------
     packed_job, packed_chunk : bytes
-        A pickled Job; a Chunk with the `shown` of `count_chunk`, pickled and compressed.
+        A pickled Job; a Chunk with the `shown` of `count_chunks`, pickled and compressed.
     check_only : bool
         Whether the files are only checked.
 
@@ -397,6 +418,7 @@ def count_on_worker(packed_job, packed_chunk, check_only):
     key = worker.get_current_task()
 
     def check_wanted(_=None):
+        _last_use[0] = time.monotonic()
         task = worker.state.tasks.get(key)
         if task is None or task.state not in ("executing", "long-running"):
             raise _NoLongerWanted(key)
@@ -404,15 +426,14 @@ def count_on_worker(packed_job, packed_chunk, check_only):
     job, (chunk, shown) = pickle.loads(packed_job), pickle.loads(zlib.decompress(packed_chunk))
     _check_environment(job, worker.address)
     bucket = _opened(job.address)
-    with contextlib.closing(_decode(job, bucket, chunk.samples)) as decoded:
+    with contextlib.closing(_decode(job, bucket, chunk.samples)) as decoded, contextlib.ExitStack() as network_in_use:
         decoded = itertools.chain([next(decoded)], decoded)  # starts decoding
-        with _network_in_use:
-            check_wanted()
-            _watch(worker)
-            distributed.secede()  # the worker takes the next chunk, which waits here when it is decoded
-            counter, weights_digest, sentences = (None, b"", []) if check_only else _kept_counter(packed_job)
-            counted = count_chunk(chunk, decoded, counter, check_wanted, shown)
-            _last_use[0] = time.monotonic()
+        network_in_use.enter_context(_network_in_use)
+        check_wanted()
+        _watch(worker)
+        distributed.secede()  # the worker takes the next chunk, which waits here when it is decoded
+        counter, weights_digest, sentences = (None, b"", []) if check_only else _kept_counter(packed_job)
+        [counted] = count_chunks([chunk], decoded, counter, check_wanted, shown, on_all_started=network_in_use.close)
     counted.weights_digest, counted.warnings = weights_digest, sentences
     counted.counts = counted.counts.smallest()
     return counted

@@ -3,7 +3,7 @@
 TensorFlow is imported only by the functions that run the network, because a rerun from kept counts works without it.
 """
 
-import itertools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -117,8 +117,16 @@ def _padded(part, size):
     return np.stack(images), np.stack(masks)
 
 
+class Started(NamedTuple):
+    """A batch that the devices work on."""
+
+    samples: list
+    batch_size: int
+    results: list  # of (part of the samples, tensors), one for each device; empty if they did not fit into memory
+
+
 class Counter:
-    """Runs a network over images and counts.
+    """Runs a network over images and counts. Two threads may use it.
 
     Parameters
     ----------
@@ -157,56 +165,69 @@ class Counter:
         )
         self._facts = network.device_facts()
 
-    def count(self, samples, counts):
-        """Run the network once over the samples, batch by batch, and add to the counts; a generator.
+    @property
+    def images_per_step(self):
+        """The number of images that `start` takes at once."""
+        return self.batch_size * self._replicas
+
+    def start(self, samples):
+        """Start the network on a batch; on a GPU this waits for nothing.
 
         Parameters
         ----------
-        samples : iterable of (name, image, masks, block)
+        samples : list of (name, image, masks, block), at most `images_per_step`
             image uint8, shape (height, width), 0 to 255; masks uint8, shape (height, width, classes), 0 or 1; block
             the label of the image's block.
-        counts : counts.Counts
 
-        Yields
+        Returns
+        -------
+        Started
+            For `add`. Start the next batch before, so that the devices need not wait while the host adds this one.
+
+        Raises
         ------
-        int
-            Number of images that were just added.
+        ModelError
+            Even a batch of one image does not fit into memory.
+        """
+        size, results = self.batch_size, []
+        if len(samples) <= size * self._replicas:  # else another thread has just halved it
+            try:
+                results = self._run(samples, size)
+            except Exception as error:
+                self._halve_batch(error, size)
+        return Started(samples, size, results)
+
+    def add(self, started, counts):
+        """Wait for a batch that was started, and add it to counts.Counts.
 
         Raises
         ------
         ModelError
             Probabilities are NaN or outside [0, 1], or even a batch of one image does not fit into memory.
         """
-        samples, in_flight = iter(samples), []
-        while True:
-            batch = list(itertools.islice(samples, self.batch_size * self._replicas))
-            try:
-                following = self._start(batch) if batch else []
-                # the previous batch, so that the devices work on this one while the host adds the previous counts
-                finished = [(part, [result.numpy() for result in results[:3]]) for part, results in in_flight]
-            except Exception as error:  # a GPU may report a lack of memory only when the results are read
-                self._halve_batch(error)
-                samples = itertools.chain(*(part for part, _ in in_flight), batch, samples)  # none of them is added
-                in_flight = following = []  # frees their memory
-                continue
-            for (part, results), (_, tensors) in zip(finished, in_flight, strict=True):
-                self._add(part, *results, tensors[3], counts)
-            if finished:
-                yield sum(len(part) for part, _ in finished)
-            if not batch:
-                return
-            in_flight = following
+        samples, size, results = started
+        try:
+            finished = [(part, [tensor.numpy() for tensor in tensors[:3]], tensors[3]) for part, tensors in results]
+        except Exception as error:  # a GPU may report a lack of memory only now
+            self._halve_batch(error, size)
+            finished = []
+            results.clear()  # frees their memory
+        for part, arrays, probabilities in finished:
+            self._add(part, *arrays, probabilities, size, counts)
+        if not finished:
+            step = self.images_per_step
+            for first in range(0, len(samples), step):
+                self.add(self.start(samples[first : first + step]), counts)
 
-    def _start(self, batch):
-        """Give each device its part of a batch; returns (part, tensors). On a GPU this waits for nothing."""
+    def _run(self, samples, size):
+        """Give each device its part of a batch; returns what `Started.results` is."""
         import tensorflow as tf
 
-        size = self.batch_size
-        parts = [batch[i : i + size] for i in range(0, size * self._replicas, size)]
+        parts = [samples[i : i + size] for i in range(0, size * self._replicas, size)]
         # A replica without images gets one image, and its counts are ignored.
-        arguments = [_padded(part or batch[:1], size) + (np.int32(len(part) or 1),) for part in parts]
+        arguments = [_padded(part or samples[:1], size) + (np.int32(len(part) or 1),) for part in parts]
         if self._replicas == 1:
-            return [(batch, self._step(*map(tf.constant, arguments[0])))]
+            return [(samples, self._step(*map(tf.constant, arguments[0])))]
         distributed = [
             self._strategy.experimental_distribute_values_from_function(
                 lambda context, values=values: tf.constant(values[context.replica_id_in_sync_group])
@@ -217,23 +238,25 @@ class Counter:
         by_replica = zip(parts, zip(*results, strict=True), strict=True)
         return [(part, tensors) for part, tensors in by_replica if part]
 
-    def _halve_batch(self, error):
-        """Halve the batch size; raises ModelError, or the error itself, where that does not help."""
+    def _halve_batch(self, error, tried):
+        """Halve the batch size that was tried; raises ModelError, or the error itself, where that does not help."""
         if not network.is_out_of_memory(error):
             raise error
-        if self.batch_size == 1:
+        if tried == 1:
             reason = next(filter(network.is_out_of_memory, str(error).splitlines()), first_line(error))
             raise ModelError(
                 f"a batch of one image does not fit into memory ({reason.strip()[:300]}): end other programs, or use a "
                 "machine with more memory"
             ) from error
-        tried, self.batch_size = self.batch_size, self.batch_size // 2
+        if tried > self.batch_size:  # the batch before did not fit either
+            return
+        self.batch_size = tried // 2
         self._warn(
             f"a batch of {tried} images does not fit into memory: continuing with {self.batch_size}; next time use "
             f"--batch-size {self.batch_size}"
         )
 
-    def _add(self, part, whole, each, overlap, probabilities, counts):
+    def _add(self, part, whole, each, overlap, probabilities, size, counts):
         """Add the results of one device for its part of a batch."""
         classes = len(self._class_names)
         whole = whole.reshape(classes, 2, -1)
@@ -243,7 +266,7 @@ class Counter:
                 f"{self._class_names[invalid]} has probabilities that are NaN or outside [0, 1]: the network must end "
                 "in sigmoid or softmax, and its weights must be finite"
             )
-        way = {"batch_size": self.batch_size, **self._facts}
+        way = {"batch_size": size, **self._facts}
         counts.add_batch([block for *_, block in part], whole[..., :-1], each[..., :-1], overlap, way)
         inside = each[:, :, 1].sum(axis=-1)  # (images, classes)
         for j, sample in enumerate(part):

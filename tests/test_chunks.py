@@ -37,16 +37,15 @@ SETTINGS = {
 }
 SLOW = """
 import time, inference
-count = inference.Counter.__dict__.get("real_count", inference.Counter.count)  # this module is loaded several times
-inference.Counter.real_count = count
-def slow(self, samples, counts):
-    for images in count(self, samples, counts):
-        open("counted", "a").write("x" * images)
-        time.sleep(SECONDS)
-        yield images
-inference.Counter.count = slow
+add = inference.Counter.__dict__.get("real_add", inference.Counter.add)  # this module is loaded several times
+inference.Counter.real_add = add
+def slow(self, batch, counts):
+    add(self, batch, counts)
+    open("counted", "a").write("x" * len(batch.samples))
+    time.sleep(SECONDS)
+inference.Counter.add = slow
 """
-DEADLY = "import inference, os\ninference.Counter.count = lambda *_: os._exit(9)"
+DEADLY = "import inference, os\ninference.Counter.start = lambda *_: os._exit(9)"
 HUNGRY = """
 import network
 build = network.__dict__.setdefault("real_build", network.build_network)
