@@ -19,6 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a machine compiles a module once, not in every run
 
+import dask.config
 import distributed
 import numpy as np
 import yaml
@@ -193,13 +194,22 @@ def counting(folder, repeats):
     batch = tf.constant((pictures * (1 / 255)).astype(np.float32)[..., None])
 
     def with_counts():
-        batches = counter.count(samples, Counts.empty(CLASSES, np.arange(20)))
-        next(batches), next(batches)  # now all is warm, and three batches have been started
-        return timed(list, batches) / (images - 48)
+        counts = Counts.empty(CLASSES, np.arange(20))
+        counter.add(counter.start(samples[:16]), counts)  # now all is warm
+        batches = [samples[i : i + 16] for i in range(16, images, 16)]
+        return timed(count, batches, counts) / (images - 16)
+
+    def count(batches, counts):
+        started = counter.start(batches[0])
+        for batch in batches[1:]:
+            following = counter.start(batch)
+            counter.add(started, counts)
+            started = following
+        counter.add(started, counts)
 
     def alone():
         forward(batch), forward(batch).numpy()
-        return timed(lambda: [forward(batch) for _ in range(images // 16 - 3)][-1].numpy()) / (images - 48)
+        return timed(lambda: [forward(batch) for _ in range(images // 16 - 1)][-1].numpy()) / (images - 16)
 
     ours, theirs, ratio = ratio_of_medians(with_counts, alone, repeats)
     row(
@@ -280,10 +290,11 @@ def cluster(folder, repeats):
 
 
 def gap(folder, repeats):
-    """The pass over several chunks by this process: how much longer the first batch of a chunk takes than others."""
+    """What it costs that a job is cut into chunks: the pass of this process, and of one Dask worker, / in one piece."""
     bucket = open_bucket(str(folder / bucket_of(folder, LARGE, 512, BACKBONE)), folder / "tmp/objects")
-    blobs = bucket.list(SPLIT)
-    _, samples = pair_images_and_masks(blobs, SPLIT, bucket.url, folder / "problems.txt")
+    _, samples = pair_images_and_masks(bucket.list(SPLIT), SPLIT, bucket.url, folder / "problems.txt")
+    samples = samples[: LARGE // 128 * 128]
+    labels = np.arange(len(samples)) * 20 // len(samples)
     job = chunks.Job(
         address=bucket.address,
         train_config={"segmentation_model": network_of(BACKBONE)},
@@ -294,15 +305,27 @@ def gap(folder, repeats):
         tf_seed=None,
         environment=chunks.environment(),
     )
-    parts = chunks.divide(samples, np.arange(len(samples)) * 20 // len(samples), (512, 512))
-    per_chunk, gaps = len(parts[0].samples) // job.batch_size, []
-    for _ in range(repeats):
-        ends = []
+
+    def images_per_second(pixels):
+        """From the end of the first 128 images on; there chunks may end, so that both sides start and stop alike."""
+        chunks.CHUNK_PIXELS, ends = pixels, []
         with contextlib.redirect_stdout(io.StringIO()):
-            list(chunks.counted_chunks(job, bucket, parts, lambda _, ends=ends: ends.append(time.perf_counter())))
-        times = np.diff(ends)
-        gaps.append(np.median(times[per_chunk - 1 :: per_chunk]) / np.median(times) - 1)
-    print(f"| gap between chunks, as a part of a chunk (at most 2 %) | {np.median(gaps) / per_chunk:.2%} | | |")
+            parts = chunks.divide(samples, labels, (512, 512))
+            list(chunks.counted_chunks(job, bucket, parts, lambda images: ends.append((time.perf_counter(), images))))
+        done = np.cumsum([images for _, images in ends])
+        first = int(np.searchsorted(done, 128))
+        return (done[-1] - done[first]) / (ends[-1][0] - ends[first][0])
+
+    in_chunks, whole = chunks.CHUNK_PIXELS, 2**40
+    what = f"{len(samples)} images of 512 x 512, Unet/{BACKBONE}, in one piece / in chunks (at most 1.02)"
+    pair = ratio_of_medians(lambda: images_per_second(whole), lambda: images_per_second(in_chunks), repeats)
+    row(what, pair, "images/s")
+    with dask_cluster(folder, 1) as environment, dask.config.set({"scheduler-address": list(environment.values())[0]}):
+        os.environ.update(environment)
+        images_per_second(in_chunks)
+        rate = statistics.median(images_per_second(in_chunks) for _ in range(repeats))
+        del os.environ["DASK_SCHEDULER_ADDRESS"]
+    row(f"{what}, in chunks by a Dask worker", (pair[0], rate, pair[0] / rate), "images/s")
 
 
 ROWS = {row.__name__: row for row in (whole_job, rerun, memory, counting, fetching, cluster, gap)}
