@@ -25,7 +25,7 @@ import numpy as np
 
 import inference
 import network
-from counts import Counts, add_remarks, slices_to_show
+from counts import Counts, add_remarks, slices_to_show, without_pixels
 from errors import ClusterError, ModelError, first_line
 from gcp_utils import Blob, open_bucket
 from image_utils import decode_samples
@@ -135,17 +135,19 @@ def count_chunks(chunks, decoded, counter, on_images, shown=(), on_all_started=l
     """
     started = []  # (counted, batch) that is not added yet; then (counted, None) for each chunk that ends with it
     check_only = counter is None
+    shown = list(shown)
     for chunk in chunks:
         counts = Counts.empty(len(chunk.samples[0].masks), np.unique(chunk.labels))
-        counts.shown = list(shown)
+        counts.shown = shown
         counted = CountedChunk(chunk.number, chunk.first, counts)
         usable = _usable(chunk, itertools.islice(decoded, len(chunk.samples)), counted)
         while not check_only and (samples := list(itertools.islice(usable, counter.images_per_step))):
-            batch = counter.start(samples)
+            batch = counter.start(samples, counts)
             yield from _finish(started, counter, on_images)
             started = [(counted, batch)]
         collections.deque(usable, maxlen=0)
         started.append((counted, None))
+        shown = without_pixels(counts.shown)
         if check_only := check_only or bool(counted.problems):
             yield from _finish(started, counter, on_images)
             started = []
@@ -157,7 +159,7 @@ def _finish(started, counter, on_images):
     """Add the batches that are not added yet, and give the chunks that end with them."""
     for counted, batch in started:
         if batch:
-            counter.add(batch, counted.counts)
+            counter.add(batch)
             on_images(len(batch.samples))
         else:
             counted.counts.shown = [one for one in counted.counts.shown if one.image is not None]
@@ -293,8 +295,7 @@ def _count_on_cluster(job, address, chunks, on_images):
                 counted = _result(future, chunk, address)
                 on_images(counted.counts.images)
                 check_only = check_only or bool(counted.problems)
-                new = [one._replace(image=None, truth=None, bins=None) for one in counted.counts.shown]
-                shown = slices_to_show(shown + new, len(job.class_titles))  # so later chunks send few
+                shown = slices_to_show(shown + without_pixels(counted.counts.shown), len(job.class_titles))
                 yield counted
 
 

@@ -98,6 +98,11 @@ def slices_to_show(candidates, classes):
     return chosen
 
 
+def without_pixels(shown):
+    """The same ShownSlices, for the choice among those of other parts, which then keep only better ones."""
+    return [one._replace(image=None, truth=None, bins=None) for one in shown]
+
+
 @dataclass
 class Counts:
     """The counts of a pass, or of a part of it.

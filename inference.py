@@ -3,12 +3,13 @@
 TensorFlow is imported only by the functions that run the network, because a rerun from kept counts works without it.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
 import network
-from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS, ShownSlice, slices_to_show
+from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS, Counts, ShownSlice, slices_to_show
 from errors import ModelError, first_line
 
 HALF = int(np.searchsorted(THRESHOLDS, 0.5))
@@ -117,12 +118,24 @@ def _padded(part, size):
     return np.stack(images), np.stack(masks)
 
 
+def _worth_showing(samples, shown):
+    """The slices of a batch that the figure may show, if it would else show these; their bins are not known yet."""
+    new = [
+        ShownSlice(k, name, block, pixels, image, masks, None)
+        for name, image, masks, block in samples
+        for k, pixels in enumerate(masks.sum(axis=0, dtype=np.uint16).sum(axis=0).tolist())
+    ]
+    chosen = slices_to_show(shown + new, samples[0][2].shape[-1])
+    return [one._replace(truth=one.truth.astype(bool)) for one in chosen if one.image is not None and one.bins is None]
+
+
 class Started(NamedTuple):
-    """A batch that the devices work on."""
+    """A batch that the devices work on, or that waits for them."""
 
     samples: list
     batch_size: int
-    results: list  # of (part of the samples, tensors), one for each device; empty if they did not fit into memory
+    counts: Counts  # to which it is to be added
+    running: Future
 
 
 class Counter:
@@ -164,79 +177,86 @@ class Counter:
             lambda *parts: self._strategy.run(self._step.python_function, parts), reduce_retracing=True, autograph=False
         )
         self._facts = network.device_facts()
+        # Two, so that a GPU gets the next images while the results before are fetched. CPUs are busy with one.
+        self._threads = ThreadPoolExecutor(2 if self._facts["gpu"] else 1)
 
     @property
     def images_per_step(self):
         """The number of images that `start` takes at once."""
         return self.batch_size * self._replicas
 
-    def start(self, samples):
-        """Start the network on a batch; on a GPU this waits for nothing.
+    def start(self, samples, counts):
+        """Give the devices a batch, without waiting for them.
 
         Parameters
         ----------
         samples : list of (name, image, masks, block), at most `images_per_step`
             image uint8, shape (height, width), 0 to 255; masks uint8, shape (height, width, classes), 0 or 1; block
             the label of the image's block.
+        counts : counts.Counts
 
         Returns
         -------
         Started
             For `add`. Start the next batch before, so that the devices need not wait while the host adds this one.
-
-        Raises
-        ------
-        ModelError
-            Even a batch of one image does not fit into memory.
         """
-        size, results = self.batch_size, []
-        if len(samples) <= size * self._replicas:  # else another thread has just halved it
-            try:
-                results = self._run(samples, size)
-            except Exception as error:
-                self._halve_batch(error, size)
-        return Started(samples, size, results)
+        size = max(self.batch_size, -(-len(samples) // self._replicas))  # another thread may have just halved it
+        parts = [samples[i : i + size] for i in range(0, size * self._replicas, size)]
+        # A replica without images gets one image, and its counts are ignored.
+        arguments = [_padded(part or samples[:1], size) + (np.int32(len(part) or 1),) for part in parts]
+        running = self._threads.submit(self._run, parts, arguments, _worth_showing(samples, counts.shown))
+        return Started(samples, size, counts, running)
 
-    def add(self, started, counts):
-        """Wait for a batch that was started, and add it to counts.Counts.
+    def add(self, started):
+        """Wait for a batch that was started, and add it to its counts.
 
         Raises
         ------
         ModelError
             Probabilities are NaN or outside [0, 1], or even a batch of one image does not fit into memory.
         """
-        samples, size, results = started
+        samples, size, counts, running = started
         try:
-            finished = [(part, [tensor.numpy() for tensor in tensors[:3]], tensors[3]) for part, tensors in results]
-        except Exception as error:  # a GPU may report a lack of memory only now
+            results, shown = running.result()
+        except Exception as error:
             self._halve_batch(error, size)
-            finished = []
-            results.clear()  # frees their memory
-        for part, arrays, probabilities in finished:
-            self._add(part, *arrays, probabilities, size, counts)
-        if not finished:
             step = self.images_per_step
             for first in range(0, len(samples), step):
-                self.add(self.start(samples[first : first + step]), counts)
+                self.add(self.start(samples[first : first + step], counts))
+            return
+        for part, *arrays in results:
+            self._add(part, *arrays, size, counts)
+        counts.shown = slices_to_show(counts.shown + shown, len(self._class_names))
 
-    def _run(self, samples, size):
-        """Give each device its part of a batch; returns what `Started.results` is."""
+    def _run(self, parts, arguments, shown):
+        """Run the network on a batch, and fetch the results: in another thread, because a GPU makes it wait for both.
+
+        It waits for the batch before when it copies the images to a GPU, so it does not start too early: TensorFlow
+        copies results to the host only when the GPU has done all that it was given until then.
+
+        Returns a list of (part, whole, each, overlap), one for each device, and the slices to show with their bins.
+        """
         import tensorflow as tf
 
-        parts = [samples[i : i + size] for i in range(0, size * self._replicas, size)]
-        # A replica without images gets one image, and its counts are ignored.
-        arguments = [_padded(part or samples[:1], size) + (np.int32(len(part) or 1),) for part in parts]
         if self._replicas == 1:
-            return [(samples, self._step(*map(tf.constant, arguments[0])))]
-        distributed = [
-            self._strategy.experimental_distribute_values_from_function(
-                lambda context, values=values: tf.constant(values[context.replica_id_in_sync_group])
-            )
-            for values in zip(*arguments, strict=True)
-        ]
-        results = map(self._strategy.experimental_local_results, self._distributed_step(*distributed))
-        by_replica = zip(parts, zip(*results, strict=True), strict=True)
-        return [(part, tensors) for part, tensors in by_replica if part]
+            tensors = [self._step(*map(tf.constant, arguments[0]))]
+        else:
+            distributed = [
+                self._strategy.experimental_distribute_values_from_function(
+                    lambda context, values=values: tf.constant(values[context.replica_id_in_sync_group])
+                )
+                for values in zip(*arguments, strict=True)
+            ]
+            results = map(self._strategy.experimental_local_results, self._distributed_step(*distributed))
+            tensors = zip(*results, strict=True)
+        results, bins, to_show = [], {}, {one.name for one in shown}
+        for part, (*counted, probabilities) in zip(parts, tensors, strict=True):
+            if part:
+                results.append((part, *(tensor.numpy() for tensor in counted)))
+            for j, (name, *_) in enumerate(part):
+                if name in to_show:
+                    bins[name] = _bins_of(probabilities[j], *self._cells).numpy().astype(np.int32)
+        return results, [one._replace(bins=bins[one.name]) for one in shown]
 
     def _halve_batch(self, error, tried):
         """Halve the batch size that was tried; raises ModelError, or the error itself, where that does not help."""
@@ -256,7 +276,7 @@ class Counter:
             f"--batch-size {self.batch_size}"
         )
 
-    def _add(self, part, whole, each, overlap, probabilities, size, counts):
+    def _add(self, part, whole, each, overlap, size, counts):
         """Add the results of one device for its part of a batch."""
         classes = len(self._class_names)
         whole = whole.reshape(classes, 2, -1)
@@ -268,16 +288,3 @@ class Counter:
             )
         way = {"batch_size": size, **self._facts}
         counts.add_batch([block for *_, block in part], whole[..., :-1], each[..., :-1], overlap, way)
-        inside = each[:, :, 1].sum(axis=-1)  # (images, classes)
-        for j, sample in enumerate(part):
-            self._show(sample, inside[j], probabilities[j], counts)
-
-    def _show(self, sample, pixels, probabilities, counts):
-        """Keep a slice for the figure, where it is better than those that are kept."""
-        name, image, masks, block = sample
-        new = [ShownSlice(i, name, block, int(pixels[i]), image, None, None) for i in range(len(pixels))]
-        chosen = slices_to_show(counts.shown + new, len(pixels))
-        if any(one.image is image for one in chosen):
-            bins, truth = _bins_of(probabilities, *self._cells).numpy().astype(np.int32), masks.astype(bool)
-            chosen = [one._replace(truth=truth, bins=bins) if one.image is image else one for one in chosen]
-        counts.shown = chosen

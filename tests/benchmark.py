@@ -195,17 +195,17 @@ def counting(folder, repeats):
 
     def with_counts():
         counts = Counts.empty(CLASSES, np.arange(20))
-        counter.add(counter.start(samples[:16]), counts)  # now all is warm
+        counter.add(counter.start(samples[:16], counts))  # now all is warm
         batches = [samples[i : i + 16] for i in range(16, images, 16)]
         return timed(count, batches, counts) / (images - 16)
 
     def count(batches, counts):
-        started = counter.start(batches[0])
+        started = counter.start(batches[0], counts)
         for batch in batches[1:]:
-            following = counter.start(batch)
-            counter.add(started, counts)
+            following = counter.start(batch, counts)
+            counter.add(started)
             started = following
-        counter.add(started, counts)
+        counter.add(started)
 
     def alone():
         forward(batch), forward(batch).numpy()

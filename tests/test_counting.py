@@ -40,10 +40,10 @@ def count(model, data, batch_size=4, names=NAMES):
     counts = Counts.empty(len(names), np.unique([block for *_, block in data]))
     rest, started = iter(data), []
     while samples := list(itertools.islice(rest, counter.images_per_step)):
-        started.append(counter.start(samples))
+        started.append(counter.start(samples, counts))
         if len(started) > 1:
-            counter.add(started.pop(0), counts)
-    counter.add(started[0], counts)
+            counter.add(started.pop(0))
+    counter.add(started[0])
     assert counts.images == len(data)
     return counts, warnings
 
