@@ -17,10 +17,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
-from models import class_metric
-from results import SIGNED, UNSIGNED, label, shortened, texts, threshold_text
+from models import CLASS_METRICS, class_metric
+from results import SIGNED, UNSIGNED, interval_text, label, number_text, shortened, threshold_text
 
-# matplotlib takes 0.3 s to import, so it is imported where it draws, and then reads these two.
+# matplotlib is imported where it draws, because its import fails where it cannot read the user's matplotlibrc: that is
+# to cost a figure, not the result. It then reads these two.
 os.environ["MPLBACKEND"] = "agg"  # a notebook sets one that may be missing here
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written
 
@@ -140,8 +141,7 @@ def curves_figure(results, metric_name, title, note):
     entries = {}
     for axes, result in zip(panels.flat, results, strict=False):
         _draw_panel(axes, result, metric_name)
-        _set_horizontal(axes, result)
-        _set_vertical(axes, result, metric_name, shared)
+        _set_axes(axes, result, metric_name, shared)
         _write_numbers(axes, result, metric_name, width / columns - 0.8)
         entries |= {entry.get_label(): entry for entry in axes.get_legend_handles_labels()[0]}
     for axes in panels.flat[len(results) :]:
@@ -171,11 +171,12 @@ def _draw_panel(axes, result, metric_name):
     for name, color, style in (("precision", GREEN, (0, (5, 2))), ("recall", PURPLE, (0, (6, 1.5, 1, 1.5)))):
         if name != label(metric_name):
             weight = 1.5 if name == metric.constraint_name else 0.9
-            axes.plot(x, getattr(curve, name)[drawn], color=color, lw=weight, ls=style, label=name)
+            values = CLASS_METRICS[name](*(count[drawn] for count in curve.counts))
+            axes.plot(x, values, color=color, lw=weight, ls=style, label=name)
     if metric.constraint:
         wanted = f"{metric.constraint_name} asked for"
-        axes.axhline(float(metric.level), color="black", lw=0.9, ls=(0, (4, 2, 1, 2)), label=wanted)
-    if guaranteed and guaranteed.threshold is not None:
+        axes.axhline(metric.level, color="black", lw=0.9, ls=(0, (4, 2, 1, 2)), label=wanted)
+    if guaranteed and not guaranteed.reason:
         kept = f"recall {guaranteed.level:g} guaranteed"
         axes.axvline(guaranteed.threshold, color=PURPLE, lw=1.1, ls=(0, (3, 1)), label=kept)
     if own_bests := _own_bests(result):
@@ -193,75 +194,59 @@ def _own_bests(result):
     return [(stack.own_x, stack.own_metric) for stack in result.stacks if stack.own_x is not None]
 
 
-def _set_horizontal(axes, result):
-    """Set scale, range and ticks of the axis of thresholds.
+def _set_axes(axes, result, metric_name, shared):
+    """Set the scales and ranges of both axes. Panels share that of the metric, except where a curve would be flat.
 
     On a linear axis, a trained threshold close to 0 or 1 would lie on the frame: a logit axis spreads these thresholds.
     """
     if 0.02 <= result.trained.x <= 0.98:
-        low, high, ticks = -0.02, 1.02, ["0", "0.25", "0.5", "0.75", "1"]
+        axes.set_xlim(-0.02, 1.02)
         axes.set_xlabel("threshold", labelpad=2)
     else:
         shown = [result.trained.x, *(result.confidence.x_interval or ()), *(x for x, _ in _own_bests(result))]
-        low, high = min(*shown, 1e-4) / 4, 1 - (1 - max(*shown, 1 - 1e-4)) / 4
-        below = [f"{10.0**-k:g}" for k in range(2, 14) if 10.0**-k > low]
-        above = [f"{1 - 10.0**-k:.{k}f}" for k in range(2, 14) if 1 - 10.0**-k < high]
-        step = math.ceil(len(below + above) / 4)
-        ticks = ["0.5", *below[step - 1 :: step], *above[step - 1 :: step]]
         axes.set_xscale("logit")
+        axes.set_xlim(min(*shown, 1e-4) / 4, 1 - (1 - max(*shown, 1 - 1e-4)) / 4)
         axes.minorticks_off()
         axes.set_xlabel("threshold (logit scale)", labelpad=2)
-    axes.set_xticks([float(tick) for tick in ticks], ticks)
-    axes.set_xlim(low, high)
-
-
-def _set_vertical(axes, result, metric_name, shared):
-    """Set range and ticks of the axis of the metric. Panels share it, except where a curve would be flat."""
+    axes.xaxis.get_major_locator().set_params(nbins=4)
     bottom, top = _vertical_range([result], metric_name)
     own = top - bottom < 0.2 * (shared[1] - shared[0])
     bottom, top = (bottom, top) if own else shared
     margin = 0.02 * (top - bottom)
     axes.set_ylim(bottom - margin * (bottom > 0), top + margin)
-    levels = np.linspace(bottom, top, 6)
-    axes.set_yticks(levels, [f"{level:g}" for level in levels])
     axes.set_ylabel(label(metric_name) + " (another scale)" * own)
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        ticks = [tick for tick in axis.get_ticklocs() if low <= tick <= high]
+        axis.set_ticks(ticks, [f"{tick:.10g}" for tick in ticks])
 
 
 def _vertical_range(results, metric_name):
     """0 to 1, or the lower or upper part of it where all that matters lies in that part."""
     level = class_metric(metric_name).level
-    matters = [] if level is None else [float(level)]
+    matters = [] if level is None else [level]
     for result in results:
         matters += [result.trained.metric, float(np.median(result.curve.metric))]
         matters += [metric for _, metric in _own_bests(result)]
         matters += result.confidence.metric_interval or ()
         matters += result.confidence.next_stack_interval or ()
-    steps = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1]
     if min(matters) > 0.9:
-        return 1 - next(step for step in steps if step >= 1.1 * (1 - min(matters))), 1
-    return 0, next((step for step in steps if step >= 1.1 * max(matters)), 1)
+        return 1 - max(1.1 * (1 - min(matters)), 0.001), 1
+    return 0, max(1.1 * max(matters), 0.001) if max(matters) < 0.2 else 1
 
 
 def _write_numbers(axes, result, metric_name, wide):
     """Write name and numbers of a class above its panel, which is `wide` inches wide."""
-    trained, confidence = result.trained, result.confidence
-    at_half, _ = texts(trained.metric_at_half, confidence.metric_interval)
-    expected, _ = texts(confidence.expected_metric, confidence.metric_interval)
+    trained, known = result.trained, result.confidence
+    tp, _, fn, _ = result.curve.counts
+    at_half = number_text(trained.metric_at_half, known.metric_interval)
+    expected = number_text(known.expected_metric, known.metric_interval)
     lines = [
-        f"threshold {_with_interval(trained.x, confidence.x_interval, threshold_text)}",
-        f"{label(metric_name)} {_with_interval(trained.metric, confidence.metric_interval)}; {at_half} at 0.5",
+        f"threshold {_with_interval(trained.x, known.x_interval, threshold_text)}",
+        f"{label(metric_name)} {_with_interval(trained.metric, known.metric_interval)}; {at_half} at 0.5",
+        f"gain {_with_interval(known.gain, known.gain_interval, SIGNED)}{', unclear' * known.gain_unclear}",
+        f"expected {expected}; next stack {interval_text(known.next_stack_interval)}",
+        f"{tp[0] + fn[0]:,} positives{f' in {result.worth}' if result.worth else ''}",
     ]
-    if confidence.gain is None:
-        lines.append("0.5 does not reach the level that was asked for")
-    else:
-        unclear = ", unclear" * confidence.gain_unclear
-        lines.append(f"gain {_with_interval(confidence.gain, confidence.gain_interval, SIGNED)}{unclear}")
-    if confidence.expected_metric is not None:
-        lines.append(f"{expected} expected on new images")
-    if confidence.next_stack_interval is not None:
-        lines[-1] += f"; next stack {texts(None, confidence.next_stack_interval)[1]}"
-    positives = f"{result.curve.tp[0] + result.curve.fn[0]:,} positives"
-    lines.append(f"{positives} in {result.worth}" if result.worth else positives)
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
     title = _fitted(result.title, 9, wide, bold=True)
     axes.annotate(title, (0, 1), (0, 9 + 9 * len(lines)), **place, size=9, weight="bold")
@@ -269,8 +254,7 @@ def _write_numbers(axes, result, metric_name, wide):
 
 
 def _with_interval(value, limits, form=UNSIGNED):
-    text, interval = texts(value, limits, form)
-    return text if limits is None else f"{text} ({interval})"
+    return number_text(value, limits, form) + (f" ({interval_text(limits, form)})" if limits else "")
 
 
 def _fitted(text, points, inches, bold=False):
@@ -283,19 +267,10 @@ def _fitted(text, points, inches, bold=False):
 
 
 def slices(counts, indices):
-    """The slices in the counts, each once, with the masks that the trained thresholds predict.
+    """The slices in a counts.Counts, each once, with the masks that the trained thresholds predict: a list of Slice.
 
-    Slices without any pixel of a class, true or predicted, are left out where there are others.
-
-    Parameters
-    ----------
-    counts : counts.Counts
-    indices : sequence of int, one per class
-        Indices of the trained thresholds in counts.THRESHOLDS.
-
-    Returns
-    -------
-    list of Slice
+    `indices` holds those of the trained thresholds in THRESHOLDS, one a class. Slices without any pixel of a class,
+    true or predicted, are left out where there are others.
     """
     half = int(np.searchsorted(THRESHOLDS, 0.5))
     found = {

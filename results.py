@@ -141,10 +141,10 @@ def _describe_class(result, metric_name):
     trained, confidence, guaranteed = result.trained, result.confidence, result.guaranteed_recall
     return {
         "x": trained.x,
-        "success": trained.success,
-        "status": trained.status,
+        "success": True,  # else NotConvergedError was raised
+        "status": 0,
         "message": trained.message,
-        "nfev": trained.nfev,
+        "nfev": len(trained.history),
         "fun": 1 - trained.metric,
         "metric": trained.metric,
         "metric_at_half": trained.metric_at_half,
@@ -224,10 +224,10 @@ def table(results, metric_name):
         *(row for result in results for row in _rows(result)),
     ]
     names, *others = map(_padded, zip(*rows, strict=True))
-    room = max(TABLE_WIDTH - sum(2 + text_width(column[0]) for column in others), 9)
+    room = max(TABLE_WIDTH - sum(2 + len(column[0]) for column in others), 9)
     names = _padded([shortened(name.rstrip(), room) for name in names])
-    without = [result.confidence for result in results if result.confidence.why_no_next_stack]
-    reasons = dict.fromkeys(of.why_no_next_stack for of in without if of.why_no_next_stack != of.reason)
+    known = [result.confidence for result in results]
+    reasons = {of_class.why_no_next_stack for of_class in known} - {of_class.reason for of_class in known}
     return [
         "",
         f"Best thresholds for {metric_name}:",
@@ -236,7 +236,7 @@ def table(results, metric_name):
         "",
         "Intervals and expected values are for all pixels of new images together,",
         "the range of the next stack is for one new stack on its own.",
-        *(f"No range for the next stack: {reason}" for reason in reasons),
+        *(f"No range for the next stack: {reason}" for reason in reasons - {None}),
         *(f"{result.name}: {result.worth} of equal weight" for result in results if result.worth),
         "",
     ]
@@ -244,17 +244,22 @@ def table(results, metric_name):
 
 def _rows(result):
     """The two rows of a class in the table."""
-    trained, confidence = result.trained, result.confidence
-    threshold, its_interval = texts(trained.x, confidence.x_interval, threshold_text)
-    value, interval = texts(trained.metric, confidence.metric_interval)
-    expected, _ = texts(confidence.expected_metric, confidence.metric_interval)
-    _, next_stack = texts(None, confidence.next_stack_interval)
-    gain, _ = texts(confidence.gain, confidence.gain_interval, SIGNED)
-    unclear = "(unclear)" * confidence.gain_unclear
-    return [
-        (result.name, threshold, value, expected, "", gain),
-        (f"({result.folder})", its_interval, interval, "", next_stack, unclear),
-    ]
+    trained, known = result.trained, result.confidence
+    values = (
+        number_text(trained.x, known.x_interval, threshold_text),
+        number_text(trained.metric, known.metric_interval),
+        number_text(known.expected_metric, known.metric_interval),
+        "",
+        number_text(known.gain, known.gain_interval, SIGNED),
+    )
+    intervals = (
+        interval_text(known.x_interval, threshold_text),
+        interval_text(known.metric_interval),
+        "",
+        interval_text(known.next_stack_interval),
+        "(unclear)" * known.gain_unclear,
+    )
+    return [(result.name, *values), (f"({result.folder})", *intervals)]
 
 
 def _padded(cells):
@@ -263,18 +268,24 @@ def _padded(cells):
     return [cell + " " * (width - text_width(cell)) for cell in cells]
 
 
-def texts(value, limits, form=UNSIGNED):
-    """A value and its interval as two texts, with as many decimals as the interval carries; "-" for None.
+def number_text(value, limits, form=UNSIGNED):
+    """A value as text, with as many decimals as its interval carries; "-" for None.
 
     `form` takes a number and the number of decimals, and gives a text.
     """
-    decimals = 4
-    if limits is not None and limits[0] < limits[1]:
-        decimals = min(max(1 - math.floor(math.log10(limits[1] - limits[0])), 2), 6)  # two digits of the width
-    return (
-        "-" if value is None else form(value, decimals),
-        "-" if limits is None else " to ".join(form(limit, decimals) for limit in limits),
-    )
+    return "-" if value is None else form(value, _decimals(limits))
+
+
+def interval_text(limits, form=UNSIGNED):
+    """An interval as text, likewise."""
+    return "-" if limits is None else " to ".join(form(limit, _decimals(limits)) for limit in limits)
+
+
+def _decimals(limits):
+    """How many decimals show two digits of the width of an interval."""
+    if limits is None or limits[0] == limits[1]:
+        return 4
+    return min(max(1 - math.floor(math.log10(limits[1] - limits[0])), 2), 6)
 
 
 def threshold_text(threshold, decimals=5):
@@ -308,27 +319,21 @@ def about_split(dataset_directory):
     ]
 
 
-def _reached(result, metric):
-    """What the metric's constraint demands, as the images at hand have it: the beginning of a sentence."""
-    value, interval = texts(result.confidence.constraint_value, result.confidence.constraint_interval)
-    return f"{result.title}: {metric.constraint_name} is {value} here (95 % interval {interval})"
-
-
-def _may_miss(result, metric):
-    interval = result.confidence.constraint_interval
-    return interval is not None and interval[0] < metric.level
-
-
 def remarks(result, metric_name):
     """Sentences that explain the numbers of a class in the table."""
-    sentences, guaranteed, metric = [], result.guaranteed_recall, models.class_metric(metric_name)
-    if metric.constraint and not _may_miss(result, metric):
-        sentences.append(f"{_reached(result, metric)}: {float(metric.level):g} was asked for")
+    sentences, known, metric = [], result.confidence, models.class_metric(metric_name)
+    if metric.constraint:
+        value, interval = known.constraint_value, known.constraint_interval
+        sentences.append(
+            f"{result.title}: {metric.constraint_name} is {number_text(value, interval)} here (95 % interval "
+            f"{interval_text(interval)}): {metric.level:g} was asked for"
+        )
     if not result.trained.allowed_at_half:
         sentences.append(
             f"{result.title}: 0.5 does not reach the level that was asked for, so there is no gain over it"
         )
-    if guaranteed and guaranteed.threshold is not None:
+    guaranteed = result.guaranteed_recall
+    if guaranteed and not guaranteed.reason:
         sentences.append(
             f"{result.title}: threshold {threshold_text(guaranteed.threshold)} guarantees recall "
             f"{guaranteed.level:g} on average over new {result.kind} with the class. The price: to be safe with "
@@ -340,19 +345,19 @@ def remarks(result, metric_name):
 
 def warnings(result, metric_name):
     """Sentences that warn of relying on the numbers of a class in the table."""
-    confidence, guaranteed, metric = result.confidence, result.guaranteed_recall, models.class_metric(metric_name)
+    known, guaranteed, metric = result.confidence, result.guaranteed_recall, models.class_metric(metric_name)
     sentences = list(result.trained.warnings)
-    if confidence.reason:
-        sentences.append(f"{result.title}: no interval can be given: {confidence.reason}")
-    if confidence.gain_unclear:
-        _, interval = texts(None, confidence.gain_interval, SIGNED)
+    if known.reason:
+        sentences.append(f"{result.title}: no interval can be given: {known.reason}")
+    if known.gain_unclear:
+        interval = interval_text(known.gain_interval, SIGNED)
         sentences.append(f"{result.title}: not shown to be better than 0.5 ({interval} in {label(metric_name)})")
-    if _may_miss(result, metric):
+    if known.constraint_interval and known.constraint_interval[0] < metric.level:
         sentences.append(
-            f"{_reached(result, metric)}: new images may miss the {float(metric.level):g} that was asked for, as they "
-            "do for about half of the thresholds chosen so"
+            f"{result.title}: new images may miss the {metric.constraint_name} of {metric.level:g} that was asked for, "
+            "as they do for about half of the thresholds chosen so"
         )
-    if guaranteed and guaranteed.threshold is None:
+    if guaranteed and guaranteed.reason:
         sentences.append(f"{result.title}: no recall can be guaranteed: {guaranteed.reason}")
     return sentences
 
@@ -361,11 +366,11 @@ def influence(results):
     """A sentence for each class where one stack alone moves threshold or metric by more than half of its interval."""
     sentences = []
     for result in results:
-        trained, confidence = result.trained, result.confidence
+        trained, known = result.trained, result.confidence
         stack = max(result.stacks, key=functools.partial(_shift, result), default=None)
         if stack and _shift(result, stack) > 0.5:
-            x, x_before = (texts(of, confidence.x_interval, threshold_text)[0] for of in (stack.x_without, trained.x))
-            at_x, before = (texts(of, confidence.metric_interval)[0] for of in (stack.metric_without, trained.metric))
+            x, x_before = (number_text(of, known.x_interval, threshold_text) for of in (stack.x_without, trained.x))
+            at_x, before = (number_text(of, known.metric_interval) for of in (stack.metric_without, trained.metric))
             sentences.append(
                 f"{result.title}: much of this result comes from {stack.stack} alone: without it the threshold is {x} "
                 f"instead of {x_before}, and the metric {at_x} instead of {before}"
@@ -375,10 +380,10 @@ def influence(results):
 
 def _shift(result, stack):
     """How far the result of a class moves without a stack: the larger of two shifts, in widths of their intervals."""
-    trained, confidence = result.trained, result.confidence
-    if confidence.reason or stack.x_without is None:
+    trained, known = result.trained, result.confidence
+    if known.reason or stack.x_without is None:
         return 0
-    of_x, of_metric = (max(high - low, 1e-9) for low, high in (confidence.x_interval, confidence.metric_interval))
+    of_x, of_metric = (max(high - low, 1e-9) for low, high in (known.x_interval, known.metric_interval))
     return max(abs(stack.x_without - trained.x) / of_x, abs(stack.metric_without - trained.metric) / of_metric)
 
 
@@ -393,22 +398,22 @@ def curves_csv(results):
     empty where there is none. Returns bytes.
     """
     header = ["class", "folder", "threshold", "trained", "tp", "fp", "fn", "tn"]
-    tables = (zip(*_columns(result), strict=True) for result in results)
-    return _csv([*header, *models.CLASS_METRICS, "band_low", "band_high"], tables)
+    rows = (row for result in results for row in zip(*_columns(result), strict=True))
+    return _csv([*header, *models.CLASS_METRICS, "band_low", "band_high"], rows)
 
 
 def _columns(result):
-    """The columns of a class in the file of the curves, as lists."""
-    trained, curve, confidence = result.trained, result.curve, result.confidence
+    """The columns of a class in the file of the curves."""
+    trained, known = result.trained, result.confidence
     indices = np.union1d(IN_CURVES, trained.index)
     indices = indices[THRESHOLDS[indices] >= min(LOWEST_IN_CURVES, trained.x / 10)]
     here = indices == trained.index
-    counts = [count[indices] for count in (curve.tp, curve.fp, curve.fn, curve.tn)]
-    band = [np.full(len(indices), "")] * 2
-    if confidence.band_low is not None:  # it is known at the thresholds of the blocks only
-        limits = zip((confidence.band_low, confidence.band_high), confidence.metric_interval, strict=True)
-        band = [np.where(here, end, limit[indices // BLOCK_STEP]) for limit, end in limits]
+    counts = [count[indices] for count in result.curve.counts]
     metrics = [metric(*counts) for metric in models.CLASS_METRICS.values()]
+    band = [np.full(len(indices), "")] * 2
+    if known.band_low is not None:  # it is known at the thresholds of the blocks only
+        limits = zip((known.band_low, known.band_high), known.metric_interval, strict=True)
+        band = [np.where(here, end, limit[indices // BLOCK_STEP]) for limit, end in limits]
     arrays = (THRESHOLDS[indices].astype(float), here.astype(int), *counts, *metrics, *band)
     names = [result.name] * len(indices), [result.folder] * len(indices)
     return [*names, *(array.tolist() for array in arrays)]
@@ -416,16 +421,15 @@ def _columns(result):
 
 def stacks_csv(results):
     """What each stack does at the trained threshold, and without it, as CSV: a row for each class and stack; bytes."""
-    tables = ([[result.name, result.folder, *stack] for stack in result.stacks] for result in results)
-    return _csv(["class", "folder", *StackResult._fields], tables)
+    rows = ((result.name, result.folder, *stack) for result in results for stack in result.stacks)
+    return _csv(["class", "folder", *StackResult._fields], rows)
 
 
-def _csv(header, tables):
+def _csv(header, rows):
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)
-    for rows in tables:
-        writer.writerows(rows)
+    writer.writerows(rows)
     return file.getvalue().encode()
 
 
@@ -447,17 +451,12 @@ def publish(bucket, model_id, description, files, folder):
     files : dict of str to bytes
         The other files, by the end of their names, as in "_slices.png".
     folder : Path
-        Where the result is kept on the disk if it cannot be uploaded.
+        Where the result is kept on the disk if it cannot be uploaded; the BucketError that is raised then says so.
 
     Returns
     -------
     str
         The name of the YAML in the bucket.
-
-    Raises
-    ------
-    BucketError
-        Not all could be uploaded; the message says where the result is kept and how to upload it.
     """
     created = datetime.now(UTC)
     while True:
