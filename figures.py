@@ -201,14 +201,15 @@ def _set_axes(axes, result, metric_name, shared):
     """
     if 0.02 <= result.trained.x <= 0.98:
         axes.set_xlim(-0.02, 1.02)
+        axes.set_xticks(np.linspace(0, 1, 5))
         axes.set_xlabel("threshold", labelpad=2)
     else:
         shown = [result.trained.x, *(result.confidence.x_interval or ()), *(x for x, _ in _own_bests(result))]
         axes.set_xscale("logit")
         axes.set_xlim(min(*shown, 1e-4) / 4, 1 - (1 - max(*shown, 1 - 1e-4)) / 4)
+        axes.xaxis.get_major_locator().set_params(nbins=5)
         axes.minorticks_off()
         axes.set_xlabel("threshold (logit scale)", labelpad=2)
-    axes.xaxis.get_major_locator().set_params(nbins=4)
     bottom, top = _vertical_range([result], metric_name)
     own = top - bottom < 0.2 * (shared[1] - shared[0])
     bottom, top = (bottom, top) if own else shared

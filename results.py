@@ -354,7 +354,7 @@ def warnings(result, metric_name):
         sentences.append(f"{result.title}: not shown to be better than 0.5 ({interval} in {label(metric_name)})")
     if known.constraint_interval and known.constraint_interval[0] < metric.level:
         sentences.append(
-            f"{result.title}: new images may miss the {metric.constraint_name} of {metric.level:g} that was asked for, "
+            f"{result.title}: new images may miss the {metric.level:g} of {metric.constraint_name} that was asked for, "
             "as they do for about half of the thresholds chosen so"
         )
     if guaranteed and guaranteed.reason:

@@ -82,7 +82,7 @@ def test_what_the_screen_says_of_a_class():
     ):
         assert words in told
     (warned,) = results.warnings(limited, "precision_at_recall_0.9")
-    assert "new images may miss the recall of 0.9 that was asked for" in warned
+    assert "new images may miss the 0.9 of recall that was asked for" in warned
     safe = result(constraint_value=0.95, constraint_interval=(0.91, 0.98))
     assert results.warnings(safe, "precision_at_recall_0.9") == []
 
