@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import textwrap
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,13 +68,8 @@ class Slice(NamedTuple):
 def draw(results, counts, metric_name, title, note):
     """Draw both figures. One that cannot be drawn, because of what else is set or installed here, costs a warning only.
 
-    The arguments are those of `draw_curves`, and a counts.Counts.
-
-    Returns
-    -------
-    files : dict of str to bytes
-        PNGs by the end of their names.
-    warnings : list of str
+    `counts` is a counts.Counts, the other arguments are those of `draw_curves`. Returns a dictionary of PNGs, by the
+    ends of their names, and a list of warnings.
     """
     rows = [f"{result.title}, threshold {threshold_text(result.trained.x)}" for result in results]
     shown = slices(counts, [result.trained.index for result in results])
@@ -100,28 +94,15 @@ def draw(results, counts, metric_name, title, note):
 def draw_curves(results, metric_name, title, note):
     """Draw the metric of every class over the threshold, with its confidence band, and the trained threshold.
 
-    Parameters
-    ----------
-    results : list of results.ClassResult, at least one
-        Each has a panel.
-    metric_name : str
-        Precision and recall are drawn too, and the level of a constraint.
-    title : str
-    note : str
-        A text below the title: where the intervals come from.
-
-    Returns
-    -------
-    bytes
-        A PNG.
+    `results` holds a results.ClassResult for each panel, at least one. Precision and recall are drawn too, and the
+    level of a constraint. `note` is a text below the title: where the intervals come from. Returns a PNG.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with matplotlib.rc_context(), warnings.catch_warnings():
+    with matplotlib.rc_context():
         matplotlib.rcdefaults()  # instead of the user's matplotlibrc
         matplotlib.rcParams.update(STYLE)
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box takes its place
         canvas = FigureCanvasAgg(curves_figure(results, metric_name, title, note))
         canvas.draw()
     return _png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), dpi=(PRINTED_DPI, PRINTED_DPI))
@@ -260,7 +241,7 @@ def _with_interval(value, limits, form=UNSIGNED):
 
 def _fitted(text, points, inches, bold=False):
     """The text, without its middle where it is too wide for a figure of curves."""
-    return shortened(text, 0.98 * inches * DPI, _font(points * DPI / 72, bold).getlength)
+    return _drawable(text, 0.98 * inches * DPI, _font(points * DPI / 72, bold))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -285,19 +266,8 @@ def slices(counts, indices):
 def draw_slices(slices, classes, title):
     """Draw slices side by side, with a row per class, and hits, misses and false alarms in colour.
 
-    What differs from the prediction at 0.5 has a colour of its own, and stands above the panel in numbers.
-
-    Parameters
-    ----------
-    slices : list of Slice, at least one, all of the same shape
-    classes : list of str, at least one
-        What to write above the row of each class.
-    title : str
-
-    Returns
-    -------
-    bytes
-        A PNG.
+    What differs from the prediction at 0.5 has a colour of its own, and stands above the panel in numbers. `slices`
+    holds at least one Slice, all of the same shape; `classes` what to write above the row of each class. Returns a PNG.
     """
     height, width = slices[0].image.shape
     side = min(PANEL_SIDE, math.isqrt(SHOWN_PIXELS // (len(slices) * len(classes))))
@@ -339,7 +309,7 @@ def _draw_legend(page):
 def _write(page, x, y, text, room, size=13, bold=False):
     """Write a line of text, at most `room` pixels wide; returns its width."""
     font = _font(size, bold)
-    text = shortened(text, room, font.getlength)
+    text = _drawable(text, room, font)
     pen = ImageDraw.Draw(page)
     pen.fontmode = "L"  # smooth: between black and white, the palette has greys only
     pen.text((x, y + LINE / 2), text, fill=0, font=font, anchor="lm")
@@ -367,16 +337,7 @@ def _outcomes(truth, prediction, shrink):
     """The most frequent outcome in each cell of shrink x shrink pixels; none only if no pixel of the cell has one.
 
     So thin cracks remain visible. Of equally frequent ones, a miss comes before a false alarm, and that before a hit.
-
-    Parameters
-    ----------
-    truth, prediction : bool arrays, shape (height, width)
-    shrink : int
-
-    Returns
-    -------
-    uint8 array, shape (ceil(height / shrink), ceil(width / shrink))
-        0 for none, then in the order of OUTCOMES.
+    Returns uint8, shape (ceil(height / shrink), ceil(width / shrink)): 0 for none, then in the order of OUTCOMES.
     """
     shares = [
         np.asarray(Image.fromarray(pixels.astype(np.float32)).reduce(shrink))
@@ -400,6 +361,15 @@ def _font(size, bold):
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{'-Bold' * bold}.ttf"
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _drawable(text, room, font):
+    """The text, with escapes for characters that the font lacks, and without its middle if it is wider than `room`."""
+    from matplotlib.font_manager import get_font
+
+    glyphs = get_font(font.path)
+    text = "".join(c if glyphs.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text)
+    return shortened(text, room, font.getlength)
 
 
 def _png(image, **options):

@@ -201,7 +201,7 @@ def to_yaml(content):
 
 
 def what_intervals_rest_on(blocks):
-    """A sentence that says where the intervals of a run come from; `blocks` is a confidence.Blocks."""
+    """A sentence that says where the intervals from these confidence.Blocks come from."""
     if blocks.number < FEWEST_BLOCKS:
         return f"No intervals: they would come from {blocks.number} {blocks.kind} only, and {FEWEST_BLOCKS} are needed."
     return (
@@ -245,21 +245,15 @@ def table(results, metric_name):
 def _rows(result):
     """The two rows of a class in the table."""
     trained, known = result.trained, result.confidence
-    values = (
-        number_text(trained.x, known.x_interval, threshold_text),
-        number_text(trained.metric, known.metric_interval),
-        number_text(known.expected_metric, known.metric_interval),
-        "",
-        number_text(known.gain, known.gain_interval, SIGNED),
+    columns = (
+        (result.name, f"({result.folder})"),
+        (number_text(trained.x, known.x_interval, threshold_text), interval_text(known.x_interval, threshold_text)),
+        (number_text(trained.metric, known.metric_interval), interval_text(known.metric_interval)),
+        (number_text(known.expected_metric, known.metric_interval), ""),
+        ("", interval_text(known.next_stack_interval)),
+        (number_text(known.gain, known.gain_interval, SIGNED), "(unclear)" * known.gain_unclear),
     )
-    intervals = (
-        interval_text(known.x_interval, threshold_text),
-        interval_text(known.metric_interval),
-        "",
-        interval_text(known.next_stack_interval),
-        "(unclear)" * known.gain_unclear,
-    )
-    return [(result.name, *values), (f"({result.folder})", *intervals)]
+    return zip(*columns, strict=True)
 
 
 def _padded(cells):
