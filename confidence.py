@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import expit, logit, ndtr, stdtrit
 
 from counts import confusion
-from models import CLASS_METRICS, widest_stretch
+from models import CLASS_METRICS, ratio, widest_stretch
 
 LEVEL = 0.95  # of the intervals
 REPLICATES = 2000  # of the bootstrap
@@ -206,7 +206,7 @@ def _counts_at(histogram, block_histograms, coarse, points):
     left = np.searchsorted(coarse, points, side="right") - 1  # the last coarse threshold up to the point
     below = np.cumsum(histogram, axis=1)
     before, between = below[:, points] - below[:, ends[left]], below[:, ends[left + 1]] - below[:, ends[left]]
-    part = np.divide(before, between, out=np.zeros(between.shape), where=between > 0)
+    part = ratio(before, between)
     below = np.cumsum(block_histograms, axis=2, dtype=np.float64)
     negative = below[:, :, left] + part * block_histograms[:, :, left + 1]  # bin left + 1 is that above the threshold
     positive = below[:, :, -1:] - negative

@@ -218,15 +218,16 @@ def _vertical_range(results, metric_name):
 
 def _write_numbers(axes, result, metric_name, wide):
     """Write name and numbers of a class above its panel, which is `wide` inches wide."""
-    trained, known = result.trained, result.confidence
+    trained, confidence = result.trained, result.confidence
     tp, _, fn, _ = result.curve.counts
-    at_half = number_text(trained.metric_at_half, known.metric_interval)
-    expected = number_text(known.expected_metric, known.metric_interval)
+    at_half, expected = map(result.metric_text, (trained.metric_at_half, confidence.expected_metric))
+    gain = number_text(confidence.gain, confidence.gain_interval, SIGNED)
+    metric, unclear = label(metric_name), ", unclear" * confidence.gain_unclear
     lines = [
-        f"threshold {_with_interval(trained.x, known.x_interval, threshold_text)}",
-        f"{label(metric_name)} {_with_interval(trained.metric, known.metric_interval)}; {at_half} at 0.5",
-        f"gain {_with_interval(known.gain, known.gain_interval, SIGNED)}{', unclear' * known.gain_unclear}",
-        f"expected {expected}; next stack {interval_text(known.next_stack_interval)}",
+        f"threshold {result.x_text(trained.x)}{_in_brackets(confidence.x_interval, threshold_text)}",
+        f"{metric} {result.metric_text(trained.metric)}{_in_brackets(confidence.metric_interval)}; {at_half} at 0.5",
+        f"gain {gain}{_in_brackets(confidence.gain_interval, SIGNED)}{unclear}",
+        f"expected {expected}; next stack {interval_text(confidence.next_stack_interval)}",
         f"{tp[0] + fn[0]:,} positives{f' in {result.worth}' if result.worth else ''}",
     ]
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
@@ -235,8 +236,8 @@ def _write_numbers(axes, result, metric_name, wide):
     axes.annotate("\n".join(_fitted(line, 7.5, wide) for line in lines), (0, 1), (0, 5.5), **place, size=7.5)
 
 
-def _with_interval(value, limits, form=UNSIGNED):
-    return number_text(value, limits, form) + (f" ({interval_text(limits, form)})" if limits else "")
+def _in_brackets(limits, form=UNSIGNED):
+    return f" ({interval_text(limits, form)})" if limits else ""
 
 
 def _fitted(text, points, inches, bold=False):

@@ -66,6 +66,14 @@ class ClassResult(NamedTuple):
             return None
         return f"{number} {self.kind}, worth {worth:.1f}"
 
+    def x_text(self, value):
+        """A threshold of this class as text, with the digits that the interval of x carries."""
+        return number_text(value, self.confidence.x_interval, threshold_text)
+
+    def metric_text(self, value):
+        """The same for a metric."""
+        return number_text(value, self.confidence.metric_interval)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # The YAML
@@ -226,8 +234,8 @@ def table(results, metric_name):
     names, *others = map(_padded, zip(*rows, strict=True))
     room = max(TABLE_WIDTH - sum(2 + len(column[0]) for column in others), 9)
     names = _padded([shortened(name.rstrip(), room) for name in names])
-    known = [result.confidence for result in results]
-    reasons = {of_class.why_no_next_stack for of_class in known} - {of_class.reason for of_class in known}
+    intervals = [result.confidence for result in results]
+    reasons = {one.why_no_next_stack for one in intervals} - {one.reason for one in intervals}
     return [
         "",
         f"Best thresholds for {metric_name}:",
@@ -244,14 +252,14 @@ def table(results, metric_name):
 
 def _rows(result):
     """The two rows of a class in the table."""
-    trained, known = result.trained, result.confidence
+    trained, confidence = result.trained, result.confidence
     columns = (
         (result.name, f"({result.folder})"),
-        (number_text(trained.x, known.x_interval, threshold_text), interval_text(known.x_interval, threshold_text)),
-        (number_text(trained.metric, known.metric_interval), interval_text(known.metric_interval)),
-        (number_text(known.expected_metric, known.metric_interval), ""),
-        ("", interval_text(known.next_stack_interval)),
-        (number_text(known.gain, known.gain_interval, SIGNED), "(unclear)" * known.gain_unclear),
+        (result.x_text(trained.x), interval_text(confidence.x_interval, threshold_text)),
+        (result.metric_text(trained.metric), interval_text(confidence.metric_interval)),
+        (result.metric_text(confidence.expected_metric), ""),
+        ("", interval_text(confidence.next_stack_interval)),
+        (number_text(confidence.gain, confidence.gain_interval, SIGNED), "(unclear)" * confidence.gain_unclear),
     )
     return zip(*columns, strict=True)
 
@@ -315,9 +323,9 @@ def about_split(dataset_directory):
 
 def remarks(result, metric_name):
     """Sentences that explain the numbers of a class in the table."""
-    sentences, known, metric = [], result.confidence, models.class_metric(metric_name)
+    sentences, confidence, metric = [], result.confidence, models.class_metric(metric_name)
     if metric.constraint:
-        value, interval = known.constraint_value, known.constraint_interval
+        value, interval = confidence.constraint_value, confidence.constraint_interval
         sentences.append(
             f"{result.title}: {metric.constraint_name} is {number_text(value, interval)} here (95 % interval "
             f"{interval_text(interval)}): {metric.level:g} was asked for"
@@ -339,14 +347,14 @@ def remarks(result, metric_name):
 
 def warnings(result, metric_name):
     """Sentences that warn of relying on the numbers of a class in the table."""
-    known, guaranteed, metric = result.confidence, result.guaranteed_recall, models.class_metric(metric_name)
+    confidence, guaranteed, metric = result.confidence, result.guaranteed_recall, models.class_metric(metric_name)
     sentences = list(result.trained.warnings)
-    if known.reason:
-        sentences.append(f"{result.title}: no interval can be given: {known.reason}")
-    if known.gain_unclear:
-        interval = interval_text(known.gain_interval, SIGNED)
+    if confidence.reason:
+        sentences.append(f"{result.title}: no interval can be given: {confidence.reason}")
+    if confidence.gain_unclear:
+        interval = interval_text(confidence.gain_interval, SIGNED)
         sentences.append(f"{result.title}: not shown to be better than 0.5 ({interval} in {label(metric_name)})")
-    if known.constraint_interval and known.constraint_interval[0] < metric.level:
+    if confidence.constraint_interval and confidence.constraint_interval[0] < metric.level:
         sentences.append(
             f"{result.title}: new images may miss the {metric.level:g} of {metric.constraint_name} that was asked for, "
             "as they do for about half of the thresholds chosen so"
@@ -360,24 +368,22 @@ def influence(results):
     """A sentence for each class where one stack alone moves threshold or metric by more than half of its interval."""
     sentences = []
     for result in results:
-        trained, known = result.trained, result.confidence
         stack = max(result.stacks, key=functools.partial(_shift, result), default=None)
         if stack and _shift(result, stack) > 0.5:
-            x, x_before = (number_text(of, known.x_interval, threshold_text) for of in (stack.x_without, trained.x))
-            at_x, before = (number_text(of, known.metric_interval) for of in (stack.metric_without, trained.metric))
             sentences.append(
-                f"{result.title}: much of this result comes from {stack.stack} alone: without it the threshold is {x} "
-                f"instead of {x_before}, and the metric {at_x} instead of {before}"
+                f"{result.title}: much of this result comes from {stack.stack} alone: without it the threshold is "
+                f"{result.x_text(stack.x_without)} instead of {result.x_text(result.trained.x)}, and the metric "
+                f"{result.metric_text(stack.metric_without)} instead of {result.metric_text(result.trained.metric)}"
             )
     return sentences
 
 
 def _shift(result, stack):
     """How far the result of a class moves without a stack: the larger of two shifts, in widths of their intervals."""
-    trained, known = result.trained, result.confidence
-    if known.reason or stack.x_without is None:
+    trained, confidence = result.trained, result.confidence
+    if confidence.reason or stack.x_without is None:
         return 0
-    of_x, of_metric = (max(high - low, 1e-9) for low, high in (known.x_interval, known.metric_interval))
+    of_x, of_metric = (max(high - low, 1e-9) for low, high in (confidence.x_interval, confidence.metric_interval))
     return max(abs(stack.x_without - trained.x) / of_x, abs(stack.metric_without - trained.metric) / of_metric)
 
 
@@ -398,15 +404,15 @@ def curves_csv(results):
 
 def _columns(result):
     """The columns of a class in the file of the curves."""
-    trained, known = result.trained, result.confidence
+    trained, confidence = result.trained, result.confidence
     indices = np.union1d(IN_CURVES, trained.index)
     indices = indices[THRESHOLDS[indices] >= min(LOWEST_IN_CURVES, trained.x / 10)]
     here = indices == trained.index
     counts = [count[indices] for count in result.curve.counts]
     metrics = [metric(*counts) for metric in models.CLASS_METRICS.values()]
     band = [np.full(len(indices), "")] * 2
-    if known.band_low is not None:  # it is known at the thresholds of the blocks only
-        limits = zip((known.band_low, known.band_high), known.metric_interval, strict=True)
+    if confidence.band_low is not None:  # it is known at the thresholds of the blocks only
+        limits = zip((confidence.band_low, confidence.band_high), confidence.metric_interval, strict=True)
         band = [np.where(here, end, limit[indices // BLOCK_STEP]) for limit, end in limits]
     arrays = (THRESHOLDS[indices].astype(float), here.astype(int), *counts, *metrics, *band)
     names = [result.name] * len(indices), [result.folder] * len(indices)
