@@ -220,13 +220,14 @@ def _write_numbers(axes, result, metric_name, wide):
     """Write name and numbers of a class above its panel, which is `wide` inches wide."""
     trained, confidence = result.trained, result.confidence
     tp, _, fn, _ = result.curve.counts
-    at_half, expected = map(result.metric_text, (trained.metric_at_half, confidence.expected_metric))
+    metrics = trained.metric, trained.metric_at_half, confidence.expected_metric
+    metric, at_half, expected = map(result.metric_text, metrics)
     gain = number_text(confidence.gain, confidence.gain_interval, SIGNED)
-    metric, unclear = label(metric_name), ", unclear" * confidence.gain_unclear
+    doubt = ", unclear" * confidence.gain_unclear + " (0.5 does not reach the level)" * (confidence.gain is None)
     lines = [
         f"threshold {result.x_text(trained.x)}{_in_brackets(confidence.x_interval, threshold_text)}",
-        f"{metric} {result.metric_text(trained.metric)}{_in_brackets(confidence.metric_interval)}; {at_half} at 0.5",
-        f"gain {gain}{_in_brackets(confidence.gain_interval, SIGNED)}{unclear}",
+        f"{label(metric_name)} {metric}{_in_brackets(confidence.metric_interval)}; {at_half} at 0.5",
+        f"gain {gain}{_in_brackets(confidence.gain_interval, SIGNED)}{doubt}",
         f"expected {expected}; next stack {interval_text(confidence.next_stack_interval)}",
         f"{tp[0] + fn[0]:,} positives{f' in {result.worth}' if result.worth else ''}",
     ]

@@ -145,7 +145,7 @@ def test_a_level_a_guarantee_the_next_stack_and_a_narrow_peak_are_drawn():
     assert line(axes, "recall 0.9 guaranteed").get_xdata()[0] == 0.2
     assert line(axes, "next stack (95 % range)").get_xydata().tolist() == [[shown.trained.x, y] for y in (0.35, 0.95)]
     assert [artist.get_label() for artist in axes.lines].count("precision") == 1  # the metric is not drawn twice
-    assert any("gain -" in text.get_text() for text in axes.texts)
+    assert any("0.5 does not reach" in text.get_text() for text in axes.texts)
     assert NOTE.split() == figure.get_suptitle().split()[1:]
 
 
