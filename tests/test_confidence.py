@@ -106,7 +106,9 @@ def test_names_that_differ_a_little_are_matched_where_no_other_can_be_meant():
 # Intervals
 
 
-@pytest.mark.parametrize("name", ["iou_score", "matthews_corrcoef", "precision_at_recall_0.8"])
+@pytest.mark.parametrize(
+    "name", ["iou_score", "matthews_corrcoef", "precision_at_recall_0.8", "precision_at_recall_0.95"]
+)
 def test_every_interval_contains_the_value_it_belongs_to(name):
     metric, blocks = class_metric(name), noisy_blocks(5)
     index, said = trained(blocks, metric), assess(blocks, metric)
