@@ -127,7 +127,8 @@ def test_the_axis_reaches_as_far_as_a_threshold_close_to_an_end(x):
 def test_panels_have_the_same_vertical_axis_except_where_a_curve_would_be_flat():
     heights = 0.5, 0.93, 0.01, 0.0004
     _, axes = panels([result(metric=bump(0.6, 0.2, height)) for height in heights])
-    assert axes[0].get_ylim() == axes[1].get_ylim()
+    _, low = panels([result(metric=bump(0.6, 0.2, height)) for height in (0.05, 0.1)])
+    assert axes[0].get_ylim() == axes[1].get_ylim() and low[0].get_ylim() == low[1].get_ylim()
     assert [one.get_ylabel() for one in axes] == ["IoU", "IoU", "IoU (another scale)", "IoU (another scale)"]
     for one, height in zip(axes, heights, strict=True):
         bottom, top = one.get_ylim()

@@ -38,15 +38,10 @@ def test_the_table_of_three_classes_fits_a_terminal_and_its_columns_are_straight
 
 def test_the_table_says_what_is_known():
     shown = result(x_interval=(0.41, 0.59), gain=0.04, gain_interval=(-0.12, 0.2), worth=4.61)
-    text = "\n".join(results.table([shown, result("class1", **NOTHING | {"worth": 9.9})], "iou_score"))
-    for words in (
-        "next stack",
-        "0.41 to 0.59",
-        "0.48 to 0.96",
-        "+0.04\n",
-        "class0: 11 stacks, worth 4.6",
-        "these are runs",
-    ):
+    few = result("class1", **NOTHING | {"why_no_next_stack": "too few stacks"})
+    runs = result("class2", worth=9.9, **NOTHING)
+    text = "\n".join(results.table([shown, few, runs], "iou_score"))
+    for words in ("0.41 to 0.59", "0.48 to 0.96", "+0.04\n", "class0: 11 stacks, worth 4.6", "these are runs"):
         assert words in text
     assert text.count("worth") == text.count("(unclear)") == text.count("No range") == 1
 
