@@ -40,7 +40,7 @@ class Blocks:
     number: int  # at most MOST_BLOCKS
     kind: str  # "stacks", "groups of stacks" or "runs of neighbouring slices"
     names: list  # of each block: the stack's name, "stack_1 to stack_9" or "stack_1 run 3"
-    speaks_of: str  # what intervals from these blocks apply to: the end of "Intervals ... speak of ..."
+    speaks_of: str  # what intervals from these blocks hold for: the end of a sentence
     warnings: list  # sentences about names of stacks and images that do not fit together
 
 

@@ -136,7 +136,6 @@ class TrainedThreshold:
     x: float  # the trained threshold
     metric: float  # the class metric at x: the best within OPT_BOUNDS where the constraint holds
     metric_at_half: float  # at 0.5, whether the constraint holds there or not
-    allowed_at_half: bool  # whether the constraint holds at 0.5
     best_stretch: tuple  # lowest and highest threshold of the stretch around x where the metric is the same
     message: str  # of minimize_scalar
     history: list  # (threshold, metric) of every evaluation by minimize_scalar; the last one is x
@@ -279,7 +278,6 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
         x=float(THRESHOLDS[index]),
         metric=float(values[index]),
         metric_at_half=float(values[HALF]),
-        allowed_at_half=bool(allowed[HALF]),
         best_stretch=(float(THRESHOLDS[first]), float(THRESHOLDS[last])),
         message=message,
         history=history,

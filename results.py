@@ -330,7 +330,7 @@ def remarks(result, metric_name):
             f"{result.title}: {metric.constraint_name} is {number_text(value, interval)} here (95 % interval "
             f"{interval_text(interval)}): {metric.level:g} was asked for"
         )
-    if not result.trained.allowed_at_half:
+    if confidence.gain is None:
         sentences.append(
             f"{result.title}: 0.5 does not reach the level that was asked for, so there is no gain over it"
         )

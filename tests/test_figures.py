@@ -39,7 +39,7 @@ def result(name="class0", folder="class_0", metric=None, x=None, guaranteed=None
     pixels = np.full(len(T), 12345)
     curve = models.ClassCurve((pixels, pixels, 0 * pixels, pixels), metric)
     trained = models.TrainedThreshold(
-        index=index, x=x, metric=value, metric_at_half=at_half, allowed_at_half=True, best_stretch=(x, x),
+        index=index, x=x, metric=value, metric_at_half=at_half, best_stretch=(x, x),
         message="Solution found.", history=[(x, value)], warnings=list(warned),
     )  # fmt: skip
     values = {

@@ -66,7 +66,6 @@ def test_a_threshold_as_text_is_never_0_or_1():
 def test_what_the_screen_says_of_a_class():
     level = {"constraint_value": 0.9004, "constraint_interval": (0.81, 0.96), "gain": None, "gain_interval": None}
     limited = result(guaranteed=KEPT, **level)
-    limited.trained.allowed_at_half = False
     told = "\n".join(results.remarks(limited, "precision_at_recall_0.9"))
     assert "recall is 0.90 here (95 % interval 0.81 to 0.96): 0.9 was asked for" in told
     for words in ("0.5 does not reach", "0.20000 guarantees recall 0.9 ", "keeps recall 0.976", "precision 0.500"):
