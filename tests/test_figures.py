@@ -251,6 +251,13 @@ def test_rows_are_classes_and_columns_are_slices():
     assert first_row > second_row and first_column < second_column
 
 
+def test_slices_without_anything_to_see_are_left_out_where_there_are_others():
+    image, bins = np.zeros((4, 4), np.uint8), np.zeros((4, 4, 1), int)
+    empty, masked = (SimpleNamespace(name=n, image=image, truth=np.full_like(bins, n == "b"), bins=bins) for n in "ab")
+    for shown, names in (([empty, masked, masked], ["b"]), ([empty], ["a"])):
+        assert [one.name for one in figures.slices(SimpleNamespace(shown=shown), [5])] == names
+
+
 def test_cracks_one_pixel_wide_have_no_gaps_in_large_slices():
     truth = np.zeros((2048, 2048, 1), bool)
     truth[777] = truth[np.arange(2048), np.arange(2048)] = truth[1500, 3] = True
