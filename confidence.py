@@ -367,8 +367,8 @@ def _intervals(thresholds, histogram, block_histograms, metric, index, low, high
         found["next_stack_interval"] = _next_stack(of_blocks[..., x_column], metric)
     # Between the points, the distance of the band from the curve is interpolated, so that the band follows the curve.
     limits = _percentiles(values.T, full[points], known.worth)
-    low, high = (full[coarse] + np.interp(coarse, points, limit - full[points]) for limit in limits)
-    return {**found, "band_low": low, "band_high": high}
+    band_low, band_high = (full[coarse] + np.interp(coarse, points, limit - full[points]) for limit in limits)
+    return {**found, "band_low": band_low, "band_high": band_high}
 
 
 def _weights(blocks):
@@ -406,8 +406,8 @@ def _scale(values, end=1e-6):
     """Functions to a scale on which a metric spreads evenly, and back, given many of its values.
 
     It is the logit for a metric in [0, 1], and the logit of (1 + value) / 2 for one in [-1, 1]: no limit is outside the
-    range then. Values closer than `end` to an end of the range, whose width is 1, count as that close to it. Any other
-    metric stays as it is.
+    range then. The logit is taken of `end` to 1 - `end`, which stand for what is beyond. Any other metric stays as it
+    is.
     """
     if values.min() < -1 or values.max() > 1:
         return np.asarray, np.asarray
@@ -590,6 +590,6 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high, 
     if not len(kept):
         return none(f"even at the lowest threshold too much of the class is missed for a recall of {level:g}")
     position = coarse[within[kept[-1]]]
-    counts = [count[position : position + 1] for count in confusion(histogram)]
-    precision, recall = (float(CLASS_METRICS[name](*counts)[0]) for name in ("precision", "recall"))
+    counts = [count[position] for count in confusion(histogram)]
+    precision, recall = (float(CLASS_METRICS[name](*counts)) for name in ("precision", "recall"))
     return GuaranteedRecall(level, blocks, None, float(thresholds[position]), precision, recall)
