@@ -486,18 +486,8 @@ class StackResult(NamedTuple):
 def stack_results(thresholds, histogram, block_histograms, blocks, metric, index, low, high):
     """What each stack does at the trained threshold, and what the others would give without it.
 
-    Thresholds are chosen among the trained one, 0.5 and the coarse ones.
-
-    Parameters
-    ----------
-    thresholds, histogram, block_histograms, metric, index, low, high
-        As in `assess`.
-    blocks : Blocks
-
-    Returns
-    -------
-    list of StackResult
-        Lowest metric first; stacks without the class last.
+    `blocks` is a Blocks, the other arguments are those of `assess`. Thresholds are chosen among the trained one, 0.5
+    and the coarse ones. Returns a list of StackResult: lowest metric first, stacks without the class last.
     """
     half = int(np.searchsorted(thresholds, 0.5))
     coarse = _coarse(thresholds, block_histograms)
@@ -550,20 +540,8 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high, 
 
     It is the largest coarse threshold with (sum over the blocks of the miss rate + 1) / (blocks + 1) <= 1 - level
     (Angelopoulos, Bates, Fisch, Lei and Schuster, "Conformal Risk Control", 2022, theorem 1). Blocks without a pixel of
-    the class have no miss rate and are left out.
-
-    Parameters
-    ----------
-    thresholds, histogram, block_histograms, low, high
-        As in `assess`.
-    level : float
-        The recall to guarantee, in (0, 1).
-    block_names : list of str
-        Blocks.names.
-
-    Returns
-    -------
-    GuaranteedRecall
+    the class have no miss rate and are left out. `level` is the recall to guarantee, in (0, 1), `block_names` is
+    Blocks.names, the other arguments are those of `assess`. Returns a GuaranteedRecall.
     """
     tp, _, fn, _ = confusion(block_histograms)
     holding = np.flatnonzero(tp[:, 0] + fn[:, 0])

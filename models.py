@@ -92,17 +92,10 @@ class ClassMetric(NamedTuple):
 
 
 def class_metric(name):
-    """The class metric with this name.
+    """The ClassMetric with this name: a key of CLASS_METRICS, or a key of CONSTRAINED_METRICS with a level.
 
-    Parameters
-    ----------
-    name : str
-        A key of CLASS_METRICS, or a key of CONSTRAINED_METRICS with a level: precision_at_recall_0.95. The level is a
-        decimal number in (0, 1) with at most 15 digits after the point.
-
-    Returns
-    -------
-    ClassMetric; raises UsageError if there is none.
+    The level is a decimal number in (0, 1) with at most 15 digits after the point, as in precision_at_recall_0.95.
+    Raises UsageError if there is no such metric.
     """
     option = "--optimizing-class-metric"
     if name in CLASS_METRICS:
@@ -161,17 +154,9 @@ def check_trainable(counts, class_titles):
 
 
 def optimisation_range():
-    """The thresholds within OPT_BOUNDS; checks OPT_BOUNDS, OPT_METHOD and OPT_OPTIONS.
+    """Indices of the first and the last of THRESHOLDS within OPT_BOUNDS.
 
-    Returns
-    -------
-    low, high : int
-        Indices of the first and the last of THRESHOLDS within OPT_BOUNDS.
-
-    Raises
-    ------
-    ConfigurationError
-        There is no such method or option, or no threshold within the bounds.
+    Raises ConfigurationError if OPT_BOUNDS, OPT_METHOD or OPT_OPTIONS cannot work.
     """
     low = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[0]), "left"))
     high = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[1]), "right")) - 1
@@ -194,16 +179,7 @@ def swapped_classes(counts, class_titles, class_folders):
     Each channel is compared with each folder of masks by their IoU at 0.5, and each is given the folder that makes the
     sum of the IoUs largest. A warning needs a new folder that fits at least twice as well as the channel's own and by
     0.2 better, and no channel that fits its new folder worse than its own. So classes that contain each other, and a
-    network that finds only one of them, raise none.
-
-    Parameters
-    ----------
-    counts : counts.Counts
-    class_titles, class_folders : list of str
-
-    Returns
-    -------
-    list of str
+    network that finds only one of them, raise none. `counts` is a counts.Counts. Returns a list of sentences.
     """
     predicted = counts.histogram[:, :, HALF + 1 :].sum(axis=(1, 2))
     masks = counts.histogram[:, 1].sum(axis=1)

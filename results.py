@@ -440,23 +440,9 @@ def _csv(header, rows):
 def publish(bucket, model_id, description, files, folder):
     """Upload the files, then the YAML, under a timestamp that no other result has: now, or the next free second.
 
-    The YAML is uploaded last, so that there is never a YAML without its figures.
-
-    Parameters
-    ----------
-    bucket : as gcp_utils.open_bucket gives
-    model_id : str
-    description : dict
-        From `describe`; its created_datetime is set here.
-    files : dict of str to bytes
-        The other files, by the end of their names, as in "_slices.png".
-    folder : Path
-        Where the result is kept on the disk if it cannot be uploaded; the BucketError that is raised then says so.
-
-    Returns
-    -------
-    str
-        The name of the YAML in the bucket.
+    The YAML is uploaded last, so that there is never a YAML without its figures. `description` is that of `describe`;
+    its created_datetime is set here. `files` holds bytes by the end of a file's name, as in "_slices.png". Returns the
+    name of the YAML in the bucket. If not all can be uploaded, the result is kept in `folder`, and BucketError says so.
     """
     created = datetime.now(UTC)
     while True:
