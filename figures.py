@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
-from models import CLASS_METRICS, class_metric
+from models import CLASS_METRICS, HALF, class_metric
 from results import SIGNED, UNSIGNED, interval_text, label, number_text, shortened, threshold_text
 
 # matplotlib is imported where it draws, because its import fails where it cannot read the user's matplotlibrc: that is
@@ -256,9 +256,8 @@ def slices(counts, indices):
     `indices` holds those of the trained thresholds in THRESHOLDS, one a class. Slices without any pixel of a class,
     true or predicted, are left out where there are others.
     """
-    half = int(np.searchsorted(THRESHOLDS, 0.5))
     found = {
-        shown.name: Slice(shown.name, shown.image, shown.truth, shown.bins > np.array(indices), shown.bins > half)
+        shown.name: Slice(shown.name, shown.image, shown.truth, shown.bins > np.array(indices), shown.bins > HALF)
         for shown in counts.shown
     }
     telling = [one for one in found.values() if one.truth.any() or one.prediction.any()]
