@@ -4,6 +4,8 @@ Everything is computed from counts per block. A block is a part of the images th
 other parts. docs/confidence.md says what is assumed and how it was checked.
 """
 
+import functools
+import itertools
 import math
 import re
 import unicodedata
@@ -11,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import expit, logit, ndtr, stdtrit
 
 from counts import confusion
-from models import widest_stretch
+from models import CLASS_METRICS, ratio, widest_stretch
 
 LEVEL = 0.95  # of the intervals
 REPLICATES = 2000  # of the bootstrap
@@ -37,7 +40,7 @@ class Blocks:
     number: int  # at most MOST_BLOCKS
     kind: str  # "stacks", "groups of stacks" or "runs of neighbouring slices"
     names: list  # of each block: the stack's name, "stack_1 to stack_9" or "stack_1 run 3"
-    speaks_of: str  # what intervals from these blocks apply to: the end of "Intervals ... speak of ..."
+    speaks_of: str  # what intervals from these blocks hold for: the end of a sentence
     warnings: list  # sentences about names of stacks and images that do not fit together
 
 
@@ -203,7 +206,7 @@ def _counts_at(histogram, block_histograms, coarse, points):
     left = np.searchsorted(coarse, points, side="right") - 1  # the last coarse threshold up to the point
     below = np.cumsum(histogram, axis=1)
     before, between = below[:, points] - below[:, ends[left]], below[:, ends[left + 1]] - below[:, ends[left]]
-    part = np.divide(before, between, out=np.zeros(between.shape), where=between > 0)
+    part = ratio(before, between)
     below = np.cumsum(block_histograms, axis=2, dtype=np.float64)
     negative = below[:, :, left] + part * block_histograms[:, :, left + 1]  # bin left + 1 is that above the threshold
     positive = below[:, :, -1:] - negative
@@ -253,17 +256,21 @@ class Confidence:
     worth: float | None  # how many blocks with equally many pixels of the class they are worth; None if none has any
     gain: float | None  # metric at x minus metric at 0.5; None if 0.5 does not meet the metric's constraint
     constraint_value: float | None  # the constraint's metric at x; None if the metric has no constraint
-    next_stack_interval: tuple | None  # the range for the metric of one new stack at x
-    why_no_next_stack: str | None  # None if there is such a range
-    reason: str | None  # why all of the following is None; None if it is not
+    reason: str | None  # why all of the following intervals are None; None if they are not
+    why_no_next_stack: str | None  # None if there is a range for the next stack
     x_interval: tuple | None = None  # of the trained threshold x; both limits are in the list of thresholds
     metric_interval: tuple | None = None  # of the class metric at x
     expected_metric: float | None = None  # metric at x, corrected because x was chosen on the same images
     gain_interval: tuple | None = None
-    gain_unclear: bool = False  # whether the gain's interval contains 0: x is not shown to be better than 0.5
     constraint_interval: tuple | None = None
+    next_stack_interval: tuple | None = None  # the range for the metric of one new stack at x
     band_low: np.ndarray | None = None  # (C,) float64: the limits of the metric at every coarse threshold
     band_high: np.ndarray | None = None
+
+    @property
+    def gain_unclear(self):
+        """Whether the gain's interval contains 0: x is not shown to be better than 0.5."""
+        return self.gain_interval is not None and self.gain_interval[0] <= 0 <= self.gain_interval[1]
 
 
 def assess(thresholds, histogram, block_histograms, metric, index, low, high, kind="stacks"):
@@ -293,18 +300,18 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high, ki
     blocks = int(block_histograms.any(axis=2).all(axis=1).sum())
     inside = block_histograms[:, 1].sum(axis=1).astype(np.float64)
     reason = _why_no_interval(metric, blocks, len(block_histograms), kind)
-    said = Confidence(
+    of_runs = f"the images are divided into {kind}, which say nothing about one new stack"
+    known = Confidence(
         blocks=blocks,
         worth=float(inside.sum() ** 2 / (inside**2).sum()) if inside.any() else None,
         gain=float(full[index] - full[half]) if metric.allowed(*counts)[half] else None,
         constraint_value=float(metric.constraint(*counts)[index]) if metric.constraint else None,
-        next_stack_interval=None,
-        why_no_next_stack=reason,
         reason=reason,
+        why_no_next_stack=reason or (None if kind == "stacks" else of_runs),
     )
     if reason:
-        return said
-    return replace(said, **_intervals(thresholds, histogram, block_histograms, metric, index, low, high, said, kind))
+        return known
+    return replace(known, **_intervals(thresholds, histogram, block_histograms, metric, index, low, high, known))
 
 
 def _why_no_interval(metric, blocks, of, kind):
@@ -323,8 +330,8 @@ def _why_no_interval(metric, blocks, of, kind):
     )
 
 
-def _intervals(thresholds, histogram, block_histograms, metric, index, low, high, said, kind):
-    """The fields of Confidence that come from a bootstrap over blocks (Efron, 1979), and the range for the next stack.
+def _intervals(thresholds, histogram, block_histograms, metric, index, low, high, known):
+    """The fields that Confidence has besides those `known`, from a bootstrap over blocks (Efron, 1979).
 
     Each replicate draws as many blocks as there are, with replacement, adds up their counts, and chooses a threshold.
     A replicate's best metric compares with that of all images at its threshold as our metric compares with that of all
@@ -344,32 +351,24 @@ def _intervals(thresholds, histogram, block_histograms, metric, index, low, high
     best, of_all = metric(*chosen), full[points[first]]
     optimism = max(float(np.mean(best - of_all - (values[:, x_column] - full[index]))), 0.0)
 
-    tail = _tail(said.worth)
-    gain_interval = constraint_interval = None
-    if said.gain is not None:
+    found = {
+        "x_interval": tuple(float(thresholds[limit]) for limit in _percentiles(middle, index, known.worth)),
+        "metric_interval": _interval(best, of_all, full[index], optimism, known, _scale(full)),
+        "expected_metric": float(full[index]) - optimism,
+    }
+    if known.gain is not None:
         gains = best - values[:, half_column], of_all - full[half]
-        gain_interval = _interval(*gains, said.gain, optimism, said, (np.asarray, np.asarray))
+        found["gain_interval"] = _interval(*gains, known.gain, optimism, known, (np.asarray, np.asarray))
     if metric.constraint is not None:
         reached = metric.constraint(*counts)
         pair = metric.constraint(*chosen), reached[points[first]]
-        constraint_interval = _interval(*pair, reached[index], 0.0, said, _scale(reached))
-    x_low, x_high = _limits(middle, tail, index)
+        found["constraint_interval"] = _interval(*pair, known.constraint_value, 0.0, known, _scale(reached))
+    if known.why_no_next_stack is None:
+        found["next_stack_interval"] = _next_stack(of_blocks[..., x_column], metric)
     # Between the points, the distance of the band from the curve is interpolated, so that the band follows the curve.
-    limits = _limits(values.T, tail, full[points])
+    limits = _percentiles(values.T, full[points], known.worth)
     band_low, band_high = (full[coarse] + np.interp(coarse, points, limit - full[points]) for limit in limits)
-    next_stack_interval, why_no_next_stack = _next_stack(of_blocks[..., x_column], metric, kind)
-    return {
-        "x_interval": (float(thresholds[x_low]), float(thresholds[x_high])),
-        "metric_interval": _interval(best, of_all, full[index], optimism, said, _scale(full)),
-        "expected_metric": float(full[index]) - optimism,
-        "gain_interval": gain_interval,
-        "gain_unclear": gain_interval is not None and gain_interval[0] <= 0 <= gain_interval[1],
-        "constraint_interval": constraint_interval,
-        "band_low": band_low,
-        "band_high": band_high,
-        "next_stack_interval": next_stack_interval,
-        "why_no_next_stack": why_no_next_stack,
-    }
+    return {**found, "band_low": band_low, "band_high": band_high}
 
 
 def _weights(blocks):
@@ -406,77 +405,64 @@ def _replicates(of_blocks, metric, thresholds, points, low, high):
 def _scale(values, end=1e-6):
     """Functions to a scale on which a metric spreads evenly, and back, given many of its values.
 
-    It is the logit for a metric in [0, 1], and Fisher's z, the logit for that range, for one in [-1, 1]: no limit is
-    outside the range then. Values closer than `end` to an end of the range count as that close to it. Any other metric
-    stays as it is.
+    It is the logit for a metric in [0, 1], and the logit of (1 + value) / 2 for one in [-1, 1]: no limit is outside the
+    range then. The logit is taken of `end` to 1 - `end`, which stand for what is beyond. Any other metric stays as it
+    is.
     """
     if values.min() < -1 or values.max() > 1:
         return np.asarray, np.asarray
     lowest = -1 if values.min() < 0 else 0
     width = 1 - lowest
     return (
-        lambda value: np.arctanh(np.clip(2 * (value - lowest) / width - 1, 2 * end - 1, 1 - 2 * end)),
-        lambda value: (np.tanh(value) + 1) / 2 * width + lowest,
+        lambda value: logit(np.clip((value - lowest) / width, end, 1 - end)),
+        lambda value: expit(value) * width + lowest,
     )
 
 
-def _interval(best, of_all, value, optimism, said, scale):
+def _interval(best, of_all, value, optimism, known, scale):
     """The interval of a number at a threshold that was chosen on the same images.
 
     `best` and `of_all`, shape (replicates,), are the number of each replicate at the threshold that it chose, and that
     of all images there. On `scale` the interval goes from (value - optimism) - t s to value + t s. The spread s is the
     standard deviation of best - of_all, times sqrt(m / (m - 1)) for m blocks. Student's t has max(k - 1, 1) degrees of
-    freedom for blocks that are worth k: `said` holds m and k.
+    freedom for blocks that are worth k: `known` holds m and k.
     """
-    from scipy.special import stdtrit
-
     there, back = scale
-    spread = np.std(there(best) - there(of_all)) * math.sqrt(said.blocks / (said.blocks - 1))
-    reach = stdtrit(max(said.worth - 1, 1), (1 + LEVEL) / 2) * spread
+    spread = np.std(there(best) - there(of_all)) * math.sqrt(known.blocks / (known.blocks - 1))
+    reach = stdtrit(max(known.worth - 1, 1), (1 + LEVEL) / 2) * spread
     low, high = back(there(value - optimism) - reach), back(there(value) + reach)
     return float(min(low, value - optimism)), float(max(high, value))
 
 
-def _next_stack(counts, metric, kind):
-    """The range for the metric of one new stack, and why there is none: one of the two is None.
+def _percentiles(replicates, value, worth):
+    """Lower and upper percentile along the last axis, moved if necessary so that they enclose the value itself.
+
+    Percentiles of few blocks are too narrow. So for blocks that are worth k, the tails are widened by Student's t and
+    by sqrt(k / (k - 1)) (Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician, 2015).
+    """
+    k = max(worth, 2)
+    tail = ndtr(-math.sqrt(k / (k - 1)) * stdtrit(k - 1, (1 + LEVEL) / 2))
+    last = replicates.shape[-1] - 1
+    low, high = int(tail * last), last - int(tail * last)
+    ordered = np.partition(replicates, [low, high], axis=-1)
+    return np.minimum(ordered[..., low], value), np.maximum(ordered[..., high], value)
+
+
+def _next_stack(counts, metric):
+    """The range for the metric of one new stack.
 
     On the logit scale it is mean -+ t s sqrt(1 + 1 / m), with mean and standard deviation s of the metrics of the m
     stacks that contain the class, and Student's t with m - 1 degrees of freedom. A metric closer than END to 0 or 1
     counts as END or 1 - END, because a stack without any hit has no logit; a limit beyond is 0 or 1. `counts`, shape
     (4, blocks), are those at the trained threshold.
     """
-    from scipy.special import stdtrit
-
-    if kind != "stacks":
-        return None, f"the images are divided into {kind}, which say nothing about one new stack"
     own = metric(*counts[:, counts[0] + counts[2] > 0])
     there, back = _scale(own, END)
     scaled, m = there(own), len(own)
     reach = stdtrit(m - 1, (1 + LEVEL) / 2) * scaled.std(ddof=1) * math.sqrt(1 + 1 / m)
     limits = scaled.mean() + reach * np.array([-1, 1])
     limits[limits <= there(-np.inf)], limits[limits >= there(np.inf)] = -np.inf, np.inf
-    low, high = back(limits).tolist()
-    return (low, high), None
-
-
-def _tail(worth):
-    """The probability in each tail for blocks that are worth `worth`: percentiles of few blocks are too narrow.
-
-    It is widened by Student's t and by sqrt(k / (k - 1)) (Hesterberg, "What Teachers Should Know About the Bootstrap",
-    The American Statistician 69, 2015).
-    """
-    from scipy.special import ndtr, stdtrit  # not at the top: a first run imports scipy while the network runs
-
-    k = max(worth, 2)
-    return float(ndtr(-math.sqrt(k / (k - 1)) * stdtrit(k - 1, (1 + LEVEL) / 2)))
-
-
-def _limits(replicates, tail, value):
-    """Lower and upper percentile along the last axis, moved if necessary so that they enclose the value itself."""
-    last = replicates.shape[-1] - 1
-    k = int(tail * last)
-    ordered = np.partition(replicates, [k, last - k], axis=-1)
-    return np.minimum(ordered[..., k], value), np.maximum(ordered[..., last - k], value)
+    return tuple(back(limits).tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -500,18 +486,8 @@ class StackResult(NamedTuple):
 def stack_results(thresholds, histogram, block_histograms, blocks, metric, index, low, high):
     """What each stack does at the trained threshold, and what the others would give without it.
 
-    Thresholds are chosen among the trained one, 0.5 and the coarse ones.
-
-    Parameters
-    ----------
-    thresholds, histogram, block_histograms, metric, index, low, high
-        As in `assess`.
-    blocks : Blocks
-
-    Returns
-    -------
-    list of StackResult
-        Lowest metric first; stacks without the class last.
+    `blocks` is a Blocks, the other arguments are those of `assess`. Thresholds are chosen among the trained one, 0.5
+    and the coarse ones. Returns a list of StackResult: lowest metric first, stacks without the class last.
     """
     half = int(np.searchsorted(thresholds, 0.5))
     coarse = _coarse(thresholds, block_histograms)
@@ -519,24 +495,20 @@ def stack_results(thresholds, histogram, block_histograms, blocks, metric, index
     x_column, half_column = np.searchsorted(points, [index, half])
     of_blocks = _counts_at(histogram, block_histograms, coarse, points)
     rest = of_blocks.sum(axis=1, keepdims=True) - of_blocks
-    own, own_x, own_best = _trained(of_blocks, metric, thresholds, points, x_column, low, high)
-    _, x_without, best_without = _trained(rest, metric, thresholds, points, x_column, low, high)
     images, pixels = np.bincount(blocks.labels), block_histograms[:, 1].sum(axis=1)
-    stacks = []
-    for i, name in enumerate(blocks.names):
-        at = (float(own[i, x_column]), float(own[i, half_column])) if pixels[i] else (None, None)
-        stacks.append(
-            StackResult(name, int(images[i]), int(pixels[i]), *at, own_x[i], own_best[i], x_without[i], best_without[i])
-        )
+    at_x, at_half = (np.where(pixels, metric(*of_blocks[..., k]), None) for k in (x_column, half_column))
+    own = _trained(of_blocks, metric, thresholds, points, x_column, low, high)
+    without = _trained(rest, metric, thresholds, points, x_column, low, high)
+    columns = blocks.names, images.tolist(), pixels.tolist(), at_x, at_half, *own, *without
+    stacks = itertools.starmap(StackResult, zip(*columns, strict=True))
     return sorted(stacks, key=lambda stack: (stack.metric is None, stack.metric))
 
 
 def _trained(counts, metric, thresholds, points, x_column, low, high):
-    """The metric of each row of counts, its best threshold, and the metric there.
+    """The best threshold of each row of counts, and the metric there, as two lists.
 
-    The trained threshold, in column `x_column`, is kept where it is one of the best. Returns the values, shape
-    (rows, P), and two lists. These hold None where the constraint holds nowhere, or no pixel or every pixel is of the
-    class.
+    The trained threshold, in column `x_column`, is kept where it is one of the best. The lists hold None where the
+    constraint holds nowhere, or no pixel or every pixel is of the class.
     """
     values = metric(*counts)
     first, last, middle = _best_columns(values, counts, metric, thresholds, points, low, high)
@@ -545,7 +517,7 @@ def _trained(counts, metric, thresholds, points, x_column, low, high):
     valid = metric.allowed(tp, fp, fn, tn) & (tp + fn > 0) & (fp + tn > 0)
     kept = (first <= x_column) & (x_column <= last)
     x = thresholds[np.where(kept, points[x_column], middle)].astype(np.float64)
-    return values, np.where(valid, x, None).tolist(), np.where(valid, values[rows, first], None).tolist()
+    return [np.where(valid, of_row, None).tolist() for of_row in (x, values[rows, first])]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -556,11 +528,11 @@ class GuaranteedRecall(NamedTuple):
     """The threshold at which a new block of the same kind keeps at least `level` of its class pixels, on average."""
 
     level: float
-    threshold: float | None  # None if nothing can be guaranteed
-    precision: float | None  # of all images at that threshold
-    recall: float | None  # of all images at that threshold: what the guarantee costs on top of the level
     blocks: int  # those that contain the class: the guarantee rests on them, and is for new blocks that contain it
-    reason: str | None  # why there is no threshold
+    reason: str | None = None  # why nothing can be guaranteed, and the following is None
+    threshold: float | None = None
+    precision: float | None = None  # of all images at that threshold
+    recall: float | None = None  # of all images at that threshold: what the guarantee costs on top of the level
 
 
 def guarantee_recall(thresholds, histogram, block_histograms, level, low, high, block_names):
@@ -568,28 +540,13 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high, 
 
     It is the largest coarse threshold with (sum over the blocks of the miss rate + 1) / (blocks + 1) <= 1 - level
     (Angelopoulos, Bates, Fisch, Lei and Schuster, "Conformal Risk Control", 2022, theorem 1). Blocks without a pixel of
-    the class have no miss rate and are left out.
-
-    Parameters
-    ----------
-    thresholds, histogram, block_histograms, low, high
-        As in `assess`.
-    level : float
-        The recall to guarantee, in (0, 1).
-    block_names : list of str
-        Blocks.names.
-
-    Returns
-    -------
-    GuaranteedRecall
+    the class have no miss rate and are left out. `level` is the recall to guarantee, in (0, 1), `block_names` is
+    Blocks.names, the other arguments are those of `assess`. Returns a GuaranteedRecall.
     """
-    tp, fp, fn, _ = confusion(block_histograms)
+    tp, _, fn, _ = confusion(block_histograms)
     holding = np.flatnonzero(tp[:, 0] + fn[:, 0])
     blocks = len(holding)
-
-    def none(reason):
-        return GuaranteedRecall(level, None, None, None, blocks, reason)
-
+    none = functools.partial(GuaranteedRecall, level, blocks)
     allowance = (1 - level) * (blocks + 1) - 1 + ROUNDING  # upper limit of the sum of the blocks' miss rates
     if allowance < 0:
         needed = math.ceil(level / (1 - level) - ROUNDING)
@@ -611,6 +568,6 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high, 
     if not len(kept):
         return none(f"even at the lowest threshold too much of the class is missed for a recall of {level:g}")
     position = coarse[within[kept[-1]]]
-    tp, fp, fn, _ = (int(count[position]) for count in confusion(histogram))
-    precision = tp / (tp + fp) if tp + fp else 0.0
-    return GuaranteedRecall(level, float(thresholds[position]), precision, tp / (tp + fn), blocks, None)
+    counts = [count[position] for count in confusion(histogram)]
+    precision, recall = (float(CLASS_METRICS[name](*counts)) for name in ("precision", "recall"))
+    return GuaranteedRecall(level, blocks, None, float(thresholds[position]), precision, recall)

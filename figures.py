@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import textwrap
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +16,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
-from models import class_metric
-from results import SIGNED, UNSIGNED, label, shortened, texts, threshold_text
+from models import CLASS_METRICS, HALF, class_metric
+from results import SIGNED, UNSIGNED, interval_text, label, number_text, shortened, threshold_text
 
-# matplotlib takes 0.3 s to import, so it is imported where it draws, and then reads these two.
+# matplotlib is imported where it draws, because its import fails where it cannot read the user's matplotlibrc: that is
+# to cost a figure, not the result. It then reads these two.
 os.environ["MPLBACKEND"] = "agg"  # a notebook sets one that may be missing here
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written
 
@@ -68,13 +68,8 @@ class Slice(NamedTuple):
 def draw(results, counts, metric_name, title, note):
     """Draw both figures. One that cannot be drawn, because of what else is set or installed here, costs a warning only.
 
-    The arguments are those of `draw_curves`, and a counts.Counts.
-
-    Returns
-    -------
-    files : dict of str to bytes
-        PNGs by the end of their names.
-    warnings : list of str
+    `counts` is a counts.Counts, the other arguments are those of `draw_curves`. Returns a dictionary of PNGs, by the
+    ends of their names, and a list of warnings.
     """
     rows = [f"{result.title}, threshold {threshold_text(result.trained.x)}" for result in results]
     shown = slices(counts, [result.trained.index for result in results])
@@ -99,28 +94,15 @@ def draw(results, counts, metric_name, title, note):
 def draw_curves(results, metric_name, title, note):
     """Draw the metric of every class over the threshold, with its confidence band, and the trained threshold.
 
-    Parameters
-    ----------
-    results : list of results.ClassResult, at least one
-        Each has a panel.
-    metric_name : str
-        Precision and recall are drawn too, and the level of a constraint.
-    title : str
-    note : str
-        A text below the title: where the intervals come from.
-
-    Returns
-    -------
-    bytes
-        A PNG.
+    `results` holds a results.ClassResult for each panel, at least one. Precision and recall are drawn too, and the
+    level of a constraint. `note` is a text below the title: where the intervals come from. Returns a PNG.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with matplotlib.rc_context(), warnings.catch_warnings():
+    with matplotlib.rc_context():
         matplotlib.rcdefaults()  # instead of the user's matplotlibrc
         matplotlib.rcParams.update(STYLE)
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box takes its place
         canvas = FigureCanvasAgg(curves_figure(results, metric_name, title, note))
         canvas.draw()
     return _png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), dpi=(PRINTED_DPI, PRINTED_DPI))
@@ -140,8 +122,7 @@ def curves_figure(results, metric_name, title, note):
     entries = {}
     for axes, result in zip(panels.flat, results, strict=False):
         _draw_panel(axes, result, metric_name)
-        _set_horizontal(axes, result)
-        _set_vertical(axes, result, metric_name, shared)
+        _set_axes(axes, result, metric_name, shared)
         _write_numbers(axes, result, metric_name, width / columns - 0.8)
         entries |= {entry.get_label(): entry for entry in axes.get_legend_handles_labels()[0]}
     for axes in panels.flat[len(results) :]:
@@ -171,11 +152,12 @@ def _draw_panel(axes, result, metric_name):
     for name, color, style in (("precision", GREEN, (0, (5, 2))), ("recall", PURPLE, (0, (6, 1.5, 1, 1.5)))):
         if name != label(metric_name):
             weight = 1.5 if name == metric.constraint_name else 0.9
-            axes.plot(x, getattr(curve, name)[drawn], color=color, lw=weight, ls=style, label=name)
+            values = CLASS_METRICS[name](*(count[drawn] for count in curve.counts))
+            axes.plot(x, values, color=color, lw=weight, ls=style, label=name)
     if metric.constraint:
         wanted = f"{metric.constraint_name} asked for"
-        axes.axhline(float(metric.level), color="black", lw=0.9, ls=(0, (4, 2, 1, 2)), label=wanted)
-    if guaranteed and guaranteed.threshold is not None:
+        axes.axhline(metric.level, color="black", lw=0.9, ls=(0, (4, 2, 1, 2)), label=wanted)
+    if guaranteed and not guaranteed.reason:
         kept = f"recall {guaranteed.level:g} guaranteed"
         axes.axvline(guaranteed.threshold, color=PURPLE, lw=1.1, ls=(0, (3, 1)), label=kept)
     if own_bests := _own_bests(result):
@@ -193,89 +175,75 @@ def _own_bests(result):
     return [(stack.own_x, stack.own_metric) for stack in result.stacks if stack.own_x is not None]
 
 
-def _set_horizontal(axes, result):
-    """Set scale, range and ticks of the axis of thresholds.
+def _set_axes(axes, result, metric_name, shared):
+    """Set the scales and ranges of both axes. Panels share that of the metric, except where a curve would be flat.
 
     On a linear axis, a trained threshold close to 0 or 1 would lie on the frame: a logit axis spreads these thresholds.
     """
     if 0.02 <= result.trained.x <= 0.98:
-        low, high, ticks = -0.02, 1.02, ["0", "0.25", "0.5", "0.75", "1"]
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_xticks(np.linspace(0, 1, 5))
         axes.set_xlabel("threshold", labelpad=2)
     else:
         shown = [result.trained.x, *(result.confidence.x_interval or ()), *(x for x, _ in _own_bests(result))]
-        low, high = min(*shown, 1e-4) / 4, 1 - (1 - max(*shown, 1 - 1e-4)) / 4
-        below = [f"{10.0**-k:g}" for k in range(2, 14) if 10.0**-k > low]
-        above = [f"{1 - 10.0**-k:.{k}f}" for k in range(2, 14) if 1 - 10.0**-k < high]
-        step = math.ceil(len(below + above) / 4)
-        ticks = ["0.5", *below[step - 1 :: step], *above[step - 1 :: step]]
         axes.set_xscale("logit")
+        axes.set_xlim(min(*shown, 1e-4) / 4, 1 - (1 - max(*shown, 1 - 1e-4)) / 4)
+        axes.xaxis.get_major_locator().set_params(nbins=5)
         axes.minorticks_off()
         axes.set_xlabel("threshold (logit scale)", labelpad=2)
-    axes.set_xticks([float(tick) for tick in ticks], ticks)
-    axes.set_xlim(low, high)
-
-
-def _set_vertical(axes, result, metric_name, shared):
-    """Set range and ticks of the axis of the metric. Panels share it, except where a curve would be flat."""
     bottom, top = _vertical_range([result], metric_name)
     own = top - bottom < 0.2 * (shared[1] - shared[0])
     bottom, top = (bottom, top) if own else shared
     margin = 0.02 * (top - bottom)
     axes.set_ylim(bottom - margin * (bottom > 0), top + margin)
-    levels = np.linspace(bottom, top, 6)
-    axes.set_yticks(levels, [f"{level:g}" for level in levels])
     axes.set_ylabel(label(metric_name) + " (another scale)" * own)
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        ticks = [tick for tick in axis.get_ticklocs() if low <= tick <= high]
+        axis.set_ticks(ticks, [f"{tick:.10g}" for tick in ticks])
 
 
 def _vertical_range(results, metric_name):
     """0 to 1, or the lower or upper part of it where all that matters lies in that part."""
     level = class_metric(metric_name).level
-    matters = [] if level is None else [float(level)]
+    matters = [] if level is None else [level]
     for result in results:
         matters += [result.trained.metric, float(np.median(result.curve.metric))]
         matters += [metric for _, metric in _own_bests(result)]
         matters += result.confidence.metric_interval or ()
         matters += result.confidence.next_stack_interval or ()
-    steps = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 1]
     if min(matters) > 0.9:
-        return 1 - next(step for step in steps if step >= 1.1 * (1 - min(matters))), 1
-    return 0, next((step for step in steps if step >= 1.1 * max(matters)), 1)
+        return 1 - max(1.1 * (1 - min(matters)), 0.001), 1
+    return 0, max(1.1 * max(matters), 0.001) if max(matters) < 0.2 else 1
 
 
 def _write_numbers(axes, result, metric_name, wide):
     """Write name and numbers of a class above its panel, which is `wide` inches wide."""
     trained, confidence = result.trained, result.confidence
-    at_half, _ = texts(trained.metric_at_half, confidence.metric_interval)
-    expected, _ = texts(confidence.expected_metric, confidence.metric_interval)
+    tp, _, fn, _ = result.curve.counts
+    metrics = trained.metric, trained.metric_at_half, confidence.expected_metric
+    metric, at_half, expected = map(result.metric_text, metrics)
+    gain = number_text(confidence.gain, confidence.gain_interval, SIGNED)
+    doubt = ", unclear" * confidence.gain_unclear + " (0.5 does not reach the level)" * (confidence.gain is None)
     lines = [
-        f"threshold {_with_interval(trained.x, confidence.x_interval, threshold_text)}",
-        f"{label(metric_name)} {_with_interval(trained.metric, confidence.metric_interval)}; {at_half} at 0.5",
+        f"threshold {result.x_text(trained.x)}{_in_brackets(confidence.x_interval, threshold_text)}",
+        f"{label(metric_name)} {metric}{_in_brackets(confidence.metric_interval)}; {at_half} at 0.5",
+        f"gain {gain}{_in_brackets(confidence.gain_interval, SIGNED)}{doubt}",
+        f"expected {expected}; next stack {interval_text(confidence.next_stack_interval)}",
+        f"{tp[0] + fn[0]:,} positives{f' in {result.worth}' if result.worth else ''}",
     ]
-    if confidence.gain is None:
-        lines.append("0.5 does not reach the level that was asked for")
-    else:
-        unclear = ", unclear" * confidence.gain_unclear
-        lines.append(f"gain {_with_interval(confidence.gain, confidence.gain_interval, SIGNED)}{unclear}")
-    if confidence.expected_metric is not None:
-        lines.append(f"{expected} expected on new images")
-    if confidence.next_stack_interval is not None:
-        lines[-1] += f"; next stack {texts(None, confidence.next_stack_interval)[1]}"
-    positives = f"{result.curve.tp[0] + result.curve.fn[0]:,} positives"
-    lines.append(f"{positives} in {result.worth}" if result.worth else positives)
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
     title = _fitted(result.title, 9, wide, bold=True)
     axes.annotate(title, (0, 1), (0, 9 + 9 * len(lines)), **place, size=9, weight="bold")
     axes.annotate("\n".join(_fitted(line, 7.5, wide) for line in lines), (0, 1), (0, 5.5), **place, size=7.5)
 
 
-def _with_interval(value, limits, form=UNSIGNED):
-    text, interval = texts(value, limits, form)
-    return text if limits is None else f"{text} ({interval})"
+def _in_brackets(limits, form=UNSIGNED):
+    return f" ({interval_text(limits, form)})" if limits else ""
 
 
 def _fitted(text, points, inches, bold=False):
     """The text, without its middle where it is too wide for a figure of curves."""
-    return shortened(text, 0.98 * inches * DPI, _font(points * DPI / 72, bold).getlength)
+    return _drawable(text, 0.98 * inches * DPI, _font(points * DPI / 72, bold))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -283,23 +251,13 @@ def _fitted(text, points, inches, bold=False):
 
 
 def slices(counts, indices):
-    """The slices in the counts, each once, with the masks that the trained thresholds predict.
+    """The slices in a counts.Counts, each once, with the masks that the trained thresholds predict: a list of Slice.
 
-    Slices without any pixel of a class, true or predicted, are left out where there are others.
-
-    Parameters
-    ----------
-    counts : counts.Counts
-    indices : sequence of int, one per class
-        Indices of the trained thresholds in counts.THRESHOLDS.
-
-    Returns
-    -------
-    list of Slice
+    `indices` holds those of the trained thresholds in THRESHOLDS, one a class. Slices without any pixel of a class,
+    true or predicted, are left out where there are others.
     """
-    half = int(np.searchsorted(THRESHOLDS, 0.5))
     found = {
-        shown.name: Slice(shown.name, shown.image, shown.truth, shown.bins > np.array(indices), shown.bins > half)
+        shown.name: Slice(shown.name, shown.image, shown.truth, shown.bins > np.array(indices), shown.bins > HALF)
         for shown in counts.shown
     }
     telling = [one for one in found.values() if one.truth.any() or one.prediction.any()]
@@ -309,19 +267,8 @@ def slices(counts, indices):
 def draw_slices(slices, classes, title):
     """Draw slices side by side, with a row per class, and hits, misses and false alarms in colour.
 
-    What differs from the prediction at 0.5 has a colour of its own, and stands above the panel in numbers.
-
-    Parameters
-    ----------
-    slices : list of Slice, at least one, all of the same shape
-    classes : list of str, at least one
-        What to write above the row of each class.
-    title : str
-
-    Returns
-    -------
-    bytes
-        A PNG.
+    What differs from the prediction at 0.5 has a colour of its own, and stands above the panel in numbers. `slices`
+    holds at least one Slice, all of the same shape; `classes` what to write above the row of each class. Returns a PNG.
     """
     height, width = slices[0].image.shape
     side = min(PANEL_SIDE, math.isqrt(SHOWN_PIXELS // (len(slices) * len(classes))))
@@ -363,7 +310,7 @@ def _draw_legend(page):
 def _write(page, x, y, text, room, size=13, bold=False):
     """Write a line of text, at most `room` pixels wide; returns its width."""
     font = _font(size, bold)
-    text = shortened(text, room, font.getlength)
+    text = _drawable(text, room, font)
     pen = ImageDraw.Draw(page)
     pen.fontmode = "L"  # smooth: between black and white, the palette has greys only
     pen.text((x, y + LINE / 2), text, fill=0, font=font, anchor="lm")
@@ -391,16 +338,7 @@ def _outcomes(truth, prediction, shrink):
     """The most frequent outcome in each cell of shrink x shrink pixels; none only if no pixel of the cell has one.
 
     So thin cracks remain visible. Of equally frequent ones, a miss comes before a false alarm, and that before a hit.
-
-    Parameters
-    ----------
-    truth, prediction : bool arrays, shape (height, width)
-    shrink : int
-
-    Returns
-    -------
-    uint8 array, shape (ceil(height / shrink), ceil(width / shrink))
-        0 for none, then in the order of OUTCOMES.
+    Returns uint8, shape (ceil(height / shrink), ceil(width / shrink)): 0 for none, then in the order of OUTCOMES.
     """
     shares = [
         np.asarray(Image.fromarray(pixels.astype(np.float32)).reduce(shrink))
@@ -424,6 +362,15 @@ def _font(size, bold):
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{'-Bold' * bold}.ttf"
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _drawable(text, room, font):
+    """The text, with escapes for characters that the font lacks, and without its middle if it is wider than `room`."""
+    from matplotlib.font_manager import get_font
+
+    glyphs = get_font(font.path)
+    text = "".join(c if glyphs.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text)
+    return shortened(text, room, font.getlength)
 
 
 def _png(image, **options):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment, minimize_scalar
 
 from counts import THRESHOLDS, confusion
 from errors import ConfigurationError, ModelError, NotConvergedError, UsageError
@@ -91,22 +92,10 @@ class ClassMetric(NamedTuple):
 
 
 def class_metric(name):
-    """The class metric with this name.
+    """The ClassMetric with this name: a key of CLASS_METRICS, or a key of CONSTRAINED_METRICS with a level.
 
-    Parameters
-    ----------
-    name : str
-        A key of CLASS_METRICS, or a key of CONSTRAINED_METRICS with a level: precision_at_recall_0.95. The level is a
-        decimal number in (0, 1) with at most 15 digits after the point.
-
-    Returns
-    -------
-    ClassMetric
-
-    Raises
-    ------
-    UsageError
-        There is no such metric.
+    The level is a decimal number in (0, 1) with at most 15 digits after the point, as in precision_at_recall_0.95.
+    Raises UsageError if there is no such metric.
     """
     option = "--optimizing-class-metric"
     if name in CLASS_METRICS:
@@ -140,75 +129,48 @@ class TrainedThreshold:
     x: float  # the trained threshold
     metric: float  # the class metric at x: the best within OPT_BOUNDS where the constraint holds
     metric_at_half: float  # at 0.5, whether the constraint holds there or not
-    allowed_at_half: bool  # whether the constraint holds at 0.5
     best_stretch: tuple  # lowest and highest threshold of the stretch around x where the metric is the same
-    success: bool  # of minimize_scalar, as the next two
-    status: int
-    message: str
-    nfev: int  # number of evaluations in the history
+    message: str  # of minimize_scalar
     history: list  # (threshold, metric) of every evaluation by minimize_scalar; the last one is x
     warnings: list  # sentences
 
 
 @dataclass
 class ClassCurve:
-    """Counts and metrics of one class at every threshold of THRESHOLDS."""
+    """One class at every threshold of THRESHOLDS."""
 
-    tp: np.ndarray  # (N,) int64; likewise fp, fn, tn
-    fp: np.ndarray
-    fn: np.ndarray
-    tn: np.ndarray
+    counts: tuple  # true positives, false positives, false negatives, true negatives: each int64, shape (N,)
     metric: np.ndarray  # (N,) float64: the class metric without its constraint
-    precision: np.ndarray  # (N,) float64, in [0, 1]
-    recall: np.ndarray  # (N,) float64, in [0, 1]
 
 
-def check_trainable(counts, class_names):
-    """Raise ModelError for a class without any pixel in its masks, or without any outside.
-
-    Parameters
-    ----------
-    counts : counts.Counts
-    class_names : list of str
-        For messages.
-    """
-    for name, (outside, inside) in zip(class_names, counts.histogram.sum(axis=-1), strict=True):
+def check_trainable(counts, class_titles):
+    """Raise ModelError if, in a counts.Counts, every pixel of a class is in its masks, or none is."""
+    for title, (outside, inside) in zip(class_titles, counts.histogram.sum(axis=-1), strict=True):
         if not inside or not outside:
             raise ModelError(
-                f"{name} cannot be trained: {'every' if inside else 'no'} pixel of the {counts.images} images used is "
+                f"{title} cannot be trained: {'every' if inside else 'no'} pixel of the {counts.images} images used is "
                 "in its masks; use other images, or more of them"
             )
 
 
 def optimisation_range():
-    """The thresholds within OPT_BOUNDS; checks OPT_BOUNDS, OPT_METHOD and OPT_OPTIONS.
+    """Indices of the first and the last of THRESHOLDS within OPT_BOUNDS.
 
-    Returns
-    -------
-    low, high : int
-        Indices of the first and the last of THRESHOLDS within OPT_BOUNDS.
-
-    Raises
-    ------
-    ConfigurationError
-        There is no such method or option, or no threshold within the bounds.
+    Raises ConfigurationError if OPT_BOUNDS, OPT_METHOD or OPT_OPTIONS cannot work.
     """
     low = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[0]), "left"))
     high = int(np.searchsorted(THRESHOLDS, float(OPT_BOUNDS[1]), "right")) - 1
+    options = {TOLERANCES.get(OPT_METHOD), "maxiter", "disp"}
+    needed = None
     if not (OPT_BOUNDS[0] >= 0 and OPT_BOUNDS[1] <= 1 and low <= high):
-        needed = "[lowest, highest] threshold, from 0 to 1, and far enough apart to hold one"
-        raise _setting_error("OPT_BOUNDS", OPT_BOUNDS, needed)
-    if OPT_METHOD not in TOLERANCES:
-        raise _setting_error("OPT_METHOD", OPT_METHOD, f"one of {', '.join(TOLERANCES)}")
-    known = {TOLERANCES[OPT_METHOD], "maxiter", "disp"}
-    if not OPT_OPTIONS.keys() <= known:  # minimize_scalar would ignore it
-        needed = f"a dictionary with options that {OPT_METHOD} has: {', '.join(sorted(known))}"
-        raise _setting_error("OPT_OPTIONS", OPT_OPTIONS, needed)
+        needed = "OPT_BOUNDS must be [lowest, highest] threshold, from 0 to 1, and far enough apart to hold one"
+    elif OPT_METHOD not in TOLERANCES:
+        needed = f"OPT_METHOD must be one of {', '.join(TOLERANCES)}"
+    elif not OPT_OPTIONS.keys() <= options:  # minimize_scalar would ignore it
+        needed = f"OPT_OPTIONS can only hold {', '.join(sorted(options))} with {OPT_METHOD}"
+    if needed:
+        raise ConfigurationError(f"at the top of models.py, {needed}")
     return low, high
-
-
-def _setting_error(name, value, needed):
-    return ConfigurationError(f"{name} = {value!r} at the top of models.py must be {needed}")
 
 
 def swapped_classes(counts, class_titles, class_folders):
@@ -217,19 +179,8 @@ def swapped_classes(counts, class_titles, class_folders):
     Each channel is compared with each folder of masks by their IoU at 0.5, and each is given the folder that makes the
     sum of the IoUs largest. A warning needs a new folder that fits at least twice as well as the channel's own and by
     0.2 better, and no channel that fits its new folder worse than its own. So classes that contain each other, and a
-    network that finds only one of them, raise none.
-
-    Parameters
-    ----------
-    counts : counts.Counts
-    class_titles, class_folders : list of str
-
-    Returns
-    -------
-    list of str
+    network that finds only one of them, raise none. `counts` is a counts.Counts. Returns a list of sentences.
     """
-    from scipy.optimize import linear_sum_assignment
-
     predicted = counts.histogram[:, :, HALF + 1 :].sum(axis=(1, 2))
     masks = counts.histogram[:, 1].sum(axis=1)
     fit = ratio(counts.overlap, predicted[:, None] + masks - counts.overlap)
@@ -274,7 +225,6 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     low, high = optimisation_range()
     counts = confusion(histogram)
     values, allowed = metric(*counts), metric.allowed(*counts)
-    curve = ClassCurve(*counts, values, CLASS_METRICS["precision"](*counts), CLASS_METRICS["recall"](*counts))
     candidates = allowed.copy()
     candidates[:low] = candidates[high + 1 :] = False
     if not candidates.any():
@@ -293,36 +243,31 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
 
     # minimize_scalar may find a local optimum only. The counts give the metric at every threshold, so the threshold
     # reported is the exact optimum among them all; it is the last evaluation in the history.
-    search = _minimize(evaluate, class_name, low, high, worst=loss.max() + 1)
+    message = _minimize(evaluate, class_name, low, high, worst=loss.max() + 1)
     best = candidates & (values >= values[candidates].max() - EQUAL)
     first, index, last = widest_stretch(THRESHOLDS, best)
     evaluate(index)
 
-    doubt = _doubt(curve, metric, allowed, best, index, low)
+    doubt = _doubt(counts, values, metric, allowed, best, index, low)
     trained = TrainedThreshold(
         index=index,
         x=float(THRESHOLDS[index]),
         metric=float(values[index]),
         metric_at_half=float(values[HALF]),
-        allowed_at_half=bool(allowed[HALF]),
         best_stretch=(float(THRESHOLDS[first]), float(THRESHOLDS[last])),
-        success=bool(search.success),
-        status=int(search.get("status", 0)),  # brent and golden give none
-        message=" ".join(search.message.split()),
-        nfev=len(history),
+        message=message,
         history=history,
         warnings=[f"{class_name}: {doubt}"] if doubt else [],
     )
-    return trained, curve
+    return trained, ClassCurve(counts, values)
 
 
 def _minimize(evaluate, class_name, low, high, worst):
     """Run minimize_scalar over THRESHOLDS[low] to THRESHOLDS[high], with the settings at the top of this file.
 
-    `evaluate` takes an index and returns the loss there. `worst` is a loss above all of them.
+    `evaluate` takes an index and returns the loss there. `worst` is a loss above all of them. Returns the message of
+    minimize_scalar.
     """
-    from scipy.optimize import minimize_scalar  # the entry script imports it before, while the network runs
-
     thresholds = THRESHOLDS[low : high + 1].astype(np.float64)
     start, end = thresholds[[0, -1]]
 
@@ -335,16 +280,17 @@ def _minimize(evaluate, class_name, low, high, worst):
         within = {"bracket": (np.nextafter(start, -1), (start + end) / 2, np.nextafter(end, 2))}
     options = {TOLERANCES[OPT_METHOD]: OPT_TOL, **OPT_OPTIONS}
     result = minimize_scalar(objective, method=OPT_METHOD, options=options, **within)
+    message = " ".join(result.message.split())
     if not result.success:
         raise NotConvergedError(
-            f"{class_name}: minimize_scalar did not converge ({' '.join(result.message.split())}); raise maxiter in "
-            "OPT_OPTIONS, or OPT_TOL, at the top of models.py and run again"
+            f"{class_name}: minimize_scalar did not converge ({message}); raise maxiter in OPT_OPTIONS, or OPT_TOL, at "
+            "the top of models.py and run again"
         )
-    return result
+    return message
 
 
 def widest_stretch(thresholds, chosen):
-    """Find the stretch of neighbouring chosen thresholds whose last and first threshold differ most.
+    """The stretch of neighbouring chosen thresholds whose last and first threshold differ most.
 
     Parameters
     ----------
@@ -376,9 +322,9 @@ def _level_not_reached(metric, class_name, counts, low, high):
     )
 
 
-def _doubt(curve, metric, allowed, best, index, low):
+def _doubt(counts, values, metric, allowed, best, index, low):
     """A sentence about what makes a trained threshold doubtful, the first cause that applies; None if nothing does."""
-    tp, fp, fn, tn, values = curve.tp, curve.fp, curve.fn, curve.tn, curve.metric
+    tp, fp, fn, tn = counts
     positives, negatives = int(tp[0] + fn[0]), int(fp[0] + tn[0])
     if fp[index] == fn[index] == 0:
         return (

@@ -66,6 +66,14 @@ class ClassResult(NamedTuple):
             return None
         return f"{number} {self.kind}, worth {worth:.1f}"
 
+    def x_text(self, value):
+        """A threshold of this class as text, with the digits that the interval of x carries."""
+        return number_text(value, self.confidence.x_interval, threshold_text)
+
+    def metric_text(self, value):
+        """The same for a metric."""
+        return number_text(value, self.confidence.metric_interval)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # The YAML
@@ -141,10 +149,10 @@ def _describe_class(result, metric_name):
     trained, confidence, guaranteed = result.trained, result.confidence, result.guaranteed_recall
     return {
         "x": trained.x,
-        "success": trained.success,
-        "status": trained.status,
+        "success": True,  # else NotConvergedError was raised
+        "status": 0,
         "message": trained.message,
-        "nfev": trained.nfev,
+        "nfev": len(trained.history),
         "fun": 1 - trained.metric,
         "metric": trained.metric,
         "metric_at_half": trained.metric_at_half,
@@ -201,7 +209,7 @@ def to_yaml(content):
 
 
 def what_intervals_rest_on(blocks):
-    """A sentence that says where the intervals of a run come from; `blocks` is a confidence.Blocks."""
+    """A sentence that says where the intervals from these confidence.Blocks come from."""
     if blocks.number < FEWEST_BLOCKS:
         return f"No intervals: they would come from {blocks.number} {blocks.kind} only, and {FEWEST_BLOCKS} are needed."
     return (
@@ -224,10 +232,10 @@ def table(results, metric_name):
         *(row for result in results for row in _rows(result)),
     ]
     names, *others = map(_padded, zip(*rows, strict=True))
-    room = max(TABLE_WIDTH - sum(2 + text_width(column[0]) for column in others), 9)
+    room = max(TABLE_WIDTH - sum(2 + len(column[0]) for column in others), 9)
     names = _padded([shortened(name.rstrip(), room) for name in names])
-    without = [result.confidence for result in results if result.confidence.why_no_next_stack]
-    reasons = dict.fromkeys(of.why_no_next_stack for of in without if of.why_no_next_stack != of.reason)
+    intervals = [result.confidence for result in results]
+    reasons = {one.why_no_next_stack for one in intervals} - {one.reason for one in intervals}
     return [
         "",
         f"Best thresholds for {metric_name}:",
@@ -236,7 +244,7 @@ def table(results, metric_name):
         "",
         "Intervals and expected values are for all pixels of new images together,",
         "the range of the next stack is for one new stack on its own.",
-        *(f"No range for the next stack: {reason}" for reason in reasons),
+        *(f"No range for the next stack: {reason}" for reason in reasons - {None}),
         *(f"{result.name}: {result.worth} of equal weight" for result in results if result.worth),
         "",
     ]
@@ -245,16 +253,15 @@ def table(results, metric_name):
 def _rows(result):
     """The two rows of a class in the table."""
     trained, confidence = result.trained, result.confidence
-    threshold, its_interval = texts(trained.x, confidence.x_interval, threshold_text)
-    value, interval = texts(trained.metric, confidence.metric_interval)
-    expected, _ = texts(confidence.expected_metric, confidence.metric_interval)
-    _, next_stack = texts(None, confidence.next_stack_interval)
-    gain, _ = texts(confidence.gain, confidence.gain_interval, SIGNED)
-    unclear = "(unclear)" * confidence.gain_unclear
-    return [
-        (result.name, threshold, value, expected, "", gain),
-        (f"({result.folder})", its_interval, interval, "", next_stack, unclear),
-    ]
+    columns = (
+        (result.name, f"({result.folder})"),
+        (result.x_text(trained.x), interval_text(confidence.x_interval, threshold_text)),
+        (result.metric_text(trained.metric), interval_text(confidence.metric_interval)),
+        (result.metric_text(confidence.expected_metric), ""),
+        ("", interval_text(confidence.next_stack_interval)),
+        (number_text(confidence.gain, confidence.gain_interval, SIGNED), "(unclear)" * confidence.gain_unclear),
+    )
+    return zip(*columns, strict=True)
 
 
 def _padded(cells):
@@ -263,18 +270,24 @@ def _padded(cells):
     return [cell + " " * (width - text_width(cell)) for cell in cells]
 
 
-def texts(value, limits, form=UNSIGNED):
-    """A value and its interval as two texts, with as many decimals as the interval carries; "-" for None.
+def number_text(value, limits, form=UNSIGNED):
+    """A value as text, with as many decimals as its interval carries; "-" for None.
 
     `form` takes a number and the number of decimals, and gives a text.
     """
-    decimals = 4
-    if limits is not None and limits[0] < limits[1]:
-        decimals = min(max(1 - math.floor(math.log10(limits[1] - limits[0])), 2), 6)  # two digits of the width
-    return (
-        "-" if value is None else form(value, decimals),
-        "-" if limits is None else " to ".join(form(limit, decimals) for limit in limits),
-    )
+    return "-" if value is None else form(value, _decimals(limits))
+
+
+def interval_text(limits, form=UNSIGNED):
+    """An interval as text, likewise."""
+    return "-" if limits is None else " to ".join(form(limit, _decimals(limits)) for limit in limits)
+
+
+def _decimals(limits):
+    """How many decimals show two digits of the width of an interval."""
+    if limits is None or limits[0] == limits[1]:
+        return 4
+    return min(max(1 - math.floor(math.log10(limits[1] - limits[0])), 2), 6)
 
 
 def threshold_text(threshold, decimals=5):
@@ -308,27 +321,21 @@ def about_split(dataset_directory):
     ]
 
 
-def _reached(result, metric):
-    """What the metric's constraint demands, as the images at hand have it: the beginning of a sentence."""
-    value, interval = texts(result.confidence.constraint_value, result.confidence.constraint_interval)
-    return f"{result.title}: {metric.constraint_name} is {value} here (95 % interval {interval})"
-
-
-def _may_miss(result, metric):
-    interval = result.confidence.constraint_interval
-    return interval is not None and interval[0] < metric.level
-
-
 def remarks(result, metric_name):
     """Sentences that explain the numbers of a class in the table."""
-    sentences, guaranteed, metric = [], result.guaranteed_recall, models.class_metric(metric_name)
-    if metric.constraint and not _may_miss(result, metric):
-        sentences.append(f"{_reached(result, metric)}: {float(metric.level):g} was asked for")
-    if not result.trained.allowed_at_half:
+    sentences, confidence, metric = [], result.confidence, models.class_metric(metric_name)
+    if metric.constraint:
+        value, interval = confidence.constraint_value, confidence.constraint_interval
+        sentences.append(
+            f"{result.title}: {metric.constraint_name} is {number_text(value, interval)} here (95 % interval "
+            f"{interval_text(interval)}): {metric.level:g} was asked for"
+        )
+    if confidence.gain is None:
         sentences.append(
             f"{result.title}: 0.5 does not reach the level that was asked for, so there is no gain over it"
         )
-    if guaranteed and guaranteed.threshold is not None:
+    guaranteed = result.guaranteed_recall
+    if guaranteed and not guaranteed.reason:
         sentences.append(
             f"{result.title}: threshold {threshold_text(guaranteed.threshold)} guarantees recall "
             f"{guaranteed.level:g} on average over new {result.kind} with the class. The price: to be safe with "
@@ -345,14 +352,14 @@ def warnings(result, metric_name):
     if confidence.reason:
         sentences.append(f"{result.title}: no interval can be given: {confidence.reason}")
     if confidence.gain_unclear:
-        _, interval = texts(None, confidence.gain_interval, SIGNED)
+        interval = interval_text(confidence.gain_interval, SIGNED)
         sentences.append(f"{result.title}: not shown to be better than 0.5 ({interval} in {label(metric_name)})")
-    if _may_miss(result, metric):
+    if confidence.constraint_interval and confidence.constraint_interval[0] < metric.level:
         sentences.append(
-            f"{_reached(result, metric)}: new images may miss the {float(metric.level):g} that was asked for, as they "
-            "do for about half of the thresholds chosen so"
+            f"{result.title}: new images may miss the {metric.level:g} of {metric.constraint_name} that was asked for, "
+            "as they do for about half of the thresholds chosen so"
         )
-    if guaranteed and guaranteed.threshold is None:
+    if guaranteed and guaranteed.reason:
         sentences.append(f"{result.title}: no recall can be guaranteed: {guaranteed.reason}")
     return sentences
 
@@ -361,14 +368,12 @@ def influence(results):
     """A sentence for each class where one stack alone moves threshold or metric by more than half of its interval."""
     sentences = []
     for result in results:
-        trained, confidence = result.trained, result.confidence
         stack = max(result.stacks, key=functools.partial(_shift, result), default=None)
         if stack and _shift(result, stack) > 0.5:
-            x, x_before = (texts(of, confidence.x_interval, threshold_text)[0] for of in (stack.x_without, trained.x))
-            at_x, before = (texts(of, confidence.metric_interval)[0] for of in (stack.metric_without, trained.metric))
             sentences.append(
-                f"{result.title}: much of this result comes from {stack.stack} alone: without it the threshold is {x} "
-                f"instead of {x_before}, and the metric {at_x} instead of {before}"
+                f"{result.title}: much of this result comes from {stack.stack} alone: without it the threshold is "
+                f"{result.x_text(stack.x_without)} instead of {result.x_text(result.trained.x)}, and the metric "
+                f"{result.metric_text(stack.metric_without)} instead of {result.metric_text(result.trained.metric)}"
             )
     return sentences
 
@@ -393,22 +398,22 @@ def curves_csv(results):
     empty where there is none. Returns bytes.
     """
     header = ["class", "folder", "threshold", "trained", "tp", "fp", "fn", "tn"]
-    tables = (zip(*_columns(result), strict=True) for result in results)
-    return _csv([*header, *models.CLASS_METRICS, "band_low", "band_high"], tables)
+    rows = (row for result in results for row in zip(*_columns(result), strict=True))
+    return _csv([*header, *models.CLASS_METRICS, "band_low", "band_high"], rows)
 
 
 def _columns(result):
-    """The columns of a class in the file of the curves, as lists."""
-    trained, curve, confidence = result.trained, result.curve, result.confidence
+    """The columns of a class in the file of the curves."""
+    trained, confidence = result.trained, result.confidence
     indices = np.union1d(IN_CURVES, trained.index)
     indices = indices[THRESHOLDS[indices] >= min(LOWEST_IN_CURVES, trained.x / 10)]
     here = indices == trained.index
-    counts = [count[indices] for count in (curve.tp, curve.fp, curve.fn, curve.tn)]
+    counts = [count[indices] for count in result.curve.counts]
+    metrics = [metric(*counts) for metric in models.CLASS_METRICS.values()]
     band = [np.full(len(indices), "")] * 2
     if confidence.band_low is not None:  # it is known at the thresholds of the blocks only
         limits = zip((confidence.band_low, confidence.band_high), confidence.metric_interval, strict=True)
         band = [np.where(here, end, limit[indices // BLOCK_STEP]) for limit, end in limits]
-    metrics = [metric(*counts) for metric in models.CLASS_METRICS.values()]
     arrays = (THRESHOLDS[indices].astype(float), here.astype(int), *counts, *metrics, *band)
     names = [result.name] * len(indices), [result.folder] * len(indices)
     return [*names, *(array.tolist() for array in arrays)]
@@ -416,16 +421,15 @@ def _columns(result):
 
 def stacks_csv(results):
     """What each stack does at the trained threshold, and without it, as CSV: a row for each class and stack; bytes."""
-    tables = ([[result.name, result.folder, *stack] for stack in result.stacks] for result in results)
-    return _csv(["class", "folder", *StackResult._fields], tables)
+    rows = ((result.name, result.folder, *stack) for result in results for stack in result.stacks)
+    return _csv(["class", "folder", *StackResult._fields], rows)
 
 
-def _csv(header, tables):
+def _csv(header, rows):
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)
-    for rows in tables:
-        writer.writerows(rows)
+    writer.writerows(rows)
     return file.getvalue().encode()
 
 
@@ -436,28 +440,9 @@ def _csv(header, tables):
 def publish(bucket, model_id, description, files, folder):
     """Upload the files, then the YAML, under a timestamp that no other result has: now, or the next free second.
 
-    The YAML is uploaded last, so that there is never a YAML without its figures.
-
-    Parameters
-    ----------
-    bucket : as gcp_utils.open_bucket gives
-    model_id : str
-    description : dict
-        From `describe`; its created_datetime is set here.
-    files : dict of str to bytes
-        The other files, by the end of their names, as in "_slices.png".
-    folder : Path
-        Where the result is kept on the disk if it cannot be uploaded.
-
-    Returns
-    -------
-    str
-        The name of the YAML in the bucket.
-
-    Raises
-    ------
-    BucketError
-        Not all could be uploaded; the message says where the result is kept and how to upload it.
+    The YAML is uploaded last, so that there is never a YAML without its figures. `description` is that of `describe`;
+    its created_datetime is set here. `files` holds bytes by the end of a file's name, as in "_slices.png". Returns the
+    name of the YAML in the bucket. If not all can be uploaded, the result is kept in `folder`, and BucketError says so.
     """
     created = datetime.now(UTC)
     while True:

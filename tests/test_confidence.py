@@ -106,7 +106,9 @@ def test_names_that_differ_a_little_are_matched_where_no_other_can_be_meant():
 # Intervals
 
 
-@pytest.mark.parametrize("name", ["iou_score", "matthews_corrcoef", "precision_at_recall_0.8"])
+@pytest.mark.parametrize(
+    "name", ["iou_score", "matthews_corrcoef", "precision_at_recall_0.8", "precision_at_recall_0.95"]
+)
 def test_every_interval_contains_the_value_it_belongs_to(name):
     metric, blocks = class_metric(name), noisy_blocks(5)
     index, said = trained(blocks, metric), assess(blocks, metric)
@@ -183,6 +185,20 @@ def test_replicates_keep_to_the_bounds():
     low, high = int(np.searchsorted(THRESHOLDS, 0.7)), int(np.searchsorted(THRESHOLDS, 0.9))
     said = assess(noisy_blocks(9), index=low, low=low, high=high)
     assert THRESHOLDS[low] == said.x_interval[0] <= said.x_interval[1] <= THRESHOLDS[high]
+
+
+def test_replicates_without_the_class_say_nothing():
+    blocks = np.zeros((205, 2, LAST + 2), np.int64)
+    blocks[:5], blocks[5:, 0, 0] = noisy_blocks(5), 1  # one replicate in 160 draws none of the first five
+    assert np.diff(assess(blocks).metric_interval) < 1.5 * np.diff(assess(blocks[:5]).metric_interval)
+
+
+def test_a_replicate_that_reaches_the_level_nowhere_comes_as_close_as_it_can():
+    blocks = np.zeros((8, 2, LAST + 2), np.int64)
+    low, high = np.searchsorted(THRESHOLDS, [0.7, 0.9])
+    blocks[:, 1, high], blocks[:, 0, high], blocks[:, 0, low] = 80, range(16, 24), 900
+    said = assess(blocks, class_metric("recall_at_precision_0.8"))  # half of the replicates reach 0.79 only
+    assert said.x_interval[0] > 0.69 and said.constraint_interval[0] < 0.8
 
 
 # The stacks themselves

@@ -82,7 +82,6 @@ def test_the_trained_threshold_is_the_exact_optimum(data, name, bounded):
     assert trained.x == THRESHOLDS[trained.index] == np.float32(trained.x)
     assert 0 < trained.x < 1
     assert trained.history[-1] == (trained.x, trained.metric)
-    assert trained.nfev == len(trained.history)
 
 
 @given(st.data())
@@ -187,8 +186,7 @@ def test_every_method_works_with_all_bounds_and_shows_each_evaluation(method, bo
         trained = train(histogram, on_evaluation=lambda *evaluation, shown=shown: shown.append(evaluation))
         iou = models.CLASS_METRICS["iou_score"](*confusion(histogram))
         assert trained.metric == iou[within].max()
-        assert (trained.success, type(trained.status)) == (True, int)
-        assert 2 <= trained.nfev == len(trained.history) < 120
+        assert 2 <= len(trained.history) < 120
         assert all(t in T[within] and m == iou[t == T] for t, m in trained.history)
         assert shown == [(n, *point) for n, point in enumerate(trained.history)]
 
@@ -204,9 +202,9 @@ def test_the_tolerance_and_the_options_reach_the_method(method, monkeypatch):
     for tol in (0.1, 1e-5):
         option = {"bounded": "xatol"}.get(method, "xtol")
         configure(monkeypatch, OPT_METHOD=method, OPT_TOL=0.01, OPT_OPTIONS={option: tol, "maxiter": 400})
-        evaluations.append(train(histogram).nfev)
+        evaluations.append(len(train(histogram).history))
         configure(monkeypatch, OPT_TOL=tol, OPT_OPTIONS={})
-        evaluations.append(train(histogram).nfev)
+        evaluations.append(len(train(histogram).history))
     assert evaluations[0] == evaluations[1] < evaluations[2] == evaluations[3]
     configure(monkeypatch, OPT_OPTIONS={"maxiter": 2})
     with pytest.raises(NotConvergedError, match=r"class0.*maxiter.*OPT_TOL.*models.py"):
@@ -224,7 +222,7 @@ def test_the_tolerance_and_the_options_reach_the_method(method, monkeypatch):
 )
 def test_a_setting_that_cannot_work_is_named(name, value, monkeypatch):
     configure(monkeypatch, **{name: value})
-    with pytest.raises(ConfigurationError, match=f"{name} = .*models.py"):
+    with pytest.raises(ConfigurationError, match=f"models.py, {name} "):
         models.optimisation_range()
 
 
