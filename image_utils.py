@@ -1,6 +1,8 @@
 """The images and masks of a dataset: pairing them, drawing a subset, checking and decoding the files."""
 
 import collections
+import contextlib
+import ctypes
 import hashlib
 import io
 import logging
@@ -54,9 +56,11 @@ EXPLANATIONS = {
 }
 
 Image.MAX_IMAGE_PIXELS = None  # the size is compared with target_size before a pixel is decoded
-# Pillow's warnings do not name the file; our errors do.
+# Pillow's warnings, and what the C library libtiff prints, do not name the file; our errors do.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(AttributeError):  # a Pillow that shows no function of libtiff
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 class Sample(NamedTuple):
