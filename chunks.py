@@ -26,7 +26,7 @@ import numpy as np
 import inference
 import network
 from counts import Counts, add_remarks, slices_to_show
-from errors import ClusterError, ModelError, first_line
+from errors import ClusterError, ModelError, first_line, images_text
 from gcp_utils import Blob, open_bucket
 from image_utils import decode_samples
 from terminal import progress, show, warn
@@ -221,11 +221,6 @@ def _count_here(job, bucket, chunks, on_images):
         for counted in count_chunks(chunks, decoded, counter, on_images):
             counted.weights_digest = weights_digest
             yield counted
-
-
-def images_text(number):
-    """1 image, 2 images, 1,000 images."""
-    return f"{number:,} image{'s' * (number != 1)}"
 
 
 def _decode(job, bucket, samples):

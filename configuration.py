@@ -36,6 +36,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see --help")
 
 
+def text(given):
+    """A `type=` for argparse: a text that can be put into the result."""
+    if re.search("[\ud800-\udfff]", given):  # what Python makes of bytes that are not UTF-8
+        raise argparse.ArgumentTypeError(f"must be text in UTF-8, not {given!r}")
+    return given
+
+
 def number(kind, low, high, above_low=False):
     """Make a `type=` for argparse: a number from `low` to `high`, without `low` itself if `above_low`."""
 
