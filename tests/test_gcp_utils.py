@@ -390,7 +390,8 @@ def certificate(tmp_path_factory):
     return path
 
 
-def test_behind_an_https_proxy_with_an_authority_of_its_own(server, bucket_name, certificate, behind, tmp_path):
+@pytest.mark.parametrize("bundle", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_behind_an_https_proxy_with_an_authority_of_its_own(server, bucket_name, certificate, behind, tmp_path, bundle):
     place, blob = "https://storage.example.test", Blob("model.hdf5", 600_000, 1, "x")
     with ChaosProxy(server, certificate=certificate) as storage, ChaosProxy(storage.url) as proxy:
         behind(place, HTTPS_PROXY=proxy.url)
@@ -400,10 +401,24 @@ def test_behind_an_https_proxy_with_an_authority_of_its_own(server, bucket_name,
             message = error_of(call)
             assert "CERTIFICATE_VERIFY_FAILED" in message and "REQUESTS_CA_BUNDLE" in message
             assert len(proxy.requests) == 1  # waiting does not help
-        behind(place, HTTPS_PROXY=proxy.url, REQUESTS_CA_BUNDLE=certificate)
+        behind(place, HTTPS_PROXY=proxy.url, **{bundle: certificate})
         all_operations(open_bucket(f"gs://{bucket_name}", tmp_path / "cache"))
         assert {request.operation for request in storage.requests} == {"list", "get", "create"}
         assert {request.path for request in proxy.requests} == {"storage.example.test:443"}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        *((name, "/nowhere/ca.pem") for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")),
+        *(("HTTPS_PROXY", f"http://me:p4ss{rest}") for rest in ("@host:port", "/wd@host:1", "@host:1/path", "")),
+        ("ALL_PROXY", "socks5://me:p4ss@host:1"),
+    ],
+)
+def test_certificates_and_proxies_that_cannot_be_used_are_told_before_any_request(behind, tmp_path, variable, value):
+    behind("https://storage.example.test", **{variable: value})
+    message = error_of(open_bucket, "gs://sandbox", tmp_path)
+    assert variable in message and "p4ss" not in message
 
 
 def test_a_missing_bucket_is_told_and_an_emulator_that_is_left_over(server, monkeypatch, tmp_path):
