@@ -208,10 +208,8 @@ def counted_chunks(job, bucket, chunks, on_images):
 def _count_here(job, bucket, chunks, on_images):
     samples = [sample for chunk in chunks for sample in chunk.samples]
     blobs = [job.weights, *(blob for sample in samples for blob in (sample.image, *sample.masks))]
-    absent = [blob for blob in blobs if not bucket.is_here(blob)]
-    bucket.check_room(absent)
     with (
-        progress("download", sum(blob.size for blob in absent), unit="B", unit_scale=True, leave=False) as download,
+        progress("download", bucket.bytes_to_fetch(blobs), unit="B", unit_scale=True, leave=False) as download,
         contextlib.closing(_decode(job, bucket, samples)) as decoded,  # fetches while TensorFlow is imported
     ):
         bucket.on_bytes = download.update

@@ -20,7 +20,7 @@ from chaos_proxy import ChaosProxy, operation
 from fake_gcs import answering, listing_stub
 from helpers import ROOT
 
-import gcp_utils
+import google_bucket
 from errors import BlobNotFoundError, BucketError
 from gcp_utils import Blob, open_bucket, sweep
 
@@ -71,8 +71,8 @@ def bucket(request):
 @pytest.fixture
 def brief(monkeypatch):
     """Patience that a test can wait for; ask for it before the bucket."""
-    monkeypatch.setattr(gcp_utils, "RETRY_SECONDS", 0.9)
-    monkeypatch.setattr(gcp_utils, "SOCKET_SECONDS", 0.4)
+    monkeypatch.setattr(google_bucket, "RETRY_SECONDS", 0.9)
+    monkeypatch.setattr(google_bucket, "SOCKET_SECONDS", 0.4)
 
 
 def error_of(call, *arguments, error=BucketError):
@@ -113,7 +113,7 @@ def test_a_bucket_lists_looks_up_and_reads(bucket):
     with ThreadPoolExecutor(bucket.threads) as pool:
         assert list(pool.map(bucket.read, blobs * 5)) == [IN_THE_BUCKET[blob.name] for blob in blobs] * 5
         assert list(pool.map(bucket.stat, [blob.name for blob in blobs])) == blobs
-    assert all(bucket.fetch(blob).read_bytes() == IN_THE_BUCKET[blob.name] and bucket.is_here(blob) for blob in blobs)
+    assert all(bucket.fetch(blob).read_bytes() == IN_THE_BUCKET[blob.name] for blob in blobs)
     for name in ("nothing", "dataset", "dataset/config.yaml/x"):
         assert bucket.url(name) in error_of(bucket.stat, name, error=BlobNotFoundError)
 
@@ -197,7 +197,9 @@ def test_a_malformed_address_is_told(tmp_path):
 
 
 def test_a_later_run_fetches_what_has_changed_or_is_damaged_and_nothing_else(gs, proxy, server, bucket_name, tmp_path):
+    gs.on_bytes = (at_first := []).append
     paths = {blob.name: gs.fetch(blob) for blob in gs.list("")}
+    assert sum(at_first) == sum(map(len, IN_THE_BUCKET.values())) and max(at_first) < 200_000  # in parts
     assert len(set(paths.values())) == len(IN_THE_BUCKET) == len(os.listdir(tmp_path / "cache"))
     fake_gcs.put_object(server, bucket_name, "model.hdf5", b"retrained")
     paths["dataset/config.yaml"].write_bytes(b"dataset_config: {]\n")
@@ -226,8 +228,8 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(gs, directory, tmp_path
 
 def test_a_dataset_larger_than_the_disk_is_told_before_the_fetch(gs, tmp_path):
     blobs, free = gs.list(""), shutil.disk_usage(tmp_path).free
-    gs.check_room(blobs)
-    message = error_of(gs.check_room, [*blobs, Blob("images/x.png", free + 10**12, 1)])
+    assert gs.bytes_to_fetch(blobs) == sum(map(len, IN_THE_BUCKET.values()))
+    message = error_of(gs.bytes_to_fetch, [*blobs, Blob("images/x.png", free + 10**12, 1)])
     assert "disk_gb" in message and str(tmp_path / "cache") in message
 
 
@@ -268,7 +270,7 @@ def test_everything_works_on_a_bad_network(bucket_name, server, tmp_path, monkey
 
 def test_an_upload_that_nobody_reads_is_given_up(brief, monkeypatch, tmp_path):
     """The first attempt takes longer than the patience, so there is no second."""
-    monkeypatch.setattr(gcp_utils, "UPLOAD_SPEED", 2e7)
+    monkeypatch.setattr(google_bucket, "UPLOAD_SPEED", 2e7)
     with socket.create_server(("127.0.0.1", 0)) as listener:  # it takes connections, and never reads
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{listener.getsockname()[1]}")
         message = error_of(open_bucket("gs://sandbox", tmp_path).create, "x.png", bytes(20_000_000))

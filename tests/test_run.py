@@ -231,7 +231,7 @@ def test_only_what_is_needed_is_fetched_and_only_once(tiny_bucket, proxy, tmp_pa
 
 def test_a_disk_without_room_for_the_files_is_an_error_before_any_is_fetched(tiny_bucket, proxy, tmp_path):
     upload(proxy.server, tiny_bucket, "no-room")
-    settings = {"gcp_utils.ROOM_TO_SPARE": 10**18}
+    settings = {"google_bucket.ROOM_TO_SPARE": 10**18}
     process = run_tool(*arguments("gs://no-room"), cwd=tmp_path, settings=settings, STORAGE_EMULATOR_HOST=proxy.url)
     assert_one_error_line(process, 4, "for which the disk lacks 999,999,")
     assert not [name for name in fetched(proxy) if name.startswith(SPLIT)]
