@@ -33,7 +33,7 @@ from errors import BlobNotFoundError, BucketError, printable
 
 HAS_CHANGED = "changed in the bucket during the run; run again"
 STRAY_SECONDS = 24 * 3600  # a partial file this old was left behind by a killed run
-# Control characters, parts of characters, and path components that are empty, "." or "..".
+# Control characters, bytes that are not UTF-8, and parts of a path that are empty, "." or "..".
 UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|(?:^|/)\.{0,2}(?:/|\Z)")
 
 

@@ -24,8 +24,9 @@ import terminal
 from errors import BlobNotFoundError, BucketError, first_line, printable
 from gcp_utils import HAS_CHANGED, Blob, checked_name, disk_errors_named, folder_prefix, shown
 
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # these two, or else gcsfs and google-cloud-storage ask
-os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"  # for the bucket itself (buckets.get)
+# Without these two, gcsfs and google-cloud-storage also ask for the bucket itself, which needs buckets.get.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"
 os.environ["NETRC"] = os.devnull  # a password from ~/.netrc would take the place of our token
 warnings.filterwarnings("ignore", module="google")  # about quota projects, and future versions of Python
 
@@ -219,7 +220,7 @@ class GoogleBucket:
                 )
 
     def _download(self, bucket, blob, path, progress):
-        """Let gcsfs download a file, which repeats what fails some six times, in half a minute."""
+        """Download a file with gcsfs, which itself tries some six times, for half a minute."""
         try:
             self._gcsfs.get_file(
                 f"{self._bucket}/{self._folder}{blob.name}", str(path), generation=blob.generation,
@@ -245,7 +246,7 @@ class GoogleBucket:
             terminal.warn(f"{what}; trying again for {RETRY_SECONDS} s")
 
     def _ask(self, permission, name, call):
-        """Return what `call` returns for the bucket; raise one line for what the libraries raise."""
+        """Return what call(bucket) returns, after some attempts; raise BucketError for what the libraries raise."""
         payer, project = self._payer, os.environ.get("GOOGLE_CLOUD_PROJECT")
         try:
             return self._retry(call)(self._client.bucket(self._bucket, user_project=payer))
@@ -352,7 +353,7 @@ def _open_gcsfs(endpoint, credentials, on_failure):
 def _server(address, what):
     """Return an address [http[s]://[user:password@]]host[:port] with its scheme.
 
-    Another one is refused, and not shown: any part of it may be a part of a password.
+    Any other is refused, and not shown, because it may hold a password.
     """
     address = address if "://" in address or "@" in address else f"http://{address}"
     with suppress(urllib3.exceptions.LocationParseError):
@@ -366,7 +367,7 @@ def _server(address, what):
 
 
 def _answer_to_gcsfs(error):
-    """Return Google's own exception for an answer of which gcsfs has made another one; None if it is no answer."""
+    """Turn gcsfs's exception for an answer of the server into google-cloud-storage's; None if there was no answer."""
     if isinstance(error, ValueError):  # the message has "invalid" in it, or, then the cause, "requester pays"
         return from_http_status(400, str(error.__cause__ or error))
     if isinstance(error, HttpError):
@@ -392,7 +393,7 @@ def _is_transient(error):
 
 
 def _advice(error):
-    """Return what to do about an error that neither waiting nor a role mends; None if it is another one."""
+    """Return what to do about an error, if _ADVICE knows it, else None."""
     return next((advice for pattern, advice in _ADVICE if re.search(pattern, _said(error))), None)
 
 
@@ -402,9 +403,9 @@ def _said(error):
     if status := _status(error):
         said += f"{status}: {_message(error)}"
     else:
-        # The libraries wrap the reason several times; below these two there is only how Python came to it.
-        ends = ValueError, requests.exceptions.ContentDecodingError
-        while not isinstance(error, ends) and (inner := error.__cause__ or error.__context__):
+        # The libraries wrap the reason several times. These two are the reason; what they wrap is a detail.
+        reasons = ValueError, requests.exceptions.ContentDecodingError
+        while not isinstance(error, reasons) and (inner := error.__cause__ or error.__context__):
             error = inner
         said += f"{type(error).__name__}: {_message(error)}".rstrip(": ")
     is_page = re.search(_WEB_PAGE, said + getattr(error, "doc", "")[:1000])

@@ -165,7 +165,7 @@ def pair_images_and_masks(blobs, split_directory, url, problems_path):
 
 
 def _sort_by_place(blobs, split_directory, url):
-    """Images {name: blob}, masks {class folder: {name: blob}}, and problems with what is neither.
+    """Return the images {name: blob}, the masks {class folder: {name: blob}}, and a problem for each other file.
 
     The names are in one Unicode form: macOS writes another form than other systems.
     """
@@ -218,13 +218,13 @@ def check_sizes_in_bytes(samples, url, target_size, problems_path):
     Takes target_size as (width, height) in pixels, and the rest as `pair_images_and_masks`; raises DatasetError.
     """
     width, height = target_size
-    problems = []
-    for blob in (blob for sample in samples for blob in (sample.image, *sample.masks)):
-        if blob.size == 0:
-            problems.append((blob.name, f"{url(blob.name)} is empty: upload it again"))
-        elif blob.size > 4 * width * height + 2**20:
-            what = f"has {blob.size:,} bytes, too many for an 8-bit image of {width} x {height} pixels: save it again"
-            problems.append((blob.name, f"{url(blob.name)} {what}"))
+    what = f"bytes, which an 8-bit image of {width} x {height} pixels cannot have: save or upload it again"
+    problems = [
+        (blob.name, f"{url(blob.name)} has {blob.size:,} {what}")
+        for sample in samples
+        for blob in (sample.image, *sample.masks)
+        if not 0 < blob.size <= 4 * width * height + 2**20
+    ]
     if problems:
         raise problems_error(problems, problems_path)
 
@@ -302,7 +302,7 @@ def _decode(sample, fetched, bucket, target_size):
 
 
 def _remarks(sample, masks):
-    """What is doubtful about the masks of a sample, which are uint8 arrays of grey values: [(kind, name, detail)]."""
+    """Return what is doubtful about a sample's masks, which are arrays of grey values: [(kind, name, detail)]."""
     remarks = []
     for blob, mask in zip(sample.masks, masks, strict=True):
         if ((mask != 0) & (mask != mask.max())).any():
