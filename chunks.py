@@ -26,7 +26,7 @@ import numpy as np
 import inference
 import network
 from counts import Counts, add_remarks, slices_to_show, without_pixels
-from errors import ClusterError, ModelError, first_line
+from errors import ClusterError, ModelError, first_line, images_text
 from gcp_utils import Blob, open_bucket
 from image_utils import decode_samples
 from terminal import progress, show, warn
@@ -210,10 +210,8 @@ def counted_chunks(job, bucket, chunks, on_images):
 def _count_here(job, bucket, chunks, on_images):
     samples = [sample for chunk in chunks for sample in chunk.samples]
     blobs = [job.weights, *(blob for sample in samples for blob in (sample.image, *sample.masks))]
-    absent = [blob for blob in blobs if not bucket.is_here(blob)]
-    bucket.check_room(absent)
     with (
-        progress("download", sum(blob.size for blob in absent), unit="B", unit_scale=True, leave=False) as download,
+        progress("download", bucket.bytes_to_fetch(blobs), unit="B", unit_scale=True, leave=False) as download,
         contextlib.closing(_decode(job, bucket, samples)) as decoded,  # fetches while TensorFlow is imported
     ):
         bucket.on_bytes = download.update
@@ -223,11 +221,6 @@ def _count_here(job, bucket, chunks, on_images):
         for counted in count_chunks(chunks, decoded, counter, on_images):
             counted.weights_digest = weights_digest
             yield counted
-
-
-def images_text(number):
-    """1 image, 2 images, 1,000 images."""
-    return f"{number:,} image{'s' * (number != 1)}"
 
 
 def _decode(job, bucket, samples):

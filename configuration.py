@@ -1,10 +1,8 @@
 """Reading and checking the command line and the two config.yaml in the bucket."""
 
 import argparse
-import difflib
 import re
 import reprlib
-import sys
 
 import yaml
 
@@ -21,19 +19,20 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Raises UsageError where argparse would end the process, and names a mistyped argument before a missing one."""
+    """Raises UsageError where argparse would print the usage and end the process."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, **options)
 
     def error(self, message):
-        known = ["--help", *re.findall(r"--[\w-]+", self.format_usage())]
-        given = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-        mistyped = [name for name in given if not any(argument.startswith(name) for argument in known)]
-        if mistyped:
-            close = difflib.get_close_matches(mistyped[0], known, 1)
-            message = f"there is no argument {mistyped[0]}" + "".join(f" (perhaps {name} is meant)" for name in close)
         raise UsageError(f"{message}; see --help")
+
+
+def text(given):
+    """A `type=` for argparse: a text that can be put into the result."""
+    if re.search("[\ud800-\udfff]", given):  # what Python makes of bytes that are not UTF-8
+        raise argparse.ArgumentTypeError(f"must be text in UTF-8, not {given!r}")
+    return given
 
 
 def number(kind, low, high, above_low=False):

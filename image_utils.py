@@ -1,6 +1,8 @@
 """The images and masks of a dataset: pairing them, drawing a subset, checking and decoding the files."""
 
 import collections
+import contextlib
+import ctypes
 import hashlib
 import io
 import logging
@@ -54,9 +56,11 @@ EXPLANATIONS = {
 }
 
 Image.MAX_IMAGE_PIXELS = None  # the size is compared with target_size before a pixel is decoded
-# Pillow's warnings do not name the file; our errors do.
+# Pillow's warnings, and what the C library libtiff prints, do not name the file; our errors do.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(AttributeError):  # a Pillow that shows no function of libtiff
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 class Sample(NamedTuple):
@@ -161,7 +165,7 @@ def pair_images_and_masks(blobs, split_directory, url, problems_path):
 
 
 def _sort_by_place(blobs, split_directory, url):
-    """Images {name: blob}, masks {class folder: {name: blob}}, and problems with what is neither.
+    """Return the images {name: blob}, the masks {class folder: {name: blob}}, and a problem for each other file.
 
     The names are in one Unicode form: macOS writes another form than other systems.
     """
@@ -214,13 +218,13 @@ def check_sizes_in_bytes(samples, url, target_size, problems_path):
     Takes target_size as (width, height) in pixels, and the rest as `pair_images_and_masks`; raises DatasetError.
     """
     width, height = target_size
-    problems = []
-    for blob in (blob for sample in samples for blob in (sample.image, *sample.masks)):
-        if blob.size == 0:
-            problems.append((blob.name, f"{url(blob.name)} is empty: upload it again"))
-        elif blob.size > 4 * width * height + 2**20:
-            what = f"has {blob.size:,} bytes, too many for an 8-bit image of {width} x {height} pixels: save it again"
-            problems.append((blob.name, f"{url(blob.name)} {what}"))
+    what = f"bytes, which an 8-bit image of {width} x {height} pixels cannot have: save or upload it again"
+    problems = [
+        (blob.name, f"{url(blob.name)} has {blob.size:,} {what}")
+        for sample in samples
+        for blob in (sample.image, *sample.masks)
+        if not 0 < blob.size <= 4 * width * height + 2**20
+    ]
     if problems:
         raise problems_error(problems, problems_path)
 
@@ -298,7 +302,7 @@ def _decode(sample, fetched, bucket, target_size):
 
 
 def _remarks(sample, masks):
-    """What is doubtful about the masks of a sample, which are uint8 arrays of grey values: [(kind, name, detail)]."""
+    """Return what is doubtful about a sample's masks, which are arrays of grey values: [(kind, name, detail)]."""
     remarks = []
     for blob, mask in zip(sample.masks, masks, strict=True):
         if ((mask != 0) & (mask != mask.max())).any():

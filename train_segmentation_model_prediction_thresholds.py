@@ -34,7 +34,7 @@ import models
 import results
 from confidence import Blocks, assess, blocks_of, guarantee_recall, stack_results
 from counts import THRESHOLDS, Checkpoint, checkpoint_path
-from errors import BUG, DONE, EXIT_CODES, BlobNotFoundError, DatasetError, ExpectedError, UsageError
+from errors import BUG, DONE, EXIT_CODES, BlobNotFoundError, DatasetError, ExpectedError, UsageError, images_text
 from gcp_utils import Blob, open_bucket, sweep
 from terminal import progress, show, warn
 
@@ -57,7 +57,8 @@ def parse_arguments():
     metrics = f"the metric to make best for each class: {', '.join(models.METRIC_NAMES)}"
     factor = "the part of the images to use, a random subset, above 0 and up to 1"
     seed = "for np.random.seed, and to draw the subset; without it the subset's seed is in the model's config.yaml"
-    parser.add_argument("--gcp-bucket", help="gs://name[/folder], or a directory of the same layout", **needed)
+    bucket = "gs://name[/folder], or a directory of the same layout"
+    parser.add_argument("--gcp-bucket", type=configuration.text, help=bucket, **needed)
     parser.add_argument("--dataset-directory", type=folders(2), help="<dataset ID>/validation or /test", **needed)
     parser.add_argument("--model-id", type=folders(1), help="name of the model's folder in models/", **needed)
     parser.add_argument("--batch-size", type=number(int, 1, 2**16), default=16, help="images per step and GPU")
@@ -68,7 +69,7 @@ def parse_arguments():
     parser.add_argument("--random-module-global-seed", type=int, help="for random.seed")
     parser.add_argument("--numpy-random-global-seed", type=number(int, 0, 2**32 - 1), help=seed)
     parser.add_argument("--tf-random-global-seed", type=int, help="for tf.random.set_seed")
-    parser.add_argument("--message", help="a note that is put into the result")
+    parser.add_argument("--message", type=configuration.text, help="a note that is put into the result")
     return parser.parse_args()
 
 
@@ -144,7 +145,7 @@ def find_inputs(args):
     stacks = configuration.stacks(dataset_config, split, warn)
     blocks = blocks_of([sample.name for sample in samples], stacks, [sample.name for sample in all_samples])
 
-    show(f"{bucket.url(split_directory)}: {chunks.images_text(len(all_samples))}, {len(class_folders)} classes.")
+    show(f"{bucket.url(split_directory)}: {images_text(len(all_samples))}, {len(class_folders)} classes.")
     if len(samples) < len(all_samples):
         show(f"Using {len(samples)} of them, drawn with seed {seed}.")
     for sentence in blocks.warnings:
@@ -239,7 +240,7 @@ def save(checkpoint, path):
 
 def say_what_is_kept(checkpoint):
     """Let an interruption say how many images are counted; returns that as text."""
-    counted = f"{checkpoint.counts.images:,} of {chunks.images_text(len(checkpoint.digests) - 1)}"
+    counted = f"{checkpoint.counts.images:,} of {images_text(len(checkpoint.digests) - 1)}"
     terminal.say_kept(f"what was fetched and the counts of {counted} are kept in tmp")
     return counted
 
@@ -289,7 +290,7 @@ def publish(arguments, inputs, counts, trained, started):
             warn(line)
     for line in results.influence(trained):
         show(line)
-    title = f"{model_id} on {arguments['dataset_directory']} ({chunks.images_text(counts.images)})"
+    title = f"{model_id} on {arguments['dataset_directory']} ({images_text(counts.images)})"
     files, problems = figures.draw(trained, counts, metric, title, results.what_intervals_rest_on(inputs.blocks))
     for line in problems:
         warn(line)

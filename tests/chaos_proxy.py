@@ -171,6 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_CONNECT(self):
         """Let bytes through, both ways, until one side has no more."""
         self.proxy.requests.append(Request("connect", self.path, None))
+        if played := self.proxy.play("CONNECT", self.path, self.headers):
+            return self._answer(*played)
         with socket.create_connection(tuple(urlsplit(self.proxy.server).netloc.split(":"))) as there:
             self.send_response(200)
             self.end_headers()

@@ -176,22 +176,26 @@ def with_tag(data, before, after):
 
 
 SMALL = np.ascontiguousarray(PIXELS[::8, ::8])
-PNG, TIFF, DEFLATE = encoded(), encoded(kind="TIFF"), encoded(kind="TIFF", compression="tiff_adobe_deflate")
+PNG, TIFF = encoded(), encoded(kind="TIFF")
+LZW, DEFLATE = (encoded(kind="TIFF", compression=name) for name in ("tiff_lzw", "tiff_adobe_deflate"))
 DAMAGED = {
     **{f"cut after {percent} %.png": PNG[: len(PNG) * percent // 100] for percent in (5, 50, 99)},
     **{f"cut after {percent} %.tif": TIFF[: len(TIFF) * percent // 100] for percent in (1, 50, 99)},
     **{f"deflate, cut at {percent} %.tif": DEFLATE[: len(DEFLATE) * percent // 100] for percent in (50, 99)},
-    "changed in the middle.tif": DEFLATE.replace(DEFLATE[600:604], b"!!!!"),
+    "deflate, changed in the middle.tif": DEFLATE.replace(DEFLATE[600:604], b"!!!!"),
+    "LZW, changed in the middle.tif": LZW.replace(LZW[20:24], b"\xff" * 4),
+    "JPEG, two beginnings.tif": encoded(kind="TIFF", compression="jpeg").replace(b"\xff\xda", b"\xff\xd8"),
     "too few pixels.png": png(data=b"\0" * 99),
     "an unknown compression.tif": with_tag(TIFF, (259, 3, 1, 1), (259, 3, 1, 4711)),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_files_are_errors(name):
+def test_damaged_files_are_errors_and_no_library_writes_a_line_of_its_own(name, capfd):
     with pytest.raises(DatasetError) as caught:
         decode_image(DAMAGED[name], url(name), SIZE, MASK_MODES)
     assert str(caught.value).startswith(url(name)) and "BytesIO" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_no_flipped_bit_of_a_png_changes_a_pixel():

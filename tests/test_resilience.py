@@ -56,7 +56,7 @@ def test_runs_killed_at_any_moment_lose_nothing(proxy, many_images, tmp_path, mo
 
     def run_until(is_time):
         """Start a run, kill it when it is time or let it end, and check that it repeats and spoils nothing."""
-        here, counted = {blob.name for blob in blobs if opened.is_here(blob)}, images_kept()
+        here, counted = {blob.name for blob in blobs if not opened.bytes_to_fetch([blob])}, images_kept()
         proxy.requests.clear()
         command = arguments(bucket.address, batch_size=1)
         process = start(*command, cwd=tmp_path, settings=SMALL_CHUNKS, environment=bucket.environment)

@@ -231,7 +231,7 @@ def test_only_what_is_needed_is_fetched_and_only_once(tiny_bucket, proxy, tmp_pa
 
 def test_a_disk_without_room_for_the_files_is_an_error_before_any_is_fetched(tiny_bucket, proxy, tmp_path):
     upload(proxy.server, tiny_bucket, "no-room")
-    settings = {"gcp_utils.ROOM_TO_SPARE": 10**18}
+    settings = {"google_bucket.ROOM_TO_SPARE": 10**18}
     process = run_tool(*arguments("gs://no-room"), cwd=tmp_path, settings=settings, STORAGE_EMULATOR_HOST=proxy.url)
     assert_one_error_line(process, 4, "for which the disk lacks 999,999,")
     assert not [name for name in fetched(proxy) if name.startswith(SPLIT)]
@@ -243,6 +243,7 @@ def test_a_disk_without_room_for_the_files_is_an_error_before_any_is_fetched(tin
 
 def test_wrong_arguments_are_usage_errors(tmp_path):
     wrong = {"batch_size": 0, "dataset_downsample_factor": "nan", "optimizing_class_metric": "iou", "model_id": "a/b"}
+    wrong |= {"gcp_bucket": "\udcff", "message": "\udcff"}  # what Python makes of bytes that are not UTF-8
     for name, value in {**wrong, "dataset_directory": "dataset-tiny", "numpy_random_global_seed": -1}.items():
         given = [*arguments("bucket"), f"--{name.replace('_', '-')}", value]
         assert_one_error_line(run_here(*given, cwd=tmp_path), 2, given[-2])
