@@ -51,6 +51,8 @@ def import_tensorflow():
     os.environ["SM_FRAMEWORK"] = "tf.keras"
     os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"  # another program may have locked the model's file
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # On a GPU, each process would else time cuDNN's algorithms and take the fastest: other last digits in each process.
+    os.environ.setdefault("TF_CUDNN_USE_AUTOTUNE", "0")
     try:
         import tensorflow as tf
 
@@ -109,10 +111,10 @@ def device_facts():
     Returns
     -------
     dict
-        gpu: names of the GPUs, joined by commas. tf32: whether convolutions round their inputs to TF32, which
-        TensorFlow does by default on GPUs of compute capability 8.0 (Ampere) and later. cuda_version, cudnn_version:
-        of the installed wheels, else those that TensorFlow was built for. All of these are None on a CPU. libraries:
-        as `versions` returns them.
+        gpu: names of the GPUs, joined by commas. tf32: whether convolutions round their inputs to TF32, which they do
+        on GPUs of compute capability 8.0 (Ampere) and later, unless NVIDIA_TF32_OVERRIDE is 0. cuda_version,
+        cudnn_version: of the installed wheels, else those that TensorFlow was built for. All of these are None on a
+        CPU. libraries: as `versions` returns them.
     """
     import tensorflow as tf
 
@@ -123,7 +125,7 @@ def device_facts():
         built_for = tf.sysconfig.get_build_info()
         facts = {
             "gpu": ", ".join(detail.get("device_name", "GPU") for detail in details),
-            "tf32": ampere and tf.config.experimental.tensor_float_32_execution_enabled(),
+            "tf32": ampere and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0",
             "cuda_version": _version("nvidia-cuda-runtime-cu12") or built_for.get("cuda_version"),
             "cudnn_version": _version("nvidia-cudnn-cu12") or built_for.get("cudnn_version"),
         }

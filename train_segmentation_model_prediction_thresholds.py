@@ -9,6 +9,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python3 -P` and -I leave it out
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's sums are small: more threads only take cores from others
 
 import terminal
 
@@ -179,7 +180,7 @@ def count_images(inputs, args):
         weights=inputs.weights,
         target_size=inputs.target_size,
         class_titles=inputs.class_titles,
-        batch_size=min(args.batch_size, len(inputs.samples)),
+        batch_size=min(args.batch_size, len(inputs.samples), chunks.most_per_batch(inputs.target_size)),
         tf_seed=args.tf_random_global_seed,
         environment=chunks.environment(),
     )

@@ -381,6 +381,9 @@ def test_what_the_probabilities_depend_on_is_told(tf, monkeypatch):
     facts = room.device_facts()
     assert (facts["gpu"], facts["tf32"]) == ("Some GPU, Some GPU", True)
     assert re.match(r"\d+", facts["cuda_version"]) and re.match(r"\d+", facts["cudnn_version"])
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert room.device_facts()["tf32"] is False
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
     details["compute_capability"] = (7, 0)  # before Ampere there is no TF32
     assert room.device_facts()["tf32"] is False
 
