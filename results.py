@@ -244,7 +244,7 @@ def table(results, metric_name):
         "",
         "Intervals and expected values are for all pixels of new images together,",
         "the range of the next stack is for one new stack on its own.",
-        *(f"No range for the next stack: {reason}" for reason in reasons - {None}),
+        *(f"No range for the next stack: {reason}" for reason in sorted(reasons - {None})),
         *(f"{result.name}: {result.worth} of equal weight" for result in results if result.worth),
         "",
     ]

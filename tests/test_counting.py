@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from helpers import MODEL, ROOT, blobs_and_masks, finish, predict, start_program
 import chunks
 from counts import BLOCK_THRESHOLDS, THRESHOLDS, Checkpoint, Counts, confusion
 from errors import ModelError
+from image_utils import Decoded, Sample
 from inference import Counter
 from network import import_tensorflow
 
@@ -132,14 +134,31 @@ def test_counts_do_not_depend_on_how_a_job_is_divided_nor_on_the_order_of_its_pa
         assert total.counted_with == whole.counted_with and whole.counted_with[0]["images"] == 11
 
 
-@pytest.mark.parametrize(("pixels", "size"), [(96 * 64, 1), (10 * 96 * 64, 8), (1, 1), (10**9, 11)])
-def test_a_chunk_is_a_power_of_two_of_images_in_order(monkeypatch, pixels, size):
+@pytest.mark.parametrize(
+    ("pixels", "size", "batch"), [(96 * 64, 1, 1), (10 * 96 * 64, 8, 4), (1, 1, 1), (10**9, 11, 2**16)]
+)
+def test_a_chunk_is_a_power_of_two_of_images_in_order(monkeypatch, pixels, size, batch):
     monkeypatch.setattr(chunks, "CHUNK_PIXELS", pixels)
     divided = chunks.divide(list("abcdefghijk"), np.arange(11) // 3, (96, 64))
     assert [sample for chunk in divided for sample in chunk.samples] == list("abcdefghijk")
     assert [label for chunk in divided for label in chunk.labels] == [i // 3 for i in range(11)]
     assert [(chunk.number, chunk.first) for chunk in divided] == [(i, i * size) for i in range(len(divided))]
     assert {len(chunk.samples) for chunk in divided[:-1]} <= {size}
+    assert chunks.most_per_batch((96, 64)) == batch
+
+
+def test_the_network_has_the_next_batch_before_the_last_is_added_also_where_a_chunk_ends(data):
+    events, names = [], list("abcdefg")
+    counter = mock.Mock(images_per_step=2)
+    counter.start.side_effect = lambda batch, counts: events.append(f"start {batch[0][0]}") or mock.Mock(samples=batch)
+    counter.add.side_effect = lambda batch: events.append(f"add {batch.samples[0][0]}")
+    samples = [Sample(name, None, (None, None)) for name in names]
+    parts = [chunks.Chunk(n, 4 * n, samples[4 * n : 4 * n + 4], [n] * len(samples[4 * n : 4 * n + 4])) for n in (0, 1)]
+    decoded = (Decoded(sample, *data[0][1:3], [], [], b"") for sample in samples)
+    for counted in chunks.count_chunks(parts, decoded, counter, lambda images: None):
+        events.append(f"chunk {counted.number}")
+    order = "start a, start c, add a, start e, add c, chunk 0, start g, add e, add g, chunk 1"
+    assert events == order.split(", ")
 
 
 # ---------------------------------------------------------------------------------------------------------------
