@@ -151,5 +151,5 @@ def test_nothing_listens_but_on_the_vms_own_address_and_loopback(vm, client):
 def test_a_worker_that_ends_comes_back(vm, client, signal):
     """Also if it ends without an error, as it does after SIGTERM, and when it has lost the scheduler."""
     before = client.run(os.getpid)
-    vm.inside("systemctl", "--user", "kill", f"--signal={signal}", "dask-worker")
+    vm.inside("systemctl", "--user", "kill", "--kill-whom=main", f"--signal={signal}", "dask-worker")
     wait_for(lambda: client.run(os.getpid, on_error="ignore") not in ({}, before))
