@@ -166,6 +166,7 @@ def test_a_worker_that_dies_or_stops_in_the_middle_of_a_chunk(cluster, bucket, t
     same(process, bucket, alone)
 
 
+@pytest.mark.slow
 def test_a_cluster_continues_what_one_process_began(cluster, bucket, tmp_path, alone):
     cluster.worker()
     folder = tmp_path / "command"
@@ -180,7 +181,7 @@ def test_a_cluster_continues_what_one_process_began(cluster, bucket, tmp_path, a
     assert rerun.returncode == 0 and "no inference needed" in rerun.stdout
 
 
-@pytest.mark.parametrize("seconds, images", [("0.2", 24), ("60", 0)])
+@pytest.mark.parametrize("seconds, images", [("0.2", 24), pytest.param("60", 0, marks=pytest.mark.slow)])
 def test_a_scheduler_that_is_lost(cluster, bucket, tmp_path, alone, seconds, images):
     """In the middle of the job, and before its first chunk is counted."""
     _, folder = cluster.worker("slow", SLOW.replace("SECONDS", seconds))
@@ -254,6 +255,7 @@ def test_an_error_on_a_worker_is_the_commands_own(cluster, bucket, tmp_path):
     assert_one_error_line(process, INPUT, "model.hdf5")
 
 
+@pytest.mark.slow
 def test_an_interruption_stops_the_workers_within_the_chunk(cluster, bucket, tmp_path):
     _, folder = cluster.worker("slow", SLOW.replace("SECONDS", "0.5"))
     settings = {"chunks.CHUNK_PIXELS": 64 * 32 * 64}

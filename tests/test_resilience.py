@@ -152,6 +152,7 @@ def test_credentials_are_nowhere(tiny_bucket_template, proxy, tmp_path, monkeypa
 # Beside each other, and changes in the bucket
 
 
+@pytest.mark.slow
 def test_runs_from_nothing_at_once_share_a_folder(proxy, many_images, tmp_path):
     template, expected = many_images
     bucket = GoogleBucket(proxy, template, "share-a-folder")
