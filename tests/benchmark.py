@@ -4,6 +4,7 @@
 """
 
 import argparse
+import collections
 import contextlib
 import io
 import os
@@ -15,6 +16,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 if __name__ == "__main__":
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a machine compiles a module once, not in every run
@@ -30,9 +32,11 @@ from fake_gcs import fake_gcs_server, free_port  # noqa: E402
 from helpers import ROOT, SCRIPT, arguments, blobs_and_masks, finish, start_program, upload, write_split  # noqa: E402
 
 import chunks  # noqa: E402
+import inference  # noqa: E402
+import network  # noqa: E402
 from counts import Counts  # noqa: E402
 from gcp_utils import open_bucket  # noqa: E402
-from image_utils import decode_image, pair_images_and_masks  # noqa: E402
+from image_utils import decode_image, decode_samples, pair_images_and_masks  # noqa: E402
 
 MODEL_ID = "segmentation-model-benchmark"
 MODEL = f"models/{MODEL_ID}"
@@ -179,9 +183,6 @@ def memory(folder, repeats):
 
 def counting(folder, repeats):
     """Images per second of the pass and of only the network on the same batches."""
-    import inference
-    import network
-
     tf = network.import_tensorflow()
     bucket = folder / bucket_of(folder, 100, 512, BACKBONE)
     images = 1024 if GPU else 128
@@ -290,7 +291,7 @@ def cluster(folder, repeats):
 
 
 def gap(folder, repeats):
-    """What it costs that a job is cut into chunks: the pass of this process, and of one Dask worker, / in one piece."""
+    """What it costs that a pass is cut into chunks; and the rate of a whole Dask worker."""
     bucket = open_bucket(str(folder / bucket_of(folder, LARGE, 512, BACKBONE)), folder / "tmp/objects")
     _, samples = pair_images_and_masks(bucket.list(SPLIT), SPLIT, bucket.url, folder / "problems.txt")
     samples = samples[: LARGE // 128 * 128]
@@ -305,27 +306,43 @@ def gap(folder, repeats):
         tf_seed=None,
         environment=chunks.environment(),
     )
+    network.import_tensorflow()
+    net = network.build_network(job.train_config, CLASSES, (512, 512), bucket.fetch(job.weights), print)
+    counter, ends = inference.Counter(net, (512, 512), job.class_titles, 16, print), []
 
-    def images_per_second(pixels):
-        """From the end of the first 128 images on; there chunks may end, so that both sides start and stop alike."""
-        chunks.CHUNK_PIXELS, ends = pixels, []
-        with contextlib.redirect_stdout(io.StringIO()):
-            parts = chunks.divide(samples, labels, (512, 512))
-            list(chunks.counted_chunks(job, bucket, parts, lambda images: ends.append((time.perf_counter(), images))))
+    def note(images):
+        ends.append((time.perf_counter(), images))
+
+    def images_per_second(counted):
+        """From the end of the first 128 images on; there a chunk may end, so that all passes start and stop alike."""
+        ends.clear()
+        collections.deque(counted, maxlen=0)
         done = np.cumsum([images for _, images in ends])
         first = int(np.searchsorted(done, 128))
         return (done[-1] - done[first]) / (ends[-1][0] - ends[first][0])
 
-    in_chunks, whole = chunks.CHUNK_PIXELS, 2**40
-    what = f"{len(samples)} images of 512 x 512, Unet/{BACKBONE}, in one piece / in chunks (at most 1.02)"
-    pair = ratio_of_medians(lambda: images_per_second(whole), lambda: images_per_second(in_chunks), repeats)
-    row(what, pair, "images/s")
-    with dask_cluster(folder, 1) as environment, dask.config.set({"scheduler-address": list(environment.values())[0]}):
-        os.environ.update(environment)
-        images_per_second(in_chunks)
-        rate = statistics.median(images_per_second(in_chunks) for _ in range(repeats))
-        del os.environ["DASK_SCHEDULER_ADDRESS"]
-    row(f"{what}, in chunks by a Dask worker", (pair[0], rate, pair[0] / rate), "images/s")
+    def of_pass(pixels):
+        with mock.patch("chunks.CHUNK_PIXELS", pixels):
+            parts = chunks.divide(samples, labels, (512, 512))
+        with contextlib.closing(decode_samples(samples, bucket, (512, 512), 32)) as decoded:
+            return images_per_second(chunks.count_chunks(parts, decoded, counter, note))
+
+    def of_worker():
+        with contextlib.redirect_stdout(io.StringIO()):
+            parts = chunks.divide(samples, labels, (512, 512))
+            return images_per_second(chunks.counted_chunks(job, bucket, parts, note))
+
+    what = f"{len(samples)} images of 512 x 512, Unet/{BACKBONE}, in one piece / "
+    pair = ratio_of_medians(lambda: of_pass(2**40), lambda: of_pass(chunks.CHUNK_PIXELS), repeats)
+    row(f"{what}in chunks (at most 1.02)", pair, "images/s")
+    with (
+        dask_cluster(folder, 1) as environment,
+        dask.config.set({"scheduler-address": environment["DASK_SCHEDULER_ADDRESS"]}),
+        mock.patch.dict(os.environ, environment),
+    ):
+        of_worker()
+        rate = statistics.median(of_worker() for _ in range(repeats))
+    row(f"{what}by one Dask worker", (pair[0], rate, pair[0] / rate), "images/s")
 
 
 ROWS = {row.__name__: row for row in (whole_job, rerun, memory, counting, fetching, cluster, gap)}
