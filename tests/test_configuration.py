@@ -134,16 +134,6 @@ def test_a_target_size_in_another_form_is_named_with_what_to_write(size):
         target_size(f"dataset_config:\n  target_size: {size}")
 
 
-@pytest.mark.parametrize(
-    "size", ["9", "[9, 9, 1]", "[-9, 9]", "[0, 9]", "[.nan, 9]", "[9.5, 9]", "[true, true]", "[1e6, 9]", "{w: 9, h: 9}"]
-)
-def test_a_target_size_that_cannot_be_meant_gets_no_proposal(size):
-    assert target_size("dataset_config: {target_size: [1, 16384]}") == [1, 2**14]
-    with pytest.raises(ConfigurationError, match="needs target_size") as caught:
-        target_size(f"dataset_config:\n  target_size: {size}")
-    assert "write" not in str(caught.value)
-
-
 @pytest.mark.parametrize("seed", ["many", -1, 2**32, 1.0, float("nan"), True, [1]])
 def test_shuffle_seeds_of_a_wrong_type(seed):
     with pytest.raises(ConfigurationError, match=r"shuffle seed .* in the model's config.yaml must be an integer"):

@@ -150,12 +150,6 @@ def test_a_level_a_guarantee_the_next_stack_and_a_narrow_peak_are_drawn():
     assert NOTE.split() == figure.get_suptitle().split()[1:]
 
 
-def test_without_an_interval_there_is_no_band():
-    figure, (axes,) = panels([result(**NOTHING)])
-    assert not axes.patches and not axes.collections
-    assert not any("95" in text.get_text() for text in figure.legends[0].get_texts())
-
-
 def test_names_are_drawn_literally():
     results = [result(f"class{i}", name) for i, name in enumerate(ODD_NAMES)]
     _, axes = panels(results, title=r"$\frac{model}$ 裂纹")

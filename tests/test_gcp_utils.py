@@ -7,7 +7,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import socket
 import subprocess
 import time
@@ -226,13 +225,6 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(gs, directory, tmp_path
     assert str(tmp_path / "cache") in first and "make room" in first and "File too large" in first
     assert "full/x.yaml: cannot be written" in second and "File too large" in second
     assert os.listdir(tmp_path / "cache") == os.listdir(tmp_path / "bucket/full") == []
-
-
-def test_a_dataset_larger_than_the_disk_is_told_before_the_fetch(gs, tmp_path):
-    blobs, free = gs.list(""), shutil.disk_usage(tmp_path).free
-    assert gs.bytes_to_fetch(blobs) == sum(map(len, IN_THE_BUCKET.values()))
-    message = error_of(gs.bytes_to_fetch, [*blobs, Blob("images/x.png", free + 10**12, 1)])
-    assert "disk_gb" in message and str(tmp_path / "cache") in message
 
 
 def test_partial_files_of_killed_runs_are_swept_from_every_folder(tmp_path):

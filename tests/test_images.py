@@ -26,7 +26,6 @@ from image_utils import (
     draw_subset,
     explain_remarks,
     pair_images_and_masks,
-    problems_error,
 )
 
 CASES = ROOT / "tests/cases"
@@ -103,15 +102,6 @@ def test_all_wrong_names_are_counted_and_ten_are_named(tmp_path):
     named = [line.split()[0].removeprefix(url(f"{SPLIT}/")) for line in path.read_text().splitlines()]
     assert [name in str(caught.value) for name in named] == 10 * [True] + 4 * [False]
     assert set(named) == {*more, "masks/a/03.png", "masks/b/03.png"}
-
-
-def test_an_error_needs_a_list_only_for_several_files_and_names_ten_without_it(tmp_path):
-    (tmp_path / "file").touch()
-    problems = [(f"{number}.png", f"{number}.png is empty") for number in range(5000)]
-    assert str(problems_error(problems[:1], tmp_path / "file/problems.txt")) == "0.png is empty"
-    error = str(problems_error(problems, tmp_path / "file/problems.txt"))
-    assert "5,000 files" in error and all(f"{number}.png" in error for number in range(10)) and "4,990 more" in error
-    assert "problems.txt, cannot be written (" in error
 
 
 def test_all_files_of_impossible_size_are_named_before_anything_is_fetched(tmp_path):
