@@ -150,9 +150,6 @@ def first_run(folder, bucket, measure=seconds, **environment):
     return measure(*tool(bucket), cwd=folder, **environment)
 
 
-# Rows: one process
-
-
 def whole_job(folder, repeats):
     bucket = bucket_of(folder, 400)
     floor = ("-c", FLOOR, folder / bucket / MODEL / "model.hdf5", 400)
@@ -295,6 +292,7 @@ def gap(folder, repeats):
     bucket = open_bucket(str(folder / bucket_of(folder, LARGE, 512, BACKBONE)), folder / "tmp/objects")
     _, samples = pair_images_and_masks(bucket.list(SPLIT), SPLIT, bucket.url, folder / "problems.txt")
     samples = samples[: LARGE // 128 * 128]
+    what = f"{len(samples)} images of 512 x 512, Unet/{BACKBONE}, in one piece /"
     labels = np.arange(len(samples)) * 20 // len(samples)
     job = chunks.Job(
         address=bucket.address,
@@ -332,9 +330,8 @@ def gap(folder, repeats):
             parts = chunks.divide(samples, labels, (512, 512))
             return images_per_second(chunks.counted_chunks(job, bucket, parts, note))
 
-    what = f"{len(samples)} images of 512 x 512, Unet/{BACKBONE}, in one piece / "
     pair = ratio_of_medians(lambda: of_pass(2**40), lambda: of_pass(chunks.CHUNK_PIXELS), repeats)
-    row(f"{what}in chunks (at most 1.02)", pair, "images/s")
+    row(f"{what} in chunks (at most 1.02)", pair, "images/s")
     with (
         dask_cluster(folder, 1) as environment,
         dask.config.set({"scheduler-address": environment["DASK_SCHEDULER_ADDRESS"]}),
@@ -342,7 +339,7 @@ def gap(folder, repeats):
     ):
         of_worker()
         rate = statistics.median(of_worker() for _ in range(repeats))
-    row(f"{what}by one Dask worker", (pair[0], rate, pair[0] / rate), "images/s")
+    row(f"{what} by one Dask worker", (pair[0], rate, pair[0] / rate), "images/s")
 
 
 ROWS = {row.__name__: row for row in (whole_job, rerun, memory, counting, fetching, cluster, gap)}

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -122,16 +123,24 @@ def test_counts_are_those_of_keras_metrics(tf, tiny_network, data):
             np.testing.assert_array_equal(own[positions], keras_metric.result().numpy(), err_msg=metric)
 
 
-def test_counts_do_not_depend_on_how_a_job_is_divided_nor_on_the_order_of_its_parts(tiny_network, data):
+def in_chunks(data):
+    """Chunks of four samples, and the samples as they are decoded: the digest of each is its number."""
+    samples, labels = [Sample(name, None, (None, None)) for name, *_ in data], [block for *_, block in data]
+    decoded = (Decoded(samples[i], *data[i][1:3], [], [], bytes([i]) * 16) for i in range(len(data)))
+    return [chunks.Chunk(i // 4, i, samples[i : i + 4], labels[i : i + 4]) for i in range(0, len(data), 4)], decoded
+
+
+def test_chunks_add_up_in_any_order_to_the_counts_of_the_pass(tiny_network, data):
     whole, _ = count(tiny_network, data)
-    ends = [0, 5, 6, 11]
-    parts = [count(tiny_network, data[first:end])[0].smallest() for first, end in itertools.pairwise(ends)]
+    counter = Counter(tiny_network, (96, 64), NAMES, 4, print)
+    parts = list(chunks.count_chunks(*in_chunks(data), counter, lambda images: None))
     for order in ((0, 1, 2), (2, 0, 1)):
-        total = Counts.empty(2, np.arange(3))
+        total = Checkpoint.empty(2, 3, [()] * 12, 3)
         for i in order:
-            total.add(parts[i])
-        assert_equal(total, whole)
-        assert total.counted_with == whole.counted_with and whole.counted_with[0]["images"] == 11
+            total.add(replace(parts[i], counts=parts[i].counts.smallest(), weights_digest=bytes(16)))
+        assert_equal(total.counts, whole)
+        assert total.counts.counted_with == whole.counted_with and whole.counted_with[0]["images"] == 11
+        assert total.digests[1:, 0].tolist() == list(range(11))
 
 
 @pytest.mark.parametrize(
@@ -148,16 +157,14 @@ def test_a_chunk_is_a_power_of_two_of_images_in_order(monkeypatch, pixels, size,
 
 
 def test_the_network_has_the_next_batch_before_the_last_is_added_also_where_a_chunk_ends(data):
-    events, names = [], list("abcdefg")
-    counter = mock.Mock(images_per_step=2)
+    events, counter = [], mock.Mock(images_per_step=2)
     counter.start.side_effect = lambda batch, counts: events.append(f"start {batch[0][0]}") or mock.Mock(samples=batch)
     counter.add.side_effect = lambda batch: events.append(f"add {batch.samples[0][0]}")
-    samples = [Sample(name, None, (None, None)) for name in names]
-    parts = [chunks.Chunk(n, 4 * n, samples[4 * n : 4 * n + 4], [n] * len(samples[4 * n : 4 * n + 4])) for n in (0, 1)]
-    decoded = (Decoded(sample, *data[0][1:3], [], [], b"") for sample in samples)
-    for counted in chunks.count_chunks(parts, decoded, counter, lambda images: None):
+    names = [(name, *sample[1:]) for name, sample in zip("abcdefg", data, strict=False)]
+    told = (lambda images: None), (), (lambda: events.append("all started"))
+    for counted in chunks.count_chunks(*in_chunks(names), counter, *told):
         events.append(f"chunk {counted.number}")
-    order = "start a, start c, add a, start e, add c, chunk 0, start g, add e, add g, chunk 1"
+    order = "start a, start c, add a, start e, add c, chunk 0, start g, add e, all started, add g, chunk 1"
     assert events == order.split(", ")
 
 

@@ -288,13 +288,18 @@ def test_a_run_on_bad_input_ends_with_one_error_line(tiny_bucket, tmp_path, what
 
 def test_all_bad_files_are_named_in_one_error(tiny_bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_PIXELS", 2**14)
-    bad = [tiny_bucket / SPLIT / "images" / f"slice_{i:04d}.png" for i in (1, 5, 9)]
+    monkeypatch.setattr(f"{SCRIPT.stem}.CHECKPOINT_SECONDS", 0)
+    bad = {path: path.read_bytes() for path in (tiny_bucket / SPLIT / "images").glob("*[159].png")}
     for path in bad:
         os.truncate(path, 90)
     process = run_here(*arguments("bucket"), cwd=tmp_path)
     assert_one_error_line(process, 3, "3 ", "tmp/problems_dataset-tiny_validation.txt")
     problems = (tmp_path / "tmp/problems_dataset-tiny_validation.txt").read_text()
     assert [path.name in problems for path in bad] == [True] * 3
+    for path, content in bad.items():
+        path.write_bytes(content)
+    assert_done(run_here(*arguments("bucket"), cwd=tmp_path))
+    assert results(tiny_bucket)[0]["metadata"]["num_images"] == 11  # nothing was kept of a run that failed
 
 
 def test_a_class_that_does_not_converge_ends_the_run(counted, monkeypatch):
