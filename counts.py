@@ -40,6 +40,7 @@ def _thresholds():
 
 
 THRESHOLDS = _thresholds()
+HALF = int(np.searchsorted(THRESHOLDS, 0.5))  # the index of 0.5
 BLOCK_STEP = 64  # blocks are counted at every 64th threshold only, to save memory
 BLOCK_THRESHOLDS = THRESHOLDS[::BLOCK_STEP]
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS
-from models import CLASS_METRICS, HALF, class_metric
+from counts import BLOCK_STEP, BLOCK_THRESHOLDS, HALF, THRESHOLDS
+from models import CLASS_METRICS, class_metric
 from results import SIGNED, UNSIGNED, interval_text, label, number_text, shortened, threshold_text
 
 # matplotlib is imported where it draws, because its import fails where it cannot read the user's matplotlibrc: that is

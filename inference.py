@@ -9,10 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 import network
-from counts import BLOCK_STEP, BLOCK_THRESHOLDS, THRESHOLDS, Counts, ShownSlice, slices_to_show
+from counts import BLOCK_STEP, BLOCK_THRESHOLDS, HALF, THRESHOLDS, Counts, ShownSlice, slices_to_show
 from errors import ModelError, first_line
-
-HALF = int(np.searchsorted(THRESHOLDS, 0.5))
 
 
 def _bins_of(probabilities, first_bin, density):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment, minimize_scalar
 
-from counts import THRESHOLDS, confusion
+from counts import HALF, THRESHOLDS, confusion
 from errors import ConfigurationError, ModelError, NotConvergedError, UsageError
 
 # The settings of scipy.optimize.minimize_scalar; the result records them. If a class does not converge, raise maxiter
@@ -116,7 +116,6 @@ def class_metric(name):
 # Thresholds
 
 TOLERANCES = {"bounded": "xatol", "brent": "xtol", "golden": "xtol"}  # what minimize_scalar calls OPT_TOL, by method
-HALF = int(np.searchsorted(THRESHOLDS, 0.5))
 EQUAL = 1e-14  # metrics that differ by no more are equal: IoU and F1 have the same optima, but round differently
 USELESS = 0.01  # a mask with less than this part of the class in it, or of the other pixels outside it, is of no use
 
