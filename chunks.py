@@ -144,7 +144,7 @@ def count_chunks(chunks, decoded, counter, on_images, shown=(), on_all_started=l
     ------
     ModelError, BucketError
     """
-    started = []  # (counted, batch) that is not added yet; then (counted, None) for each chunk that ends with it
+    running = []  # (counted, batch) that is not added yet; then (counted, None) for each chunk that ends with it
     check_only = counter is None
     shown = list(shown)
     for chunk in chunks:
@@ -154,21 +154,21 @@ def count_chunks(chunks, decoded, counter, on_images, shown=(), on_all_started=l
         usable = _usable(chunk, itertools.islice(decoded, len(chunk.samples)), counted)
         while not check_only and (samples := list(itertools.islice(usable, counter.images_per_step))):
             batch = counter.start(samples, counts)
-            yield from _finish(started, counter, on_images)
-            started = [(counted, batch)]
+            yield from _finish(running, counter, on_images)
+            running = [(counted, batch)]
         collections.deque(usable, maxlen=0)
-        started.append((counted, None))
+        running.append((counted, None))
         shown = without_pixels(counts.shown)
         if check_only := check_only or bool(counted.problems):
-            yield from _finish(started, counter, on_images)
-            started = []
+            yield from _finish(running, counter, on_images)
+            running = []
     on_all_started()
-    yield from _finish(started, counter, on_images)
+    yield from _finish(running, counter, on_images)
 
 
-def _finish(started, counter, on_images):
+def _finish(running, counter, on_images):
     """Add the batches that are not added yet, and give the chunks that end with them."""
-    for counted, batch in started:
+    for counted, batch in running:
         if batch:
             counter.add(batch)
             on_images(len(batch.samples))

@@ -115,8 +115,8 @@ class Counts:
         of a part may be of a smaller type (`smallest`).
     block_histograms : integer array, shape (blocks, classes, 2, len(BLOCK_THRESHOLDS) + 1)
         The same for each block of images, in the bins between every 64th threshold.
-    block_labels : int array, shape (blocks,), increasing
-        The labels of the blocks.
+    block_labels : int array, shape (blocks,)
+        The labels of the blocks, increasing; those of a batch, which may repeat, in the order of its images.
     overlap : integer array, shape (classes, classes)
         [channel, mask folder]: pixels with a probability above 0.5 in the channel and inside the mask.
     images : int
@@ -124,7 +124,7 @@ class Counts:
     shown : list of ShownSlice
         As `slices_to_show` chooses them.
     counted_with : list of dict
-        For each way in which images were counted: how many images, and what the last digits of their probabilities
+        For each way in which images were counted: how many `images`, and what the last digits of their probabilities
         depend on besides network and images: batch size, device, libraries. Values that JSON can hold.
     """
 
@@ -146,41 +146,21 @@ class Counts:
             overlap=np.zeros((classes, classes), np.int64),
         )
 
-    def add_batch(self, labels, histogram, coarse, overlap, way):
-        """Add a batch.
-
-        Parameters
-        ----------
-        labels : sequence of int, length n
-            The block of each image.
-        histogram, overlap : integer arrays, as in the attributes
-        coarse : integer array, shape (n, classes, 2, len(BLOCK_THRESHOLDS) + 1)
-            The histogram of each image, in the bins between every 64th threshold.
-        way : dict
-            What `counted_with` says of them, without the number of images.
-        """
-        self.histogram += histogram
-        np.add.at(self.block_histograms, np.searchsorted(self.block_labels, labels), coarse)
-        self.overlap += overlap
-        self._count(len(labels), way)
-
     def add(self, part):
         """Add the Counts of a part of the pass, whose blocks are among these."""
         self.histogram += part.histogram
-        self.block_histograms[np.searchsorted(self.block_labels, part.block_labels)] += part.block_histograms
+        blocks = np.searchsorted(self.block_labels, part.block_labels)
+        for block, histogram in zip(blocks, part.block_histograms, strict=True):
+            self.block_histograms[block] += histogram
         self.overlap += part.overlap
+        self.images += part.images
         self.shown = slices_to_show(self.shown + part.shown, len(self.histogram))
         for way in part.counted_with:
-            self._count(way["images"], way)
-
-    def _count(self, images, way):
-        """Note how images were counted: `way` is an entry of `counted_with`."""
-        self.images += images
-        for known in self.counted_with:
-            if known | {"images": 0} == way | {"images": 0}:
-                known["images"] += images
-                return
-        self.counted_with.append(way | {"images": images})
+            same = [known for known in self.counted_with if known | {"images": 0} == way | {"images": 0}]
+            if same:
+                same[0]["images"] += way["images"]
+            else:
+                self.counted_with.append(dict(way))
 
     def smallest(self):
         """The same counts in the smallest integer types, to be sent."""

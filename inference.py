@@ -127,13 +127,13 @@ def _worth_showing(samples, shown):
     return [one._replace(truth=one.truth.astype(bool)) for one in chosen if one.image is not None and one.bins is None]
 
 
-class Started(NamedTuple):
+class RunningBatch(NamedTuple):
     """A batch that the devices work on, or that waits for them."""
 
     samples: list
-    batch_size: int
-    counts: Counts  # to which it is to be added
-    running: Future
+    batch_size: int  # per replica
+    counts: Counts  # to which its counts are to be added
+    result: Future  # of `Counter._run`
 
 
 class Counter:
@@ -195,44 +195,43 @@ class Counter:
 
         Returns
         -------
-        Started
+        RunningBatch
             For `add`. Start the next batch before, so that the devices need not wait while the host adds this one.
         """
         size = max(self.batch_size, -(-len(samples) // self._replicas))  # another thread may have just halved it
         parts = [samples[i : i + size] for i in range(0, size * self._replicas, size)]
         # A replica without images gets one image, and its counts are ignored.
         arguments = [_padded(part or samples[:1], size) + (np.int32(len(part) or 1),) for part in parts]
-        running = self._threads.submit(self._run, parts, arguments, _worth_showing(samples, counts.shown))
-        return Started(samples, size, counts, running)
+        result = self._threads.submit(self._run, parts, arguments, _worth_showing(samples, counts.shown))
+        return RunningBatch(samples, size, counts, result)
 
-    def add(self, started):
-        """Wait for a batch that was started, and add it to its counts.
+    def add(self, batch):
+        """Wait for a batch that was started, and add its counts.
 
         Raises
         ------
         ModelError
             Probabilities are NaN or outside [0, 1], or even a batch of one image does not fit into memory.
         """
-        samples, size, counts, running = started
+        samples, size, counts, result = batch
         try:
-            results, shown = running.result()
+            results = result.result()
         except Exception as error:
             self._halve_batch(error, size)
             step = self.images_per_step
             for first in range(0, len(samples), step):
                 self.add(self.start(samples[first : first + step], counts))
             return
-        for part, *arrays in results:
-            self._add(part, *arrays, size, counts)
-        counts.shown = slices_to_show(counts.shown + shown, len(self._class_names))
+        for part, whole, each, overlap, shown in results:
+            counts.add(self._counts(part, whole, each, overlap, shown, size))
 
-    def _run(self, parts, arguments, shown):
+    def _run(self, parts, arguments, worth_showing):
         """Run the network on a batch, and fetch the results: in another thread, because a GPU makes it wait for both.
 
         It waits for the batch before when it copies the images to a GPU, so it does not start too early: TensorFlow
         copies results to the host only when the GPU has done all that it was given until then.
 
-        Returns a list of (part, whole, each, overlap), one for each device, and the slices to show with their bins.
+        Returns a list of (part, whole, each, overlap, slices to show with their bins), one for each device with images.
         """
         import tensorflow as tf
 
@@ -247,14 +246,17 @@ class Counter:
             ]
             results = map(self._strategy.experimental_local_results, self._distributed_step(*distributed))
             tensors = zip(*results, strict=True)
-        results, bins, to_show = [], {}, {one.name for one in shown}
+        results = []
         for part, (*counted, probabilities) in zip(parts, tensors, strict=True):
+            shown = [
+                one._replace(bins=_bins_of(probabilities[j], *self._cells).numpy().astype(np.int32))
+                for j, (name, *_) in enumerate(part)
+                for one in worth_showing
+                if one.name == name
+            ]
             if part:
-                results.append((part, *(tensor.numpy() for tensor in counted)))
-            for j, (name, *_) in enumerate(part):
-                if name in to_show:
-                    bins[name] = _bins_of(probabilities[j], *self._cells).numpy().astype(np.int32)
-        return results, [one._replace(bins=bins[one.name]) for one in shown]
+                results.append((part, *(tensor.numpy() for tensor in counted), shown))
+        return results
 
     def _halve_batch(self, error, tried):
         """Halve the batch size that was tried; raises ModelError, or the error itself, where that does not help."""
@@ -274,15 +276,21 @@ class Counter:
             f"--batch-size {self.batch_size}"
         )
 
-    def _add(self, part, whole, each, overlap, size, counts):
-        """Add the results of one device for its part of a batch."""
+    def _counts(self, part, whole, each, overlap, shown, size):
+        """The Counts of one device's part of a batch, of what `_run` returns."""
         classes = len(self._class_names)
         whole = whole.reshape(classes, 2, -1)
-        each = each.reshape(classes, len(part), 2, -1).swapaxes(0, 1)
         for invalid in np.flatnonzero(whole[:, :, -1].any(axis=1)):
             raise ModelError(
                 f"{self._class_names[invalid]} has probabilities that are NaN or outside [0, 1]: the network must end "
                 "in sigmoid or softmax, and its weights must be finite"
             )
-        way = {"batch_size": size, **self._facts}
-        counts.add_batch([block for *_, block in part], whole[..., :-1], each[..., :-1], overlap, way)
+        return Counts(
+            histogram=whole[..., :-1],
+            block_histograms=each.reshape(classes, len(part), 2, -1).swapaxes(0, 1)[..., :-1],
+            block_labels=np.array([block for *_, block in part]),
+            overlap=overlap,
+            images=len(part),
+            shown=shown,
+            counted_with=[{"images": len(part), "batch_size": size, **self._facts}],
+        )

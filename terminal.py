@@ -11,7 +11,7 @@ import threading
 
 from errors import USAGE, printable
 
-_kept = ["what was fetched is kept in tmp"]
+kept = ""  # the images whose counts are kept, as in "8 of 11 images"; an interruption says so
 warned = []  # every warning of this run, in order
 
 
@@ -34,7 +34,8 @@ def _end_on_signal(ends):
     """Wait for a signal, whatever the other threads do, and end the process at once: what is kept is whole on disk."""
     number = signal.sigwait(ends)
     line_break = "\n" * sys.stderr.isatty()  # below a progress bar
-    os._exit(_end(128 + number, f"interrupted; {_kept[0]}: run the same command again to continue", line_break))
+    what = f"what was fetched and the counts of {kept} are" if kept else "what was fetched is"
+    os._exit(_end(128 + number, f"interrupted; {what} kept in tmp: run the same command again to continue", line_break))
 
 
 def _explain_missing_package(kind, error, trace):
@@ -47,11 +48,6 @@ def _end(code, line, before=""):
     with contextlib.suppress(OSError):
         os.write(2, f"{before}error: {line}\n".encode())
     return code
-
-
-def say_kept(text):
-    """Set what an interruption says of what is kept, as in "the counts of 8 of 11 images are kept in tmp"."""
-    _kept[0] = text
 
 
 def show(line=""):

@@ -82,14 +82,14 @@ def run(args):
     train_thresholds   find the threshold of each class, and how far it can be trusted
     publish            put YAML, figures and tables into the model's folder
     """
-    started = time.monotonic()
+    start = time.monotonic()
     models.optimisation_range()  # an error before the network runs, not after it
     random.seed(args.random_module_global_seed)
     np.random.seed(args.numpy_random_global_seed)
     inputs = find_inputs(args)
     counts = count_images(inputs, args)
     trained = train_thresholds(inputs, counts, args.optimizing_class_metric)
-    publish(vars(args), inputs, counts, trained, started)
+    publish(vars(args), inputs, counts, trained, start)
 
 
 class Inputs(NamedTuple):
@@ -199,7 +199,8 @@ def count_images(inputs, args):
         show(f"Counts of these images by this model are in {path}: no inference needed.")
     else:
         if checkpoint.done.any():
-            show(f"Continuing after {say_what_is_kept(checkpoint)}, which an earlier run counted.")
+            terminal.kept = counted_text(checkpoint)
+            show(f"Continuing after {terminal.kept}, which an earlier run counted.")
         missing = [part for part in parts if not checkpoint.done[part.number]]
         count_what_is_missing(job, inputs, missing, checkpoint, path)
     for sentence in image_utils.explain_remarks(checkpoint.remarks, len(inputs.samples), inputs.bucket.url):
@@ -231,7 +232,7 @@ def save(checkpoint, path):
     """Save the Checkpoint. A full disk is only a warning: this run does not need it."""
     try:
         checkpoint.save(path)
-        say_what_is_kept(checkpoint)
+        terminal.kept = counted_text(checkpoint)
     except OSError as error:
         warn(
             f"counts cannot be kept in {path.parent} ({error.strerror or error}): make room there, or make it "
@@ -239,11 +240,9 @@ def save(checkpoint, path):
         )
 
 
-def say_what_is_kept(checkpoint):
-    """Let an interruption say how many images are counted; returns that as text."""
-    counted = f"{checkpoint.counts.images:,} of {images_text(len(checkpoint.digests) - 1)}"
-    terminal.say_kept(f"what was fetched and the counts of {counted} are kept in tmp")
-    return counted
+def counted_text(checkpoint):
+    """How many images the Checkpoint contains the counts of, as in "8 of 11 images"."""
+    return f"{checkpoint.counts.images:,} of {images_text(len(checkpoint.digests) - 1)}"
 
 
 def train_thresholds(inputs, counts, metric):
@@ -277,7 +276,7 @@ def train_thresholds(inputs, counts, metric):
     return trained
 
 
-def publish(arguments, inputs, counts, trained, started):
+def publish(arguments, inputs, counts, trained, start):
     """Show the table, draw the figures, and put all into the model's folder; `arguments` is a dictionary."""
     metric, model_id = arguments["optimizing_class_metric"].name, arguments["model_id"]
     for line in results.table(trained, metric):
@@ -296,7 +295,7 @@ def publish(arguments, inputs, counts, trained, started):
     for line in problems:
         warn(line)
     files |= {"_curves.csv": results.curves_csv(trained), "_stacks.csv": results.stacks_csv(trained)}
-    description = results.describe(arguments, inputs, counts, trained, started, terminal.warned)
+    description = results.describe(arguments, inputs, counts, trained, start, terminal.warned)
     name = results.publish(inputs.bucket, model_id, description, files, TMP / "results")
     show(f"Result: {inputs.bucket.url(name)}")
     show(f"Your testing and inference tools take it as --trained-thresholds-id {name.rpartition('/')[2]}")
