@@ -1,6 +1,7 @@
 """A job is chunks of images, and somebody counts them: this process, or the workers of a Dask cluster.
 
-Either way the same function counts a chunk, and the counts of the chunks add up in any order to the same integers.
+Either way the same function counts a chunk, and the counts of the chunks add up in any order. So on the same kind of
+device the result is the same, to the last integer.
 """
 
 import collections
@@ -27,16 +28,16 @@ import numpy as np
 import inference
 import network
 from counts import Counts, add_remarks, slices_to_show, without_pixels
-from errors import ClusterError, ModelError, first_line, images_text
+from errors import ClusterError, ModelError, first_line
 from gcp_utils import Blob, open_bucket
 from image_utils import decode_samples
-from terminal import progress, show, warn
+from terminal import images_text, progress, show, warn
 
 CHUNK_PIXELS = 2**25  # half a second on an A100, 50 s on two cores
 DECODED_BYTES = 2**25  # of decoded images and masks that may wait for the network
 TMP = Path("tmp")
 
-CHUNKS_PER_WORKER = 3  # that the scheduler has: one is counted, one is fetched and decoded, one waits
+CHUNKS_PER_WORKER = 3  # at the scheduler: one is counted, one is fetched and decoded, one waits
 CONNECT_SECONDS = 30  # for the scheduler's first answer
 LOOK_SECONDS = 5  # between two looks at the workers
 REMIND_SECONDS = 60  # between two lines that say that there is no worker
@@ -131,7 +132,7 @@ def count_chunks(chunks, decoded, counter, on_images, shown=(), on_all_started=l
     on_images : callable
         Is called with a number of images that were just counted.
     shown : list of counts.ShownSlice
-        Slices of other chunks, without their pixels: those of these are kept only where they are better.
+        The best slices of other chunks, without their pixels. A slice of these chunks is kept only if it is better.
     on_all_started : callable
         Is called when the network has got the last batch.
 
@@ -144,7 +145,7 @@ def count_chunks(chunks, decoded, counter, on_images, shown=(), on_all_started=l
     ------
     ModelError, BucketError
     """
-    running = []  # (counted, batch) that is not added yet; then (counted, None) for each chunk that ends with it
+    batch, ending = None, []  # the batch that is not added yet, and the chunks that end with it
     check_only = counter is None
     shown = list(shown)
     for chunk in chunks:
@@ -153,28 +154,27 @@ def count_chunks(chunks, decoded, counter, on_images, shown=(), on_all_started=l
         counted = CountedChunk(chunk.number, chunk.first, counts)
         usable = _usable(chunk, itertools.islice(decoded, len(chunk.samples)), counted)
         while not check_only and (samples := list(itertools.islice(usable, counter.images_per_step))):
-            batch = counter.start(samples, counts)
-            yield from _finish(running, counter, on_images)
-            running = [(counted, batch)]
-        collections.deque(usable, maxlen=0)
-        running.append((counted, None))
+            next_batch = counter.start(samples, counts)
+            yield from _finish(batch, ending, counter, on_images)
+            batch, ending = next_batch, []
+        collections.deque(usable, maxlen=0)  # reads what is left of the chunk, to check it
+        ending.append(counted)
         shown = without_pixels(counts.shown)
         if check_only := check_only or bool(counted.problems):
-            yield from _finish(running, counter, on_images)
-            running = []
+            yield from _finish(batch, ending, counter, on_images)
+            batch, ending = None, []
     on_all_started()
-    yield from _finish(running, counter, on_images)
+    yield from _finish(batch, ending, counter, on_images)
 
 
-def _finish(running, counter, on_images):
-    """Add the batches that are not added yet, and give the chunks that end with them."""
-    for counted, batch in running:
-        if batch:
-            counter.add(batch)
-            on_images(len(batch.samples))
-        else:
-            counted.counts.shown = [one for one in counted.counts.shown if one.image is not None]
-            yield counted
+def _finish(batch, ending, counter, on_images):
+    """Add a batch, and give the chunks that end with it."""
+    if batch:
+        counter.add(batch)
+        on_images(len(batch.samples))
+    for counted in ending:
+        counted.counts.shown = [one for one in counted.counts.shown if one.image is not None]  # not of other chunks
+        yield counted
 
 
 def _usable(chunk, decoded, counted):
@@ -188,8 +188,8 @@ def _usable(chunk, decoded, counted):
             yield sample.sample.name, sample.image, sample.masks, label
 
 
-def counted_chunks(job, bucket, chunks, on_images):
-    """Count chunks, here or on the workers of a Dask cluster, if Dask's configuration names a scheduler; a generator.
+def count_job(job, bucket, chunks, on_images):
+    """Count chunks of a job, here, or on a Dask cluster if Dask's configuration names a scheduler; a generator.
 
     Parameters
     ----------
@@ -282,25 +282,30 @@ def environment():
 
 
 def _count_on_cluster(job, address, chunks, on_images):
-    packed_job, run = pickle.dumps(job), uuid.uuid4().hex
-    waiting, running, check_only, shown = collections.deque(chunks), {}, False, []
     with _connected(address) as client:
-        patience = _Patience(client, address)
         show(f"Counting the probabilities of {images_text(sum(len(c.samples) for c in chunks))} on {address}.")
-        while waiting or running:
-            while waiting and len(running) < CHUNKS_PER_WORKER * max(1, patience.workers):
-                chunk = waiting.popleft()
-                # Compressed, because the scheduler keeps it. With a key of its own, because other runs may count too.
-                packed = zlib.compress(pickle.dumps((chunk, shown)))
-                key = f"count-{run}-{chunk.number}-{check_only}"
-                running[client.submit(count_on_worker, packed_job, packed, check_only, key=key, pure=False)] = chunk
-            for future in patience.wait(running):
-                chunk = running.pop(future)
-                counted = _result(future, chunk, address)
-                on_images(counted.counts.images)
-                check_only = check_only or bool(counted.problems)
-                shown = slices_to_show(shown + without_pixels(counted.counts.shown), len(job.class_titles))
-                yield counted
+        for counted in _counted_by_workers(client, address, job, chunks):
+            on_images(counted.counts.images)
+            yield counted
+
+
+def _counted_by_workers(client, address, job, chunks):
+    packed_job, run = pickle.dumps(job), uuid.uuid4().hex
+    waiting, running = collections.deque(chunks), {}
+    check_only, shown = False, []
+    watch = _WorkerWatch(client, address)
+    while waiting or running:
+        while waiting and len(running) < CHUNKS_PER_WORKER * max(1, watch.workers):
+            chunk = waiting.popleft()
+            # Compressed, because the scheduler keeps it. With a key of its own, because other runs may count too.
+            packed = zlib.compress(pickle.dumps((chunk, shown)))
+            key = f"count-{run}-{chunk.number}-{check_only}"
+            running[client.submit(count_on_worker, packed_job, packed, check_only, key=key, pure=False)] = chunk
+        for future in watch.wait(running):
+            counted = _result(future, running.pop(future), address)
+            check_only = check_only or bool(counted.problems)
+            shown = slices_to_show(shown + without_pixels(counted.counts.shown), len(job.class_titles))
+            yield counted
 
 
 @contextlib.contextmanager
@@ -328,7 +333,7 @@ def _connected(address):
         client.close(timeout=2)
 
 
-class _Patience:
+class _WorkerWatch:
     """Waits for chunks, and says so, and gives up in the end, where no worker comes or none counts anything."""
 
     def __init__(self, client, address):
@@ -346,10 +351,10 @@ class _Patience:
         except distributed.TimeoutError:
             done = ()
         self.workers = len(self._client.nthreads())
-        self._judge(time.monotonic())
+        self._remind_or_give_up(time.monotonic())
         return done
 
-    def _judge(self, now):
+    def _remind_or_give_up(self, now):
         if self.workers:
             self._last_worker = self._said = now
             if now - self._last_chunk > GIVE_UP_SECONDS:
@@ -394,7 +399,7 @@ def _result(future, chunk, address):
 # ---------------------------------------------------------------------------------------------------------------
 # On a Dask cluster: the side of a worker
 
-_network_in_use = threading.Lock()
+_network_lock = threading.Lock()
 _last_use = [time.monotonic()]
 
 
@@ -431,14 +436,16 @@ def count_on_worker(packed_job, packed_chunk, check_only):
     job, (chunk, shown) = pickle.loads(packed_job), pickle.loads(zlib.decompress(packed_chunk))
     _check_environment(job, worker.address)
     bucket = _opened(job.address)
-    with contextlib.closing(_decode(job, bucket, chunk.samples)) as decoded, contextlib.ExitStack() as network_in_use:
-        decoded = itertools.chain([next(decoded)], decoded)  # starts decoding
-        network_in_use.enter_context(_network_in_use)
+    with contextlib.closing(_decode(job, bucket, chunk.samples)) as decoded, contextlib.ExitStack() as holding:
+        first = next(decoded)  # while the network counts another chunk, this one is decoded
+        holding.enter_context(_network_lock)
         check_wanted()
         _prepare(worker)
-        distributed.secede()  # the worker takes the next chunk, which waits here when it is decoded
+        distributed.secede()  # the worker takes the next chunk
         counter, weights_digest, sentences = (None, b"", []) if check_only else _kept_counter(packed_job)
-        [counted] = count_chunks([chunk], decoded, counter, check_wanted, shown, on_all_started=network_in_use.close)
+        samples = itertools.chain([first], decoded)
+        # The next chunk gets the network when it has the last batch of this one, before that is added.
+        [counted] = count_chunks([chunk], samples, counter, check_wanted, shown, on_all_started=holding.close)
     counted.weights_digest, counted.warnings = weights_digest, sentences
     counted.counts = counted.counts.smallest()
     return counted
@@ -479,6 +486,6 @@ def _prepare(worker):
 
 def _end_when_idle(worker):
     """Let a worker's process end when its GPU is not used; its nanny or its service starts a new one."""
-    while (left := _last_use[0] + IDLE_SECONDS - time.monotonic()) > 0 or _network_in_use.locked():
+    while (left := _last_use[0] + IDLE_SECONDS - time.monotonic()) > 0 or _network_lock.locked():
         time.sleep(max(left, 1))
     worker.loop.add_callback(worker.close_gracefully, restart=True, reason="idle: the GPU's memory is given back")

@@ -95,7 +95,8 @@ def slices_to_show(candidates, classes):
         best_of_block = {}
         for candidate in sorted(of_class, key=lambda candidate: (-candidate.pixels, candidate.name)):
             best_of_block.setdefault(candidate.block, candidate)
-        chosen += list(best_of_block.values())[: len(range(class_index, SHOWN_SLICES, classes))]
+        share = len(range(class_index, SHOWN_SLICES, classes))  # the places are dealt to the classes in turn
+        chosen += list(best_of_block.values())[:share]
     return chosen
 
 

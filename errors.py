@@ -69,11 +69,6 @@ def first_line(error):
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
-def images_text(number):
-    """1 image, 2 images, 1,000 images."""
-    return f"{number:,} image{'s' * (number != 1)}"
-
-
 def printable(text):
     """The text with escapes for characters that steer a terminal, which file names and contents may have."""
     text = str(text)

@@ -42,13 +42,22 @@ def _cells():
     return tf.constant(first_bin), tf.constant(thresholds / 2**12)
 
 
+def _histograms(index, size):
+    """A histogram of each row. One of a single long vector would need scratch memory for each block of threads."""
+    import tensorflow as tf
+
+    return tf.raw_ops.DenseBincount(
+        input=tf.cast(index, tf.int32), size=size, weights=tf.constant([], tf.int32), binary_output=False
+    )
+
+
 def _counting_step(model, cells, height, width, classes):
     """Compile forward pass and counting into one function, so that only counts leave the device.
 
     The function takes images, masks and a number: only so many images, the first ones, are counted. It returns the
-    histogram, shape (classes, 2 * (bins + 1)), the coarse histogram of each image, shape (classes, images,
-    2 * (coarse bins + 1)), the overlap of channels and masks, shape (classes, classes), and the probabilities of all
-    images. In both histograms, the last bin of each truth value counts the values that are NaN or not in [0, 1].
+    histogram, shape (classes, 2 * bins), the coarse histogram of each image, shape (classes, images, 2 * coarse bins),
+    the overlap of channels and masks, shape (classes, classes), and the probabilities of all images. The last bin of
+    each truth value is one more than `counts.Counts` has: it counts the values that are NaN or not in [0, 1].
 
     Raises
     ------
@@ -59,13 +68,7 @@ def _counting_step(model, cells, height, width, classes):
 
     # value * (1 / 255) in float64, rounded to float32, as in the training of the networks
     network_input = tf.constant((np.arange(256) * (1 / 255)).astype(np.float32))
-    bins, block_bins = len(THRESHOLDS) + 2, len(BLOCK_THRESHOLDS) + 2
-
-    def histograms(index, size):
-        """A histogram of each row. A histogram of one vector needs scratch memory per thread or block of threads."""
-        return tf.raw_ops.DenseBincount(
-            input=tf.cast(index, tf.int32), size=size, weights=tf.constant([], tf.int32), binary_output=False
-        )
+    bins, coarse_bins = len(THRESHOLDS) + 2, len(BLOCK_THRESHOLDS) + 2
 
     def step(images, masks, used):
         probabilities = model(tf.gather(network_input, tf.cast(images, tf.int32))[..., None], training=False)
@@ -73,30 +76,29 @@ def _counting_step(model, cells, height, width, classes):
         # By rows of pixels: sums of 0 and 1 over a row are exact in float32.
         truth_of_rows = tf.reshape(tf.cast(masks[:used], tf.float32), (used * height, width, classes))
 
-        def count_class(i, whole, each, overlap):
+        def count_class(i, histogram, of_images, overlap):
             bin_ = tf.reshape(_bins_of(probabilities[:used, ..., i], *cells), (used, height * width))
             truth = tf.reshape(truth_of_rows[..., i], (used, height * width))
-            whole = whole.write(i, histograms(tf.reshape(truth * bins + bin_, (1, -1)), 2 * bins))
-            each = each.write(i, histograms(truth * block_bins + tf.math.ceil(bin_ / BLOCK_STEP), 2 * block_bins))
+            histogram = histogram.write(i, _histograms(tf.reshape(truth * bins + bin_, (1, -1)), 2 * bins))
+            coarse = truth * coarse_bins + tf.math.ceil(bin_ / BLOCK_STEP)
+            of_images = of_images.write(i, _histograms(coarse, 2 * coarse_bins))
             predicted = tf.reshape(tf.cast(bin_ > HALF, tf.float32), (used * height, 1, width))
             inside = tf.reduce_sum(tf.cast(predicted @ truth_of_rows, tf.int64), axis=(0, 1))
-            return i + 1, whole, each, overlap.write(i, inside)
+            return i + 1, histogram, of_images, overlap.write(i, inside)
 
         # Only 4 classes at a time, so that the memory does not grow with the number of classes.
         arrays = [tf.TensorArray(dtype, classes) for dtype in (tf.int32, tf.int32, tf.int64)]
-        _, whole, each, overlap = tf.while_loop(
-            lambda i, *_: i < classes, count_class, (0, *arrays), parallel_iterations=4
-        )
+        _, *arrays = tf.while_loop(lambda i, *_: i < classes, count_class, (0, *arrays), parallel_iterations=4)
         # int64, because a function must copy an int32 result to the host and so wait for it; int64 stays on the device.
-        return tf.cast(whole.stack(), tf.int64), tf.cast(each.stack(), tf.int64), overlap.stack(), probabilities
+        return *(tf.cast(array.stack(), tf.int64) for array in arrays), probabilities
 
     signature = [
         tf.TensorSpec((None, height, width), tf.uint8),
         tf.TensorSpec((None, height, width, classes), tf.uint8),
         tf.TensorSpec((), tf.int32),
     ]
+    step = tf.function(step, input_signature=signature, autograph=False)
     try:
-        step = tf.function(step, input_signature=signature, autograph=False)
         step.get_concrete_function()
     except ValueError as error:
         raise ModelError(
@@ -108,16 +110,15 @@ def _counting_step(model, cells, height, width, classes):
 def _padded(part, size):
     """The images and masks of a part of a batch, filled up to `size` samples with copies of the last one.
 
-    All steps have the same shape, because a convolution may add in another order for another number of images. So the
-    probability of a pixel is the same to the last bit, however the images are divided into batches, devices and
-    processes.
+    All steps have the same shape, because a convolution may add in another order for another number of images. So, on
+    one kind of device, the probability of a pixel is the same to the last bit in whichever batch its image is.
     """
     images, masks = zip(*((image, masks) for _, image, masks, _ in part + [part[-1]] * (size - len(part))), strict=True)
     return np.stack(images), np.stack(masks)
 
 
 def _worth_showing(samples, shown):
-    """The slices of a batch that the figure may show, if it would else show these; their bins are not known yet."""
+    """The slices of a batch that are better to show than those in `shown`; their bins are not known yet."""
     new = [
         ShownSlice(k, name, block, pixels, image, masks, None)
         for name, image, masks, block in samples
@@ -133,11 +134,13 @@ class RunningBatch(NamedTuple):
     samples: list
     batch_size: int  # per replica
     counts: Counts  # to which its counts are to be added
-    result: Future  # of `Counter._run`
+    future: Future  # of `Counter._run`
 
 
 class Counter:
-    """Runs a network over images and counts. Two threads may use it.
+    """Runs a network over images and counts.
+
+    Two threads may use it: one starts the batches of a chunk while the other adds the last one of the chunk before.
 
     Parameters
     ----------
@@ -202,8 +205,8 @@ class Counter:
         parts = [samples[i : i + size] for i in range(0, size * self._replicas, size)]
         # A replica without images gets one image, and its counts are ignored.
         arguments = [_padded(part or samples[:1], size) + (np.int32(len(part) or 1),) for part in parts]
-        result = self._threads.submit(self._run, parts, arguments, _worth_showing(samples, counts.shown))
-        return RunningBatch(samples, size, counts, result)
+        future = self._threads.submit(self._run, parts, arguments, _worth_showing(samples, counts.shown))
+        return RunningBatch(samples, size, counts, future)
 
     def add(self, batch):
         """Wait for a batch that was started, and add its counts.
@@ -213,25 +216,25 @@ class Counter:
         ModelError
             Probabilities are NaN or outside [0, 1], or even a batch of one image does not fit into memory.
         """
-        samples, size, counts, result = batch
+        samples, size, counts, future = batch
         try:
-            results = result.result()
+            results = future.result()
         except Exception as error:
             self._halve_batch(error, size)
             step = self.images_per_step
             for first in range(0, len(samples), step):
                 self.add(self.start(samples[first : first + step], counts))
             return
-        for part, whole, each, overlap, shown in results:
-            counts.add(self._counts(part, whole, each, overlap, shown, size))
+        for result in results:
+            counts.add(self._counts(size, *result))
 
     def _run(self, parts, arguments, worth_showing):
-        """Run the network on a batch, and fetch the results: in another thread, because a GPU makes it wait for both.
+        """Run the network on a batch, and fetch the results, in a thread of its own.
 
-        It waits for the batch before when it copies the images to a GPU, so it does not start too early: TensorFlow
-        copies results to the host only when the GPU has done all that it was given until then.
+        Copying the images to a GPU waits until the GPU has done the batch before. That is well so: TensorFlow copies
+        results to the host only when the GPU has done all that it was given until then.
 
-        Returns a list of (part, whole, each, overlap, slices to show with their bins), one for each device with images.
+        Returns the arguments of `_counts` for each device with images, without the size.
         """
         import tensorflow as tf
 
@@ -276,18 +279,19 @@ class Counter:
             f"--batch-size {self.batch_size}"
         )
 
-    def _counts(self, part, whole, each, overlap, shown, size):
-        """The Counts of one device's part of a batch, of what `_run` returns."""
+    def _counts(self, size, part, histogram, of_images, overlap, shown):
+        """The Counts of one device's part of a batch."""
         classes = len(self._class_names)
-        whole = whole.reshape(classes, 2, -1)
-        for invalid in np.flatnonzero(whole[:, :, -1].any(axis=1)):
+        histogram = histogram.reshape(classes, 2, -1)
+        invalid = np.flatnonzero(histogram[:, :, -1].any(axis=1))
+        if len(invalid):
             raise ModelError(
-                f"{self._class_names[invalid]} has probabilities that are NaN or outside [0, 1]: the network must end "
-                "in sigmoid or softmax, and its weights must be finite"
+                f"{self._class_names[invalid[0]]} has probabilities that are NaN or outside [0, 1]: the network must "
+                "end in sigmoid or softmax, and its weights must be finite"
             )
         return Counts(
-            histogram=whole[..., :-1],
-            block_histograms=each.reshape(classes, len(part), 2, -1).swapaxes(0, 1)[..., :-1],
+            histogram=histogram[..., :-1],
+            block_histograms=of_images.reshape(classes, len(part), 2, -1).swapaxes(0, 1)[..., :-1],
             block_labels=np.array([block for *_, block in part]),
             overlap=overlap,
             images=len(part),

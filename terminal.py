@@ -16,7 +16,7 @@ warned = []  # every warning of this run, in order
 
 
 def prepare():
-    """Make the process end well from the start: on a signal, on a missing package, and not on an odd character."""
+    """End with one line on a signal or a missing package; never fail on a character that the terminal lacks."""
     if not sys.platform.startswith("linux"):
         sys.exit(_end(USAGE, f"this program runs on Linux, not on {sys.platform}: use a VM, a container or WSL"))
     if sys.stdout is None:  # closed, as some schedulers of jobs do
@@ -38,9 +38,14 @@ def _end_on_signal(ends):
     os._exit(_end(128 + number, f"interrupted; {what} kept in tmp: run the same command again to continue", line_break))
 
 
+def missing_package(error):
+    """What to do about a ModuleNotFoundError: often the environment is not activated."""
+    return f"{error}: activate the environment, or install requirements.txt into it"
+
+
 def _explain_missing_package(kind, error, trace):
-    if issubclass(kind, ModuleNotFoundError):  # often the environment is not activated
-        os._exit(_end(USAGE, f"{error}: activate the environment, or install requirements.txt into it"))
+    if issubclass(kind, ModuleNotFoundError):
+        os._exit(_end(USAGE, missing_package(error)))
     sys.__excepthook__(kind, error, trace)
 
 
@@ -48,6 +53,11 @@ def _end(code, line, before=""):
     with contextlib.suppress(OSError):
         os.write(2, f"{before}error: {line}\n".encode())
     return code
+
+
+def images_text(number):
+    """1 image, 2 images, 1,000 images."""
+    return f"{number:,} image{'s' * (number != 1)}"
 
 
 def show(line=""):

@@ -33,13 +33,13 @@ import figures
 import image_utils
 import models
 import results
+from chunks import TMP
 from confidence import Blocks, assess, blocks_of, guarantee_recall, stack_results
 from counts import THRESHOLDS, Checkpoint, checkpoint_path
-from errors import BUG, DONE, EXIT_CODES, BlobNotFoundError, DatasetError, ExpectedError, UsageError, images_text
+from errors import BUG, DONE, EXIT_CODES, USAGE, BlobNotFoundError, DatasetError, ExpectedError, UsageError
 from gcp_utils import Blob, open_bucket, sweep
-from terminal import progress, show, warn
+from terminal import images_text, progress, show, warn
 
-TMP = Path("tmp")
 CHECKPOINT_SECONDS = 30
 
 
@@ -93,7 +93,7 @@ def run(args):
 
 
 class Inputs(NamedTuple):
-    """What the bucket holds for a run."""
+    """What a run works on."""
 
     bucket: object
     dataset_config: dict
@@ -132,11 +132,12 @@ def find_inputs(args):
     try:
         dataset_config, train_config, weights, blobs = (future.result() for future in asked)
     except BlobNotFoundError as error:
-        raise say_what_is_there(bucket, error, args) from error
+        raise with_names_that_are_there(error, bucket, args) from error
     finally:
         pool.shutdown(wait=False)  # an error is shown without waiting for a long list
     if not blobs:
-        raise say_what_is_there(bucket, DatasetError(f"{bucket.url(split_directory)}: there are no files"), args)
+        error = DatasetError(f"{bucket.url(split_directory)}: there are no files")
+        raise with_names_that_are_there(error, bucket, args)
     target_size = configuration.target_size(dataset_config, bucket.url(dataset_yaml))
     problems_path = TMP / f"problems_{dataset_id}_{split}.txt"
     class_folders, all_samples = image_utils.pair_images_and_masks(blobs, split_directory, bucket.url, problems_path)
@@ -156,8 +157,8 @@ def find_inputs(args):
     return Inputs(bucket, *configs, weights, target_size, class_folders, samples, blocks, seed, problems_path)
 
 
-def say_what_is_there(bucket, error, args):
-    """The error, with the names that --dataset-directory or --model-id may have been meant to be."""
+def with_names_that_are_there(error, bucket, args):
+    """The error to raise instead, which lists the names that --dataset-directory or --model-id can be meant to be."""
     dataset_id, split = args.dataset_directory.split("/")
     for flag, folder, name in (
         ("--model-id", "models", args.model_id),
@@ -212,7 +213,7 @@ def count_what_is_missing(job, inputs, parts, checkpoint, path):
     """Count chunks, and add them to the Checkpoint, which is saved now and then and at the end."""
     problems, saved = [], time.monotonic()
     with progress("inference", len(inputs.samples), initial=checkpoint.counts.images, unit=" images") as bar:
-        for counted in chunks.counted_chunks(job, inputs.bucket, parts, bar.update):
+        for counted in chunks.count_job(job, inputs.bucket, parts, bar.update):
             for sentence in counted.warnings:
                 warn(sentence)
             if counted.problems and not problems:
@@ -310,6 +311,9 @@ def main():
     except ExpectedError as error:
         terminal.fail(error)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        terminal.fail(terminal.missing_package(error))
+        return USAGE
     except Exception:
         terminal.fail("this is a bug in this program, not your mistake; please report it, with the lines below")
         traceback.print_exc()

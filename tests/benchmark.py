@@ -328,7 +328,7 @@ def gap(folder, repeats):
     def of_worker():
         with contextlib.redirect_stdout(io.StringIO()):
             parts = chunks.divide(samples, labels, (512, 512))
-            return images_per_second(chunks.counted_chunks(job, bucket, parts, note))
+            return images_per_second(chunks.count_job(job, bucket, parts, note))
 
     pair = ratio_of_medians(lambda: of_pass(2**40), lambda: of_pass(chunks.CHUNK_PIXELS), repeats)
     row(f"{what} in chunks (at most 1.02)", pair, "images/s")

@@ -169,7 +169,7 @@ def test_counts_are_used_exactly_as_long_as_what_they_depend_on_stays(counted, m
     def refuse(*_):
         raise ExpectedError("here it counts")
 
-    monkeypatch.setattr(chunks, "counted_chunks", refuse)
+    monkeypatch.setattr(chunks, "count_job", refuse)
     again, change, others = CHANGES[what]
     change(counted / "bucket")
     process = run_here(*arguments("bucket", **others), cwd=counted)
