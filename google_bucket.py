@@ -53,7 +53,6 @@ SOCKET_SECONDS = 20  # longest wait for a connection, or for the next bytes of a
 UPLOAD_SPEED = 70_000  # bytes/s; an upload that is slower on average fails
 ROOM_TO_SPARE = 500_000_000  # bytes for the counts and results, besides the files to fetch
 
-_LEVELS = 2  # of folders, which are listed in parallel: <split>/images, <split>/masks/<class>
 _FIELDS = "kind,nextPageToken,prefixes,items(name,size,generation,crc32c,contentEncoding)"
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
@@ -113,20 +112,18 @@ class GoogleBucket:
         # Each page names the next, so the pages of a folder come one after the other; folders are listed in parallel.
         blobs = []
         with ThreadPoolExecutor(self.threads) as pool:
-            listings = [(0, pool.submit(self._list_folder, root, "/", is_wanted))]
-            for level, listing in listings:
+            listings = [pool.submit(self._list_folder, root, is_wanted)]
+            for listing in listings:  # which grows by the folders that are found
                 found, folders = listing.result()
                 blobs.extend(found)
-                delimiter = "/" if level + 1 < _LEVELS else None  # None: with all that is below
-                for folder in filter(is_wanted, folders):
-                    listings.append((level + 1, pool.submit(self._list_folder, folder, delimiter, is_wanted)))
+                listings.extend(pool.submit(self._list_folder, each, is_wanted) for each in folders if is_wanted(each))
         if not blobs:
             self._refuse_backslashes(root)
         return sorted(blobs)
 
     def folders(self, prefix):
         root = self._folder + folder_prefix(prefix, self.url(""))
-        _, folders = self._list_folder(root, "/", lambda name: False)
+        _, folders = self._list_folder(root, lambda name: False)
         return sorted(name.removeprefix(root).rstrip("/") for name in folders)
 
     def stat(self, name):
@@ -198,22 +195,22 @@ class GoogleBucket:
             raise BucketError(f"{self.url(name)}: is stored gzip-encoded; upload it without 'gsutil cp -z' or '-j'")
         return Blob(name, int(found.size), int(found.generation), found.crc32c or "")
 
-    def _list_folder(self, folder, delimiter, is_wanted):
-        """Return a folder's wanted blobs, and, with the delimiter "/", the folders in it; these may have no blobs."""
-        options = {"prefix": folder, "delimiter": delimiter, "fields": _FIELDS, "timeout": SOCKET_SECONDS}
+    def _list_folder(self, folder, is_wanted):
+        """Return the wanted blobs directly in a folder, and the folders in it."""
+        options = {"delimiter": "/", "fields": _FIELDS, "timeout": SOCKET_SECONDS}
 
-        def ask(bucket):
-            found = self._client.list_blobs(bucket, retry=self._retry, **options)  # each page anew
+        def list_folder(bucket):
+            found = self._client.list_blobs(bucket, prefix=folder, retry=self._retry, **options)  # retries each page
             # The console makes an object with "/" at the end of its name for each folder.
             blobs = [self._blob(each) for each in found if is_wanted(each.name) and not each.name.endswith("/")]
             return blobs, found.prefixes
 
-        return self._ask("list", folder.removeprefix(self._folder), ask)
+        return self._ask("list", folder.removeprefix(self._folder), list_folder)
 
     def _refuse_backslashes(self, path):
         """Raise an error if there are objects that a program on Windows has uploaded with "\\" for "/"."""
         for wrong in (path.replace("/", "\\"), "\\".join(path.rsplit("/", 1))):
-            blobs, _ = self._list_folder(wrong, "/", lambda name: "\\" in name)
+            blobs, _ = self._list_folder(wrong, lambda name: "\\" in name)
             if blobs:
                 raise BlobNotFoundError(
                     f"{self.url('')}: '{printable(blobs[0].name)}' has '\\' in its name; upload it again with '/'"
