@@ -22,15 +22,9 @@ from errors import DatasetError, printable
 
 FORMATS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
 NAMED_PROBLEMS = 10  # in the error; a file lists all
-# Files and folders that desktops, NAS boxes and Hadoop make for themselves; so are all names that begin with a dot.
-LEFTOVERS = {
-    *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin", "system volume information"),
-    *("icon\r", "icon\uf00d", "__macosx", "network trash folder", "temporary items"),
-    *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found"),
-    *("_success", "_temporary"),
-}
-LEFTOVER_ENDINGS = ("_$folder$", ":zone.identifier", "@synoeastream", "@synoresource")
-
+# What desktops, NAS boxes and Hadoop leave behind, in small letters; so are all names that begin with a dot.
+LEFTOVERS = ("thumbs.db", "desktop.ini", "__macosx", "@eadir")
+LEFTOVER_ENDINGS = ("_$folder$", ":zone.identifier")
 FETCH_AHEAD = 512  # samples that may be fetched before they are decoded
 
 IMAGE_MODES = ("L",)  # as Pillow names them
@@ -210,23 +204,6 @@ def draw_subset(samples, factor, seed):
     size = max(1, math.ceil(round(factor * len(samples), 6)))  # 0.07 * 100 is a little more than 7
     chosen = np.random.RandomState(seed).permutation(len(samples))[:size]
     return [samples[i] for i in sorted(chosen)]
-
-
-def check_sizes_in_bytes(samples, url, target_size, problems_path):
-    """Check, before anything is fetched, that no file is empty or far larger than an 8-bit image can be.
-
-    Takes target_size as (width, height) in pixels, and the rest as `pair_images_and_masks`; raises DatasetError.
-    """
-    width, height = target_size
-    what = f"bytes, which an 8-bit image of {width} x {height} pixels cannot have: save or upload it again"
-    problems = [
-        (blob.name, f"{url(blob.name)} has {blob.size:,} {what}")
-        for sample in samples
-        for blob in (sample.image, *sample.masks)
-        if not 0 < blob.size <= 4 * width * height + 2**20
-    ]
-    if problems:
-        raise problems_error(problems, problems_path)
 
 
 def decode_samples(samples, bucket, target_size, lookahead):
