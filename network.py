@@ -35,8 +35,6 @@ HARMLESS = re.compile(
     "|.*_(initializer|regularizer|constraint)"
 )
 
-SWITCHED_OFF = (": null", ": None", ": false", ": ''", ": {}", ": []")  # the ends of lines of YAML
-
 # ---------------------------------------------------------------------------------------------------------------
 # TensorFlow
 
@@ -68,7 +66,7 @@ def import_tensorflow():
     try:
         tf.config.list_logical_devices()
     except Exception as error:
-        raise _explained(tf, error, "TensorFlow cannot use the GPU") from error
+        raise _model_error(tf, error, "TensorFlow cannot use the GPU") from error
     return tf
 
 
@@ -81,8 +79,8 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
 
 
-def _explained(tf, error, what):
-    """The ModelError for an error that TensorFlow raised: what failed, or that there is no memory for it."""
+def _model_error(tf, error, what):
+    """Make a ModelError of an error of TensorFlow's: it says `what` failed, or that there is no memory."""
     if is_out_of_memory(error):
         what = "the machine has no memory for the network"
         if tf.config.list_physical_devices("GPU"):
@@ -91,7 +89,6 @@ def _explained(tf, error, what):
 
 
 def set_seed(seed):
-    """Set the seed of TensorFlow's random numbers."""
     import tensorflow as tf
 
     tf.random.set_seed(seed)
@@ -190,7 +187,7 @@ def build_network(train_config, num_classes, target_size, weights_path, warn=war
             network = getattr(segmentation_models, name)(**parameters)
     except Exception as error:  # of many types, for unexpected parameters
         what = f"segmentation-models cannot build {name} from these model_parameters"
-        raise _explained(tf, error, what) from error
+        raise _model_error(tf, error, what) from error
     if network.input_shape[-1] != 1:
         raise ModelError(f"the network takes {network.input_shape[-1]} channels, images are greyscale (1 channel)")
     _load_weights(network, weights_path, num_classes, target_size, warn)
@@ -199,7 +196,8 @@ def build_network(train_config, num_classes, target_size, weights_path, warn=war
 
 def _warn_of_preprocessing(train_config, warn):
     lines = yaml.safe_dump(train_config, width=math.inf).splitlines()
-    found = [line.strip()[:80] for line in lines if "preprocess" in line.lower() and not line.endswith(SWITCHED_OFF)]
+    off = (": null", ": None", ": false", ": ''", ": {}", ": []")  # the ends of lines that switch it off
+    found = [line.strip()[:80] for line in lines if "preprocess" in line.lower() and not line.endswith(off)]
     if found:
         warn(
             f"train_config has {', '.join(found[:3])}: here the grey values of an image are divided "
@@ -381,10 +379,9 @@ def _plain(value):
 
 def _check_same_names(saved, rebuilt):
     """Raise ModelError unless the names of layers in model.hdf5 and in the network are the same, in the same order."""
-    pairs = itertools.zip_longest(_identities(saved), _identities(rebuilt))
-    for number, (there, here) in enumerate(pairs):
-        if there != here:
-            there, here = (names[number] if number < len(names) else None for names in (saved, rebuilt))
+    pairs = itertools.zip_longest(saved, rebuilt, _identities(saved), _identities(rebuilt))
+    for there, here, identity_there, identity_here in pairs:
+        if identity_there != identity_here:
             raise ModelError(
                 "the network in model.hdf5 is another one than train_config describes: in the order of the layers, "
                 f"{reprlib.repr(there)} is there where {here!r} should be"
