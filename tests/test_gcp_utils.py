@@ -325,7 +325,7 @@ def other_refusal(message):
         ((200, b"<html>Please log in</html>"), ["web page", "web filter"]),
     ],
 )
-def test_refusals_that_are_not_about_the_two_roles(proxy, gs, answer, words):
+def test_refusals_that_are_not_about_the_two_roles(proxy, gs, answer, words, capsys):
     blob = gs.stat("model.hdf5")
     proxy.play = lambda *request: answer
     for call in each_kind_of_request(gs, blob):
@@ -333,6 +333,7 @@ def test_refusals_that_are_not_about_the_two_roles(proxy, gs, answer, words):
         message = error_of(call)
         assert all(word in message for word in words), message
         assert "roles/storage" not in message and len(proxy.requests) <= 2
+    assert capsys.readouterr().err == ""  # no word of trying again
 
 
 @pytest.mark.parametrize(("missing", "role"), [("list", "Viewer"), ("get", "Viewer"), ("create", "Creator")])
