@@ -225,7 +225,7 @@ def _arguments(segmentation_models, train_config, num_classes, target_size):
                 f"these, not {reprlib.repr(value)}"
             )
     if given.get("classes") not in (None, num_classes):
-        raise ModelError(_other_classes("train_config says", given["classes"], num_classes))
+        raise ModelError(_wrong_number_of_classes("train_config says", given["classes"], num_classes))
 
     signature = inspect.signature(getattr(segmentation_models, name)).parameters
     defaults = {key: signature[key].default for key in signature if key != "kwargs"}
@@ -264,7 +264,7 @@ def _input_shape(name, parameters, target_size):
     return shape
 
 
-def _other_classes(where, classes, num_classes):
+def _wrong_number_of_classes(where, classes, num_classes):
     text = f"{where} {reprlib.repr(classes)} classes, the dataset has {num_classes} mask folders"
     if classes == num_classes + 1:
         text += ": if one of the channels is the background, it needs a mask folder too, at the same place in the order"
@@ -297,7 +297,7 @@ def _load_weights(network, path, num_classes, target_size, warn):
         raise ModelError(f"it is not as Keras 2 writes it, or damaged: save it again ({first_line(error)})") from error
 
 
-def _names(item, attribute):
+def _read_names(item, attribute):
     """Read a list of names. Keras splits a long one into `<attribute>0`, `<attribute>1`, ..."""
     parts = [attribute] if attribute in item.attrs else [f"{attribute}{i}" for i in range(len(item.attrs))]
     names = [name for part in parts if part in item.attrs for name in item.attrs[part]]
@@ -307,7 +307,7 @@ def _names(item, attribute):
 def _check_layers(file, network, num_classes):
     """Raise ModelError unless the layers with weights are the network's, in its order. Keras only counts them."""
     group = file.get("model_weights", file)
-    weights = {layer: _names(group[layer], "weight_names") for layer in _names(group, "layer_names")}
+    weights = {layer: _read_names(group[layer], "weight_names") for layer in _read_names(group, "layer_names")}
     weights = {layer: names for layer, names in weights.items() if names}
     if not weights:
         raise ModelError(
@@ -324,7 +324,7 @@ def _check_layers(file, network, num_classes):
     _check_same_names(list(weights), [layer.name for layer in layers])
     shapes = [[group[layer][name].shape for name in names] for layer, names in weights.items()]
     if shapes[-1][-1][-1:] != (num_classes,):
-        raise ModelError(_other_classes("the network in model.hdf5 has", shapes[-1][-1][-1], num_classes))
+        raise ModelError(_wrong_number_of_classes("the network in model.hdf5 has", shapes[-1][-1][-1], num_classes))
     for layer, there in zip(layers, shapes, strict=True):
         here = [tuple(weight.shape) for weight in layer.weights]
         _check_same(f"the shape of the weights of layer {layer.name!r}", there, here)
@@ -361,7 +361,7 @@ def _settings(layers):
     """For each layer of a model_config what decides on its numbers: class, settings, and the layers before it."""
     place = {layer["config"]["name"]: number for number, layer in enumerate(layers)}
     return [
-        {name: _plain(value) for name, value in layer["config"].items() if not HARMLESS.fullmatch(name)}
+        {name: _comparable(value) for name, value in layer["config"].items() if not HARMLESS.fullmatch(name)}
         | {
             "class": re.sub("^.*>|V[12]$", "", layer["class_name"]),  # V1 or V2 in TensorFlow 1
             "input": [place[source[0]] for node in layer["inbound_nodes"] for source in node],
@@ -370,7 +370,7 @@ def _settings(layers):
     ]
 
 
-def _plain(value):
+def _comparable(value):
     """A setting's value in one form: Keras also writes a function as {..., config: its name}, and 3 as [3]."""
     if isinstance(value, dict):
         value = value.get("config", value)
