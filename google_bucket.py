@@ -217,7 +217,7 @@ class GoogleBucket:
     def _download(self, bucket, blob, path):
         """Download a file with gcsfs, which itself tries some six times, for half a minute."""
         progress = fsspec.Callback()
-        progress.relative_update = self.on_bytes  # which gcsfs calls with each part of the file
+        progress.relative_update = lambda number: self.on_bytes(number)  # gcsfs calls it with each part of the file
         try:
             self._gcsfs.get_file(
                 f"{self._bucket}/{self._folder}{blob.name}", str(path), generation=blob.generation,
@@ -287,22 +287,27 @@ def _open_client(url, emulator):
     return client, credentials
 
 
-def _open_gcsfs(endpoint, credentials, on_failure):
-    """Return the file system of gcsfs, with the proxy and the certificates that requests uses too.
-
-    gcsfs tries again by itself. Before it does, `on_failure` is called with the exception; if that raises another one,
-    the download ends.
-    """
+def _proxy_and_certificates(endpoint):
+    """Return the proxy's address, or None, and the certificates to trust, as requests finds them in the environment."""
     settings = requests.Session().merge_environment_settings(endpoint, {}, None, None, None)
     proxy = requests.utils.select_proxy(endpoint, settings["proxies"])
     if proxy:
         proxy = _checked_address(proxy, "the proxy of HTTPS_PROXY, HTTP_PROXY or ALL_PROXY")
     place = requests.certs.where() if settings["verify"] is True else settings["verify"]
     try:
-        certificates = ssl.create_default_context(**{"capath" if os.path.isdir(place) else "cafile": place})
+        return proxy, ssl.create_default_context(**{"capath" if os.path.isdir(place) else "cafile": place})
     except OSError as error:
         names = "REQUESTS_CA_BUNDLE (or CURL_CA_BUNDLE)"
         raise BucketError(f"{names}: {printable(place)}: no certificates can be read ({_reason(error)})") from error
+
+
+def _open_gcsfs(endpoint, credentials, on_failure):
+    """Return gcsfs's file system, which behaves to the network and to refusals as google-cloud-storage does.
+
+    gcsfs tries again by itself. Before it does, `on_failure` is called with the exception; if that raises another one,
+    the download ends.
+    """
+    proxy, certificates = _proxy_and_certificates(endpoint)
 
     async def connector():
         return aiohttp.TCPConnector(ssl=certificates)
@@ -316,7 +321,7 @@ def _open_gcsfs(endpoint, credentials, on_failure):
         if answer.status == 401:  # gcsfs tries again, but keeps a token as long as its time has not come
             if request.headers.get("Authorization") == f"Bearer {credentials.token}":
                 credentials.refresh(Request())
-        elif answer.status >= 400:  # as google-cloud-storage does, so that the bucket treats both libraries alike
+        elif answer.status >= 400:
             raise exceptions.from_http_status(answer.status, await answer.text(errors="replace"))
 
     trace = aiohttp.TraceConfig()

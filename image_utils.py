@@ -370,9 +370,9 @@ def decode_image(data, url, target_size, modes):
                 f"{target_size[0]} x {target_size[1]}: correct one of them"
             )
         if bits > 8 or (bits < 8 and modes == IMAGE_MODES):
-            raise _not_grey_error(url, f"has {bits}-bit pixels")
+            raise _not_grey(url, f"has {bits}-bit pixels")
         if image.mode not in modes:
-            raise _not_grey_error(url, REFUSED_MODES.get(image.mode, "is in colour"))
+            raise _not_grey(url, REFUSED_MODES.get(image.mode, "is in colour"))
         return _grey_values(image, url)
     except DatasetError:
         raise
@@ -420,9 +420,9 @@ def _open_tiff(data, url):
             "the pixels themselves and save it without the tag"
         )
     if 2 in tags.get(Tag.SampleFormat, ()):
-        raise _not_grey_error(url, "has signed numbers: its sample format is 2")
+        raise _not_grey(url, "has signed numbers: its sample format is 2")
     if 0 in tags.get(Tag.ExtraSamples, ()):
-        raise _not_grey_error(url, "has a channel of unknown meaning")
+        raise _not_grey(url, "has a channel of unknown meaning")
     return image, max(tags.get(Tag.BitsPerSample, (1,)))
 
 
@@ -432,17 +432,15 @@ def _grey_values(image, url):
         return np.array(image, dtype=np.uint8)
     red, green, blue, alpha = np.moveaxis(np.asarray(image.convert("RGBA")), -1, 0)
     if (alpha != 255).any():
-        raise _not_grey_error(url, "is transparent in places")
+        raise _not_grey(url, "is transparent in places")
     if (red != green).any() or (red != blue).any():
-        raise _not_grey_error(url, "is in colour")
+        raise _not_grey(url, "is in colour")
     if image.mode == "P" and ((np.asarray(image) == 0) != (red == 0)).any():
-        raise _not_grey_error(
-            url, "has a palette that swaps black with another grey, so that programs disagree about it"
-        )
+        raise _not_grey(url, "has a palette that swaps black with another grey, so that programs disagree about it")
     return red.copy()
 
 
-def _not_grey_error(url, what):
+def _not_grey(url, what):
     return DatasetError(f"{url} is not 8-bit greyscale (it {what}): convert it")
 
 
