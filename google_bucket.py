@@ -229,7 +229,7 @@ class GoogleBucket:
             raise exceptions.Unauthorized(error.message) from error
         data = path.read_bytes()
         if _checksum(data) != blob.checksum:
-            raise ChecksumError(f"content that does not match its checksum and begins with {data[:20]}")
+            raise ChecksumError(f"content that does not match its checksum and begins with {data[:50]}")
 
     def _on_failure(self, error):
         """Warn of the first failure in the life of this bucket; raise BucketError if waiting does not help."""
