@@ -8,7 +8,6 @@ import yaml
 
 from errors import ConfigurationError, UsageError
 
-MAX_BYTES = 2**22  # of a config.yaml; some list every image
 MAX_EDGE = 2**14  # pixels
 SUBSET_SEED = 1234  # where neither the arguments nor train_config give one
 FOLDER_FORMS = {1: "the name of a folder", 2: "<dataset ID>/<split>"}  # by the number of folders
@@ -83,16 +82,11 @@ def read_config(bucket, name, section, warn):
     Raises
     ------
     ConfigurationError
-        The file is not valid YAML, is far too large for a configuration, or has no such section.
+        The file is not valid YAML, or has no such section.
     BucketError
         The file is missing or cannot be read.
     """
-    url, blob = bucket.url(name), bucket.stat(name)
-    if blob.size > MAX_BYTES:
-        raise ConfigurationError(
-            f"{url} has {blob.size:,} bytes, too many for a configuration: put the right file there"
-        )
-    text = bucket.read(blob)
+    url, text = bucket.url(name), bucket.read(bucket.stat(name))
     try:
         loader = Loader(text)
         config = loader.get_single_data()

@@ -15,7 +15,7 @@ them thread-safe; they raise `BucketError`:
     url(name) -> str               its address, for messages
     address                        gs://... or the absolute path of the directory
     on_bytes                       assign a callable: it is called, in any thread, with the number of bytes that have
-                                   come; with a negative one where a download begins again
+                                   come, also of downloads that fail and are repeated
     threads                        the number of reads in parallel that is worth while
 """
 
@@ -23,7 +23,6 @@ import contextlib
 import os
 import re
 import shutil
-import stat
 import time
 import uuid
 from pathlib import Path
@@ -80,7 +79,7 @@ def open_bucket(gcp_bucket: str, cache_directory: Path):
 
         return GoogleBucket(gcp_bucket, Path(cache_directory))
     if not gcp_bucket or "://" in gcp_bucket:
-        raise BucketError(f"'{shown(gcp_bucket)}' is no bucket: write gs://name[/folder], or the path of a directory")
+        raise BucketError(f"'{without_password(gcp_bucket)}' is no bucket: write gs://name[/folder], or a directory")
     return DirectoryBucket(gcp_bucket)
 
 
@@ -130,12 +129,9 @@ class DirectoryBucket:
     def stat(self, name):
         path = self._root / checked_name(name, self.url(""))
         with disk_errors_named(path, "cannot be read"):
-            try:
-                found = os.stat(path)
-            except (FileNotFoundError, NotADirectoryError):
-                raise BlobNotFoundError(f"{self.url(name)}: there is no such file") from None
-        if not stat.S_ISREG(found.st_mode):
-            raise BlobNotFoundError(f"{self.url(name)}: is not a regular file")
+            if not path.is_file():
+                raise BlobNotFoundError(f"{self.url(name)}: there is no such file")
+            found = path.stat()
         return Blob(name, found.st_size, mtime=found.st_mtime_ns, ctime=found.st_ctime_ns)
 
     def read(self, blob):
@@ -169,7 +165,7 @@ class DirectoryBucket:
 
 
 def _create_file(path, data):
-    """Create a complete file in one step; returns False if the name is taken."""
+    """Create a complete file in one step; return False if the name is taken."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "xb") as file:
@@ -178,10 +174,8 @@ def _create_file(path, data):
             os.fsync(file.fileno())
         try:
             os.link(partial, path)
-        except FileExistsError:
-            raise
-        except OSError:  # exFAT and gcsfuse have no hard links. So an empty file takes the name, which only one
-            open(path, "xb").close()  # process can make, and the complete file then replaces it.
+        except OSError:  # the name is taken, or there are no hard links, as on exFAT and gcsfuse
+            open(path, "xb").close()  # takes the name, which only one process can do
             os.replace(partial, path)
         return True
     except FileExistsError:
@@ -215,6 +209,6 @@ def disk_errors_named(place, trouble):
         raise BucketError(f"{printable(place)}: {trouble} ({error.strerror or error})") from error
 
 
-def shown(text):
+def without_password(text):
     """The text in printable characters, without the user and the password of an address."""
     return printable(re.sub(r"//[^/\s]*@", "//", str(text)))

@@ -22,7 +22,7 @@ from contextlib import suppress
 
 import terminal
 from errors import BlobNotFoundError, BucketError, first_line, printable
-from gcp_utils import HAS_CHANGED, Blob, checked_name, disk_errors_named, folder_prefix, shown
+from gcp_utils import HAS_CHANGED, Blob, checked_name, disk_errors_named, folder_prefix, without_password
 
 # Without these two, gcsfs and google-cloud-storage also ask for the bucket itself, which needs buckets.get.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -39,7 +39,7 @@ import google_crc32c
 import requests
 import urllib3
 from gcsfs.retry import ChecksumError, HttpError
-from google.api_core.exceptions import GoogleAPICallError, GoogleAPIError, RetryError, from_http_status
+from google.api_core import exceptions
 from google.api_core.retry import Retry
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.auth.transport.requests import Request
@@ -53,11 +53,9 @@ SOCKET_SECONDS = 20  # longest wait for a connection, or for the next bytes of a
 UPLOAD_SPEED = 70_000  # bytes/s; an upload that is slower on average fails
 ROOM_TO_SPARE = 500_000_000  # bytes for the counts and results, besides the files to fetch
 
-_LEVELS = 2  # of folders, which are listed in parallel: <split>/images, <split>/masks/<class>
 _FIELDS = "kind,nextPageToken,prefixes,items(name,size,generation,crc32c,contentEncoding)"
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
-_ROLES = {"get": "objectViewer", "list": "objectViewer", "create": "objectCreator"}
 _WEB_PAGE = r"(?i)<html|<!doctype html"
 # What the libraries raise for a request that gets no answer, or not the right one.
 _NO_ANSWER = requests.RequestException, aiohttp.ClientError, ConnectionError, TimeoutError, ChecksumError
@@ -66,12 +64,9 @@ _ADVICE = (
     (r"CERTIFICATE_VERIFY_FAILED", "name your network's file of certificates in REQUESTS_CA_BUNDLE; check the clock"),
     (r"Tunnel connection failed: 407|^(\w+: )?407\b", "the proxy wants http://user:password@host:port in HTTPS_PROXY"),
     (r"Tunnel connection failed: 4|^ClientHttpProxyError: 4", "the proxy refuses this: ask the person who manages it"),
-    (r"(?i)content-encoding", "a proxy or filter has packed the answer: ask the person who manages the network"),
     (r"the answer is a web page", "it comes from a web filter, or the login page of a network, instead of Google"),
     (r"billing|account.* disabled", "this is a matter of billing: ask the person who pays for the project"),
     (r"policy|constraint", "this is a policy of the organisation: ask its administrator"),
-    (r"\bscope", "the VM's access scopes are too narrow: give it the scope cloud-platform"),
-    (r"serviceusage", "the account needs roles/serviceusage.serviceUsageConsumer on the project that pays"),
     (r"KMS", "this is about the key that encrypts the bucket: ask the person who manages it"),
     (r"requester pays", "name the project that pays in GOOGLE_CLOUD_PROJECT"),
     (r"^404\b", "there is no such bucket: check its name"),
@@ -84,7 +79,7 @@ class GoogleBucket:
     def __init__(self, gcp_bucket, cache):
         self._bucket, _, folder = gcp_bucket.removeprefix("gs://").partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", self._bucket):
-            raise BucketError(f"{shown(gcp_bucket)}: no bucket can have this name; write gs://name[/folder]")
+            raise BucketError(f"{without_password(gcp_bucket)}: no bucket can have this name; write gs://name[/folder]")
         self._folder = folder_prefix(folder, printable(gcp_bucket))
         self.address = f"gs://{self._bucket}/{self._folder}".rstrip("/")
         self.on_bytes = lambda number: None
@@ -92,14 +87,14 @@ class GoogleBucket:
         with disk_errors_named(self._cache, "what is fetched cannot be kept here"):
             self._cache.mkdir(parents=True, exist_ok=True)
         self._payer = None  # the project to charge, once the bucket has asked for one
-        self._first_failure = threading.Lock()  # the thread that gets it tells
-        self._retry = Retry(_is_transient, initial=0.25, maximum=16, timeout=RETRY_SECONDS, on_error=self._tell)
+        self._first_failure = threading.Lock()  # only the first thread to get it warns
+        self._retry = Retry(_is_transient, initial=0.25, maximum=16, timeout=RETRY_SECONDS, on_error=self._on_failure)
         self._emulator = ""  # for messages
         if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
-            emulator = _server(emulator, "STORAGE_EMULATOR_HOST")
-            self._emulator = f" (at {shown(emulator)}, which STORAGE_EMULATOR_HOST names)"
-        self._client, credentials = _connect(self.url(""), emulator)
-        self._gcsfs = _open_gcsfs(self._client.api_endpoint, credentials, self._tell)
+            emulator = _checked_address(emulator, "STORAGE_EMULATOR_HOST")
+            self._emulator = f" (at {without_password(emulator)}, which STORAGE_EMULATOR_HOST names)"
+        self._client, credentials = _open_client(self.url(""), emulator)
+        self._gcsfs = _open_gcsfs(self._client.api_endpoint, credentials, self._on_failure)
 
     def url(self, name):
         return printable(f"gs://{self._bucket}/{self._folder}{name}")
@@ -113,25 +108,25 @@ class GoogleBucket:
         # Each page names the next, so the pages of a folder come one after the other; folders are listed in parallel.
         blobs = []
         with ThreadPoolExecutor(self.threads) as pool:
-            listings = [(0, pool.submit(self._list_folder, root, "/", is_wanted))]
-            for level, listing in listings:
+            listings = [pool.submit(self._list_folder, root, is_wanted)]
+            for listing in listings:  # which grows by the folders that are found
                 found, folders = listing.result()
                 blobs.extend(found)
-                delimiter = "/" if level + 1 < _LEVELS else None  # None: with all that is below
-                for folder in filter(is_wanted, folders):
-                    listings.append((level + 1, pool.submit(self._list_folder, folder, delimiter, is_wanted)))
+                listings.extend(pool.submit(self._list_folder, each, is_wanted) for each in folders if is_wanted(each))
         if not blobs:
             self._refuse_backslashes(root)
         return sorted(blobs)
 
     def folders(self, prefix):
         root = self._folder + folder_prefix(prefix, self.url(""))
-        _, folders = self._list_folder(root, "/", lambda name: False)
+        _, folders = self._list_folder(root, lambda name: False)
         return sorted(name.removeprefix(root).rstrip("/") for name in folders)
 
     def stat(self, name):
         path = self._folder + checked_name(name, self.url(""))
-        found = self._ask("get", name, lambda bucket: bucket.get_blob(path, timeout=SOCKET_SECONDS, retry=None))
+        found = self._with_retries(
+            "get", name, lambda bucket: bucket.get_blob(path, timeout=SOCKET_SECONDS, retry=None)
+        )
         if found is None:
             self._refuse_backslashes(path)  # or raises an error if the bucket is missing
             raise BlobNotFoundError(f"{self.url(name)}: there is no such object")
@@ -141,7 +136,7 @@ class GoogleBucket:
         return self.fetch(blob).read_bytes()
 
     def bytes_to_fetch(self, blobs):
-        needed = sum(blob.size for blob in blobs if not self._cached(blob).exists())
+        needed = sum(blob.size for blob in blobs if not self._cache_path(blob).exists())
         missing = needed + ROOM_TO_SPARE - shutil.disk_usage(self._cache).free
         if needed and missing > 0:
             raise BucketError(
@@ -151,7 +146,7 @@ class GoogleBucket:
         return needed
 
     def fetch(self, blob):
-        path = self._cached(blob)
+        path = self._cache_path(blob)
         if not blob.checksum:
             listed, blob = blob, self.stat(blob.name)
             if blob.generation != listed.generation:
@@ -159,9 +154,9 @@ class GoogleBucket:
         with disk_errors_named(path, "what is fetched cannot be kept here; make room, or delete what is in the way"):
             if path.exists() and _checksum(path.read_bytes()) == blob.checksum:
                 return path
-            partial, progress = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial"), _Progress(self)
+            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
             try:
-                self._ask("get", blob.name, lambda bucket: self._download(bucket, blob, partial, progress))
+                self._with_retries("get", blob.name, lambda bucket: self._download(bucket, blob, partial))
                 os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -181,12 +176,12 @@ class GoogleBucket:
             )
 
         try:
-            self._ask("create", name, upload)
+            self._with_retries("create", name, upload)
         except FileExistsError:  # another object, or an earlier attempt at this upload, whose answer was lost
             if self.stat(name).checksum != _checksum(data):
                 raise
 
-    def _cached(self, blob):
+    def _cache_path(self, blob):
         # A hash, so that no object name can lead to a place outside the cache.
         key = json.dumps([self._bucket, self._folder + blob.name, blob.version])
         return self._cache / hashlib.sha256(key.encode()).hexdigest()
@@ -198,101 +193,84 @@ class GoogleBucket:
             raise BucketError(f"{self.url(name)}: is stored gzip-encoded; upload it without 'gsutil cp -z' or '-j'")
         return Blob(name, int(found.size), int(found.generation), found.crc32c or "")
 
-    def _list_folder(self, folder, delimiter, is_wanted):
-        """Return a folder's wanted blobs, and, with the delimiter "/", the folders in it; these may have no blobs."""
-        options = {"prefix": folder, "delimiter": delimiter, "fields": _FIELDS, "timeout": SOCKET_SECONDS}
+    def _list_folder(self, folder, is_wanted):
+        """Return the wanted blobs directly in a folder, and the folders in it."""
+        options = {"delimiter": "/", "fields": _FIELDS, "timeout": SOCKET_SECONDS}
 
-        def ask(bucket):
-            found = self._client.list_blobs(bucket, retry=self._retry, **options)  # each page anew
+        def list_folder(bucket):
+            found = self._client.list_blobs(bucket, prefix=folder, retry=self._retry, **options)  # retries each page
             # The console makes an object with "/" at the end of its name for each folder.
             blobs = [self._blob(each) for each in found if is_wanted(each.name) and not each.name.endswith("/")]
             return blobs, found.prefixes
 
-        return self._ask("list", folder.removeprefix(self._folder), ask)
+        return self._with_retries("list", folder.removeprefix(self._folder), list_folder)
 
     def _refuse_backslashes(self, path):
         """Raise an error if there are objects that a program on Windows has uploaded with "\\" for "/"."""
         for wrong in (path.replace("/", "\\"), "\\".join(path.rsplit("/", 1))):
-            blobs, _ = self._list_folder(wrong, "/", lambda name: "\\" in name)
+            blobs, _ = self._list_folder(wrong, lambda name: "\\" in name)
             if blobs:
                 raise BlobNotFoundError(
                     f"{self.url('')}: '{printable(blobs[0].name)}' has '\\' in its name; upload it again with '/'"
                 )
 
-    def _download(self, bucket, blob, path, progress):
+    def _download(self, bucket, blob, path):
         """Download a file with gcsfs, which itself tries some six times, for half a minute."""
+        progress = fsspec.Callback()
+        progress.relative_update = lambda number: self.on_bytes(number)  # gcsfs calls it with each part of the file
         try:
             self._gcsfs.get_file(
                 f"{self._bucket}/{self._folder}{blob.name}", str(path), generation=blob.generation,
                 userProject=bucket.user_project, concurrency=1, callback=progress,
             )  # fmt: skip
-        except Exception as error:
-            if isinstance(error, FileNotFoundError) and error.errno is None:
-                raise BucketError(f"{self.url(blob.name)}: {HAS_CHANGED}") from error
-            if answer := _answer_to_gcsfs(error):
-                raise answer from error
-            raise
+        except exceptions.NotFound as error:
+            raise BucketError(f"{self.url(blob.name)}: {HAS_CHANGED}") from error
+        except HttpError as error:  # after several tries with new tokens
+            raise exceptions.Unauthorized(error.message) from error
         data = path.read_bytes()
         if _checksum(data) != blob.checksum:
-            page = re.search(_WEB_PAGE, data[:1000].decode(errors="replace"))
-            raise ChecksumError(page[0] if page else "content that does not match its checksum")
+            raise ChecksumError(f"content that does not match its checksum and begins with {data[:50]}")
 
-    def _tell(self, error):
-        """Tell of the first failure in the life of this bucket; raise BucketError if waiting does not help."""
-        what = f"{self.url('')}{self._emulator}: {_said(error)}"
+    def _on_failure(self, error):
+        """Warn of the first failure in the life of this bucket; raise BucketError if waiting does not help."""
+        what = f"{self.url('')}{self._emulator}: {_reason(error)}"
         if _status(error) is None and (advice := _advice(error)):
             raise BucketError(f"{what}; {advice}")
         if self._first_failure.acquire(blocking=False):
             terminal.warn(f"{what}; trying again for {RETRY_SECONDS} s")
 
-    def _ask(self, permission, name, call):
-        """Return what call(bucket) returns, after some attempts; raise BucketError for what the libraries raise."""
+    def _with_retries(self, permission, name, call):
+        """Return what call(bucket) returns, after some attempts; raise BucketError where the libraries fail."""
         payer, project = self._payer, os.environ.get("GOOGLE_CLOUD_PROJECT")
         try:
             return self._retry(call)(self._client.bucket(self._bucket, user_project=payer))
-        except (GoogleAPIError, GoogleAuthError, *_NO_ANSWER) as error:
+        except (exceptions.GoogleAPIError, GoogleAuthError, *_NO_ANSWER) as error:
             if payer or not project or "requester pays" not in str(error):
-                raise self._explained(error, permission, name) from error
+                raise self._error_to_raise(error, permission, name) from error
         self._payer = project  # only from now on, because it needs a permission on the project
-        return self._ask(permission, name, call)
+        return self._with_retries(permission, name, call)
 
-    def _explained(self, error, permission, name):
+    def _error_to_raise(self, error, permission, name):
         """Return the exception to raise for one that the libraries raised."""
-        gave_up = isinstance(error, RetryError)
+        gave_up = isinstance(error, exceptions.RetryError)
         error = error.cause if gave_up else error
-        said, status = _said(error), _status(error)
+        reason, status = _reason(error), _status(error)
         if status == 412:
             return FileExistsError(f"{self.url(name)}: exists already, with other content")
         if gave_up:
-            said = f"gave up after trying again for {RETRY_SECONDS} s; the last error: {said}"
+            reason = f"gave up after trying again for {RETRY_SECONDS} s; the last error: {reason}"
             advice = "check the network, then run again"
         elif status == 401 or isinstance(error, GoogleAuthError):
             advice = _login_advice()
-        elif status == 403 and re.search("(?i)does not have|permission|^403: forbidden", said):
-            role = f"roles/storage.{_ROLES[permission]}"
+        elif status == 403 and re.search("(?i)does not have .*storage|permission|^403: forbidden", reason):
+            role = "roles/storage.objectCreator" if permission == "create" else "roles/storage.objectViewer"
             advice = f"the permission storage.objects.{permission} is missing: grant the account {role} on the bucket"
         else:
             advice = "check --gcp-bucket, and the settings of the network (HTTPS_PROXY, STORAGE_EMULATOR_HOST)"
-        return BucketError(f"{self.url(name)}{self._emulator}: {said}; {_advice(error) or advice}")
+        return BucketError(f"{self.url(name)}{self._emulator}: {reason}; {_advice(error) or advice}")
 
 
-class _Progress(fsspec.Callback):
-    """Tells `on_bytes` of the bytes of a file as they come, and takes them back when gcsfs begins again."""
-
-    def __init__(self, bucket):
-        super().__init__()
-        self._bucket = bucket
-
-    def set_size(self, size):  # gcsfs calls this at the beginning
-        self._bucket.on_bytes(-self.value)
-        self.value = 0
-
-    def relative_update(self, number):
-        self.value += number
-        self._bucket.on_bytes(number)
-
-
-def _connect(url, emulator):
+def _open_client(url, emulator):
     """Return google-cloud-storage's client and its credentials; the environment determines both."""
     key_file = os.environ.get(_KEY_FILE)
     if key_file and not emulator and not os.path.isfile(key_file):
@@ -304,40 +282,51 @@ def _connect(url, emulator):
             credentials, _ = google.auth.default(scopes=[_SCOPE])
         client = storage.Client(project=None, credentials=credentials, client_options={"api_endpoint": emulator})
     except Exception as error:  # of google.auth, or of any type for an odd credentials file
-        reason = shown(first_line(_message(error)))
+        reason = without_password(first_line(_safe_message(error)))
         raise BucketError(f"{url}: no Google credentials ({reason}); {_login_advice()}") from error
     return client, credentials
 
 
-def _open_gcsfs(endpoint, credentials, on_failure):
-    """Return the file system of gcsfs, with the proxy and the certificates that requests uses too.
-
-    `on_failure` is called with the exception of any request that gets no answer; what it raises ends the download.
-    """
+def _proxy_and_certificates(endpoint):
+    """Return the proxy's address, or None, and the certificates to trust, as requests finds them in the environment."""
     settings = requests.Session().merge_environment_settings(endpoint, {}, None, None, None)
     proxy = requests.utils.select_proxy(endpoint, settings["proxies"])
     if proxy:
-        proxy = _server(proxy, "the proxy of HTTPS_PROXY, HTTP_PROXY or ALL_PROXY")
+        proxy = _checked_address(proxy, "the proxy of HTTPS_PROXY, HTTP_PROXY or ALL_PROXY")
     place = requests.certs.where() if settings["verify"] is True else settings["verify"]
     try:
-        certificates = ssl.create_default_context(**{"capath" if os.path.isdir(place) else "cafile": place})
+        return proxy, ssl.create_default_context(**{"capath" if os.path.isdir(place) else "cafile": place})
     except OSError as error:
         names = "REQUESTS_CA_BUNDLE (or CURL_CA_BUNDLE)"
-        raise BucketError(f"{names}: {printable(place)}: no certificates can be read ({_said(error)})") from error
+        raise BucketError(f"{names}: {printable(place)}: no certificates can be read ({_reason(error)})") from error
+
+
+def _open_gcsfs(endpoint, credentials, on_failure):
+    """Return gcsfs's file system, which behaves to the network and to refusals as google-cloud-storage does.
+
+    gcsfs tries again by itself. Before it does, `on_failure` is called with the exception; if that raises another one,
+    the download ends.
+    """
+    proxy, certificates = _proxy_and_certificates(endpoint)
 
     async def connector():
         return aiohttp.TCPConnector(ssl=certificates)
 
-    async def tell(session, context, request):
-        on_failure(request.exception)
+    async def after_exception(session, context, request):
+        if _is_transient(request.exception):
+            on_failure(request.exception)
 
-    async def renew_token(session, context, request):  # gcsfs keeps a token as long as its time has not come
-        if request.response.status == 401 and request.headers.get("Authorization") == f"Bearer {credentials.token}":
-            credentials.refresh(Request())
+    async def after_answer(session, context, request):
+        answer = request.response
+        if answer.status == 401:  # gcsfs tries again, but keeps a token as long as its time has not come
+            if request.headers.get("Authorization") == f"Bearer {credentials.token}":
+                credentials.refresh(Request())
+        elif answer.status >= 400:
+            raise exceptions.from_http_status(answer.status, await answer.text(errors="replace"))
 
     trace = aiohttp.TraceConfig()
-    trace.on_request_exception.append(tell)
-    trace.on_request_end.append(renew_token)
+    trace.on_request_exception.append(after_exception)
+    trace.on_request_end.append(after_answer)
     session = {
         "connector": fsspec.asyn.sync(fsspec.asyn.get_loop(), connector),
         "headers": {"Accept-Encoding": "identity"},
@@ -350,11 +339,8 @@ def _open_gcsfs(endpoint, credentials, on_failure):
     )  # fmt: skip
 
 
-def _server(address, what):
-    """Return an address [http[s]://[user:password@]]host[:port] with its scheme.
-
-    Any other is refused, and not shown, because it may hold a password.
-    """
+def _checked_address(address, what):
+    """Return an address, [http[s]://[user:password@]]host[:port], with its scheme. No other is accepted, or shown."""
     address = address if "://" in address or "@" in address else f"http://{address}"
     with suppress(urllib3.exceptions.LocationParseError):
         scheme, _, host, _, path, query, fragment = urllib3.util.parse_url(address)
@@ -366,26 +352,15 @@ def _server(address, what):
     )
 
 
-def _answer_to_gcsfs(error):
-    """Turn gcsfs's exception for an answer of the server into google-cloud-storage's; None if there was no answer."""
-    if isinstance(error, ValueError):  # the message has "invalid" in it, or, then the cause, "requester pays"
-        return from_http_status(400, str(error.__cause__ or error))
-    if isinstance(error, HttpError):
-        return from_http_status(int(error.code), str(error.message))
-    if isinstance(error, OSError) and str(error).startswith("Forbidden: "):
-        return from_http_status(403, str(error).partition("\n")[2])
-    return None
-
-
 def _status(error):
     """The status of a server's answer; None if there was no answer."""
-    return error.code if isinstance(error, GoogleAPICallError) else None
+    return error.code if isinstance(error, exceptions.GoogleAPICallError) else None
 
 
 def _is_transient(error):
-    """Whether a request that failed may succeed when it is tried again, unless `_tell` knows that it cannot."""
+    """Whether a request that failed is to be tried again, unless `_on_failure` knows that this cannot help."""
     if status := _status(error):
-        is_limit = status == 403 and re.search("(?i)rate ?limit", _said(error))
+        is_limit = status == 403 and re.search("(?i)rate ?limit", _reason(error))
         return is_limit or status in (408, 429) or status >= 500
     if isinstance(error, GoogleAuthError):
         return error.retryable or isinstance(error, TransportError)
@@ -394,31 +369,29 @@ def _is_transient(error):
 
 def _advice(error):
     """Return what to do about an error, if _ADVICE knows it, else None."""
-    return next((advice for pattern, advice in _ADVICE if re.search(pattern, _said(error))), None)
+    return next((advice for pattern, advice in _ADVICE if re.search(pattern, _reason(error))), None)
 
 
-def _said(error):
-    """Return what an error says about its cause, in a few words that may be shown."""
-    said = "no access token, " if isinstance(error, GoogleAuthError) else ""
+def _reason(error):
+    """What an error says about its cause, in a few words without secrets."""
+    what_is_missing = "no access token, " if isinstance(error, GoogleAuthError) else ""
     if status := _status(error):
-        said += f"{status}: {_message(error)}"
+        reason = f"{status}: {_safe_message(error)}"
     else:
-        # The libraries wrap the reason several times. These two are the reason; what they wrap is a detail.
-        reasons = ValueError, requests.exceptions.ContentDecodingError
-        while not isinstance(error, reasons) and (inner := error.__cause__ or error.__context__):
+        # The libraries wrap the cause several times. A ValueError is the cause; what it wraps is a detail.
+        while not isinstance(error, ValueError) and (inner := error.__cause__ or error.__context__):
             error = inner
-        said += f"{type(error).__name__}: {_message(error)}".rstrip(": ")
-    is_page = re.search(_WEB_PAGE, said + getattr(error, "doc", "")[:1000])
-    return "the answer is a web page" if is_page else shown(said)[:300]
+        reason = f"{type(error).__name__}: {_safe_message(error)}".rstrip(": ")
+    is_page = re.search(_WEB_PAGE, reason + getattr(error, "doc", "")[:1000])
+    return "the answer is a web page" if is_page else without_password(what_is_missing + reason)[:300]
 
 
-def _message(error):
+def _safe_message(error):
     """The message of a server's answer if there is one, else what the library says, without what may hold a token."""
-    is_login = isinstance(error, GoogleAuthError)
-    with suppress(AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
-        answer = json.loads(error.args[1]) if is_login else error.response.json()
-        return answer["error"]["message"]
-    return error.args[0] if error.args and (is_login or _status(error)) else error
+    answer = getattr(error, "response", None)
+    with suppress(IndexError, KeyError, TypeError, ValueError):
+        return json.loads(error.args[-1] if answer is None else answer.text)["error"]["message"]
+    return error.args[0] if error.args and (isinstance(error, GoogleAuthError) or _status(error)) else error
 
 
 def _login_advice():

@@ -22,15 +22,9 @@ from errors import DatasetError, printable
 
 FORMATS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
 NAMED_PROBLEMS = 10  # in the error; a file lists all
-# Files and folders that desktops, NAS boxes and Hadoop make for themselves; so are all names that begin with a dot.
-LEFTOVERS = {
-    *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin", "system volume information"),
-    *("icon\r", "icon\uf00d", "__macosx", "network trash folder", "temporary items"),
-    *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found"),
-    *("_success", "_temporary"),
-}
-LEFTOVER_ENDINGS = ("_$folder$", ":zone.identifier", "@synoeastream", "@synoresource")
-
+# What desktops, NAS boxes and Hadoop leave behind, in small letters; so are all names that begin with a dot.
+LEFTOVERS = ("thumbs.db", "desktop.ini", "__macosx", "@eadir")
+LEFTOVER_ENDINGS = ("_$folder$", ":zone.identifier")
 FETCH_AHEAD = 512  # samples that may be fetched before they are decoded
 
 IMAGE_MODES = ("L",)  # as Pillow names them
@@ -212,23 +206,6 @@ def draw_subset(samples, factor, seed):
     return [samples[i] for i in sorted(chosen)]
 
 
-def check_sizes_in_bytes(samples, url, target_size, problems_path):
-    """Check, before anything is fetched, that no file is empty or far larger than an 8-bit image can be.
-
-    Takes target_size as (width, height) in pixels, and the rest as `pair_images_and_masks`; raises DatasetError.
-    """
-    width, height = target_size
-    what = f"bytes, which an 8-bit image of {width} x {height} pixels cannot have: save or upload it again"
-    problems = [
-        (blob.name, f"{url(blob.name)} has {blob.size:,} {what}")
-        for sample in samples
-        for blob in (sample.image, *sample.masks)
-        if not 0 < blob.size <= 4 * width * height + 2**20
-    ]
-    if problems:
-        raise problems_error(problems, problems_path)
-
-
 def decode_samples(samples, bucket, target_size, lookahead):
     """Fetch and decode samples in threads, ahead of the consumer. The call itself starts to fetch.
 
@@ -308,14 +285,14 @@ def _remarks(sample, masks):
         if ((mask != 0) & (mask != mask.max())).any():
             values = np.unique(mask).tolist()
             listed = f" ({', '.join(map(str, values))})" if len(values) <= 8 else ""
-            remarks.append((_looks_like(values), blob.name, f"{len(values)} grey values{listed}"))
+            remarks.append((_kind_of_mask(values), blob.name, f"{len(values)} grey values{listed}"))
     if len(masks) > 1 and all(np.array_equal(mask, masks[0]) for mask in masks[1:]):
         kind = EQUAL_BLANK if (masks[0] == masks[0][0, 0]).all() else EQUAL
         remarks.append((kind, sample.masks[0].name, ""))
     return remarks
 
 
-def _looks_like(values):
+def _kind_of_mask(values):
     """The kind of a mask with these grey values, sorted, of which at least two are not 0."""
     labels = all(value <= MAX_LABEL or value == 255 for value in values)
     if values[0] > 0 and (labels or len(values) == 2):

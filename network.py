@@ -35,8 +35,6 @@ HARMLESS = re.compile(
     "|.*_(initializer|regularizer|constraint)"
 )
 
-SWITCHED_OFF = (": null", ": None", ": false", ": ''", ": {}", ": []")  # the ends of lines of YAML
-
 # ---------------------------------------------------------------------------------------------------------------
 # TensorFlow
 
@@ -68,7 +66,7 @@ def import_tensorflow():
     try:
         tf.config.list_logical_devices()
     except Exception as error:
-        raise _explained(tf, error, "TensorFlow cannot use the GPU") from error
+        raise _model_error(tf, error, "TensorFlow cannot use the GPU") from error
     return tf
 
 
@@ -81,8 +79,8 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
 
 
-def _explained(tf, error, what):
-    """The ModelError for an error that TensorFlow raised: what failed, or that there is no memory for it."""
+def _model_error(tf, error, what):
+    """Make a ModelError of an error of TensorFlow's: it says `what` failed, or that there is no memory."""
     if is_out_of_memory(error):
         what = "the machine has no memory for the network"
         if tf.config.list_physical_devices("GPU"):
@@ -91,7 +89,6 @@ def _explained(tf, error, what):
 
 
 def set_seed(seed):
-    """Set the seed of TensorFlow's random numbers."""
     import tensorflow as tf
 
     tf.random.set_seed(seed)
@@ -190,7 +187,7 @@ def build_network(train_config, num_classes, target_size, weights_path, warn=war
             network = getattr(segmentation_models, name)(**parameters)
     except Exception as error:  # of many types, for unexpected parameters
         what = f"segmentation-models cannot build {name} from these model_parameters"
-        raise _explained(tf, error, what) from error
+        raise _model_error(tf, error, what) from error
     if network.input_shape[-1] != 1:
         raise ModelError(f"the network takes {network.input_shape[-1]} channels, images are greyscale (1 channel)")
     _load_weights(network, weights_path, num_classes, target_size, warn)
@@ -199,7 +196,8 @@ def build_network(train_config, num_classes, target_size, weights_path, warn=war
 
 def _warn_of_preprocessing(train_config, warn):
     lines = yaml.safe_dump(train_config, width=math.inf).splitlines()
-    found = [line.strip()[:80] for line in lines if "preprocess" in line.lower() and not line.endswith(SWITCHED_OFF)]
+    off = (": null", ": None", ": false", ": ''", ": {}", ": []")  # the ends of lines that switch it off
+    found = [line.strip()[:80] for line in lines if "preprocess" in line.lower() and not line.endswith(off)]
     if found:
         warn(
             f"train_config has {', '.join(found[:3])}: here the grey values of an image are divided "
@@ -227,7 +225,7 @@ def _arguments(segmentation_models, train_config, num_classes, target_size):
                 f"these, not {reprlib.repr(value)}"
             )
     if given.get("classes") not in (None, num_classes):
-        raise ModelError(_other_classes("train_config says", given["classes"], num_classes))
+        raise ModelError(_wrong_number_of_classes("train_config says", given["classes"], num_classes))
 
     signature = inspect.signature(getattr(segmentation_models, name)).parameters
     defaults = {key: signature[key].default for key in signature if key != "kwargs"}
@@ -266,7 +264,7 @@ def _input_shape(name, parameters, target_size):
     return shape
 
 
-def _other_classes(where, classes, num_classes):
+def _wrong_number_of_classes(where, classes, num_classes):
     text = f"{where} {reprlib.repr(classes)} classes, the dataset has {num_classes} mask folders"
     if classes == num_classes + 1:
         text += ": if one of the channels is the background, it needs a mask folder too, at the same place in the order"
@@ -299,7 +297,7 @@ def _load_weights(network, path, num_classes, target_size, warn):
         raise ModelError(f"it is not as Keras 2 writes it, or damaged: save it again ({first_line(error)})") from error
 
 
-def _names(item, attribute):
+def _read_names(item, attribute):
     """Read a list of names. Keras splits a long one into `<attribute>0`, `<attribute>1`, ..."""
     parts = [attribute] if attribute in item.attrs else [f"{attribute}{i}" for i in range(len(item.attrs))]
     names = [name for part in parts if part in item.attrs for name in item.attrs[part]]
@@ -309,7 +307,7 @@ def _names(item, attribute):
 def _check_layers(file, network, num_classes):
     """Raise ModelError unless the layers with weights are the network's, in its order. Keras only counts them."""
     group = file.get("model_weights", file)
-    weights = {layer: _names(group[layer], "weight_names") for layer in _names(group, "layer_names")}
+    weights = {layer: _read_names(group[layer], "weight_names") for layer in _read_names(group, "layer_names")}
     weights = {layer: names for layer, names in weights.items() if names}
     if not weights:
         raise ModelError(
@@ -326,7 +324,7 @@ def _check_layers(file, network, num_classes):
     _check_same_names(list(weights), [layer.name for layer in layers])
     shapes = [[group[layer][name].shape for name in names] for layer, names in weights.items()]
     if shapes[-1][-1][-1:] != (num_classes,):
-        raise ModelError(_other_classes("the network in model.hdf5 has", shapes[-1][-1][-1], num_classes))
+        raise ModelError(_wrong_number_of_classes("the network in model.hdf5 has", shapes[-1][-1][-1], num_classes))
     for layer, there in zip(layers, shapes, strict=True):
         here = [tuple(weight.shape) for weight in layer.weights]
         _check_same(f"the shape of the weights of layer {layer.name!r}", there, here)
@@ -363,7 +361,7 @@ def _settings(layers):
     """For each layer of a model_config what decides on its numbers: class, settings, and the layers before it."""
     place = {layer["config"]["name"]: number for number, layer in enumerate(layers)}
     return [
-        {name: _plain(value) for name, value in layer["config"].items() if not HARMLESS.fullmatch(name)}
+        {name: _comparable(value) for name, value in layer["config"].items() if not HARMLESS.fullmatch(name)}
         | {
             "class": re.sub("^.*>|V[12]$", "", layer["class_name"]),  # V1 or V2 in TensorFlow 1
             "input": [place[source[0]] for node in layer["inbound_nodes"] for source in node],
@@ -372,7 +370,7 @@ def _settings(layers):
     ]
 
 
-def _plain(value):
+def _comparable(value):
     """A setting's value in one form: Keras also writes a function as {..., config: its name}, and 3 as [3]."""
     if isinstance(value, dict):
         value = value.get("config", value)
@@ -381,10 +379,9 @@ def _plain(value):
 
 def _check_same_names(saved, rebuilt):
     """Raise ModelError unless the names of layers in model.hdf5 and in the network are the same, in the same order."""
-    pairs = itertools.zip_longest(_identities(saved), _identities(rebuilt))
-    for number, (there, here) in enumerate(pairs):
-        if there != here:
-            there, here = (names[number] if number < len(names) else None for names in (saved, rebuilt))
+    pairs = itertools.zip_longest(saved, rebuilt, _identities(saved), _identities(rebuilt))
+    for there, here, identity_there, identity_here in pairs:
+        if identity_there != identity_here:
             raise ModelError(
                 "the network in model.hdf5 is another one than train_config describes: in the order of the layers, "
                 f"{reprlib.repr(there)} is there where {here!r} should be"

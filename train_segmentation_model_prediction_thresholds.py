@@ -143,7 +143,6 @@ def find_inputs(args):
     class_folders, all_samples = image_utils.pair_images_and_masks(blobs, split_directory, bucket.url, problems_path)
     seed = configuration.subset_seed(train_config, split, args.numpy_random_global_seed)
     samples = image_utils.draw_subset(all_samples, args.dataset_downsample_factor, seed)
-    image_utils.check_sizes_in_bytes(samples, bucket.url, target_size, problems_path)
     stacks = configuration.stacks(dataset_config, split, warn)
     blocks = blocks_of([sample.name for sample in samples], stacks, [sample.name for sample in all_samples])
 

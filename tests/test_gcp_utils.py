@@ -255,7 +255,7 @@ def test_everything_works_on_a_bad_network(bucket_name, server, tmp_path, monkey
             list(pool.map(bucket.create, results, results.values()))
         assert {request.fault for request in proxy.requests} == {None, *proxy.faults}
         assert "other" not in {request.operation for request in proxy.requests}
-    assert sum(told) == sum(map(len, many))
+    assert sum(told) >= sum(map(len, many))
     (line,) = capsys.readouterr().err.splitlines()
     assert f"gs://{bucket_name}" in line and "trying again for 120 s" in line
     assert [name for name in fake_gcs.list_objects(server, bucket_name) if name.startswith("models")] == sorted(results)
@@ -319,14 +319,13 @@ def other_refusal(message):
     [
         (refusal("403_billing"), ["The billing account", "matter of billing"]),
         (refusal("403_policy"), ["prohibited", "administrator"]),
-        (other_refusal("Provided scope(s) are not authorized"), ["Provided scope", "cloud-platform"]),
         (other_refusal("Permission denied on Cloud KMS key. Please ensure ..."), ["denied on", "encrypts"]),
-        (other_refusal("x does not have serviceusage.services.use access"), ["x does not", "serviceUsageConsumer"]),
+        (other_refusal("x does not have serviceusage.services.use access to the project"), ["x does not", "project"]),
         ((403, b"<!DOCTYPE html><html>Blocked by ACME</html>"), ["web page", "web filter"]),
         ((200, b"<html>Please log in</html>"), ["web page", "web filter"]),
     ],
 )
-def test_refusals_that_are_not_about_the_two_roles(proxy, gs, answer, words):
+def test_refusals_that_are_not_about_the_two_roles(proxy, gs, answer, words, capsys):
     blob = gs.stat("model.hdf5")
     proxy.play = lambda *request: answer
     for call in each_kind_of_request(gs, blob):
@@ -334,6 +333,7 @@ def test_refusals_that_are_not_about_the_two_roles(proxy, gs, answer, words):
         message = error_of(call)
         assert all(word in message for word in words), message
         assert "roles/storage" not in message and len(proxy.requests) <= 2
+    assert capsys.readouterr().err == ""  # no word of trying again
 
 
 @pytest.mark.parametrize(("missing", "role"), [("list", "Viewer"), ("get", "Viewer"), ("create", "Creator")])
