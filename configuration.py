@@ -8,6 +8,7 @@ import yaml
 
 from errors import ConfigurationError, UsageError
 
+MAX_BYTES = 2**22  # of a config.yaml; some list every image
 MAX_EDGE = 2**14  # pixels
 SUBSET_SEED = 1234  # where neither the arguments nor train_config give one
 FOLDER_FORMS = {1: "the name of a folder", 2: "<dataset ID>/<split>"}  # by the number of folders
@@ -37,11 +38,11 @@ def text(given):
 def number(kind, low, high, above_low=False):
     """Make a `type=` for argparse: a number from `low` to `high`, without `low` itself if `above_low`."""
 
-    def parse(text):
-        value = kind(text)
+    def parse(given):
+        value = kind(given)
         if not low <= value <= high or (above_low and value == low):
             raise argparse.ArgumentTypeError(
-                f"must be {'above' if above_low else 'at least'} {low} and at most {high}, not {text}"
+                f"must be {'above' if above_low else 'at least'} {low} and at most {high}, not {given}"
             )
         return value
 
@@ -52,10 +53,10 @@ def number(kind, low, high, above_low=False):
 def folders(depth):
     """Make a `type=` for argparse: a path of `depth` folder names."""
 
-    def parse(text):
-        path = text.strip("/")
+    def parse(given):
+        path = given.strip("/")
         if not path or path.count("/") != depth - 1:
-            raise argparse.ArgumentTypeError(f"must be {FOLDER_FORMS[depth]}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {FOLDER_FORMS[depth]}, not {given!r}")
         return path
 
     return parse
@@ -82,15 +83,20 @@ def read_config(bucket, name, section, warn):
     Raises
     ------
     ConfigurationError
-        The file is not valid YAML, or has no such section.
+        The file is not valid YAML, is far too large for a configuration, or has no such section.
     BucketError
         The file is missing or cannot be read.
     """
-    url, text = bucket.url(name), bucket.read(bucket.stat(name))
+    url, blob = bucket.url(name), bucket.stat(name)
+    if blob.size > MAX_BYTES:
+        raise ConfigurationError(
+            f"{url} has {blob.size:,} bytes, too many for a configuration: put the right file there"
+        )
+    content = bucket.read(blob)
     try:
-        loader = Loader(text)
+        loader = Loader(content)
         config = loader.get_single_data()
-        as_written = yaml.load(text, Loader=yaml.CBaseLoader)
+        as_written = yaml.load(content, Loader=yaml.CBaseLoader)
     except Exception as error:  # PyYAML's constructors of numbers and dates raise exceptions of many types
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise ConfigurationError(f"{url} is not valid YAML, correct it: {reason}") from error
@@ -107,8 +113,8 @@ def read_config(bucket, name, section, warn):
 class Loader(yaml.CSafeLoader):
     """Loads plain values, also where Python has dumped a tuple, and keeps the nodes of keys that are there twice."""
 
-    def __init__(self, text):
-        super().__init__(text)
+    def __init__(self, content):
+        super().__init__(content)
         self.repeated_keys = []
 
     def construct_mapping(self, node, deep=False):

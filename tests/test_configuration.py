@@ -90,9 +90,11 @@ def test_a_key_that_is_there_twice_is_a_warning():
     assert warnings == ["gs://bucket/config.yaml, line 4: a is there twice: the last one counts"]
 
 
-def test_a_configuration_may_list_every_image():
+def test_a_configuration_may_list_every_image_but_is_no_data():
     names = "\n".join(f"  - P01-{number:06}.tif" for number in range(100_000))
     assert len(read(f"dataset_config:\n  images:\n{names}")[0]["images"]) == 100_000
+    with pytest.raises(ConfigurationError, match="5,000,000 bytes, too many for a configuration"):
+        read(bytes(5_000_000))
 
 
 CALL = "!!python/object/apply:os.system ['touch owned']"
@@ -106,7 +108,6 @@ INVALID_YAML = {
     "a date that is none": "dataset_config: {target_size: 2001-99-99}",
     "a truth value by force": "dataset_config: {target_size: !!bool perhaps}",
     "not UTF-8": b"dataset_config: \xff\xfe\x00",
-    "data": bytes(5_000_000),
     "several documents": "dataset_config: {target_size: [9, 9]}\n---\nx: 1",
     "nothing": "",
     "a list": "- dataset_config",
