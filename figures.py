@@ -41,6 +41,7 @@ SHOWN_PIXELS = 4_900_000  # at most, in all panels of slices together: keeps the
 PANEL_SIDE = 384  # pixels; a panel of slices is at most this wide and high
 COLUMN = 190  # pixels; room for the numbers of a slice where a panel is narrower
 LINE, GAP = 20, 8  # pixels: the height of a line of text, and what lies between panels
+COMPRESSION = 1  # of PNG: faster than the default, and hardly larger
 
 DPI = 200  # drawn for three classes side by side, 11 inches wide
 PRINTED_DPI = 300  # written into the file: printed at this resolution, these 11 inches are the 7.6 of a page
@@ -86,14 +87,13 @@ def draw_curves(results, metric_name, title, note):
     level of a constraint. `note` is a text below the title: where the intervals come from. Returns a PNG.
     """
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    file, written = io.BytesIO(), {"compress_level": COMPRESSION, "dpi": (PRINTED_DPI, PRINTED_DPI)}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # instead of the user's matplotlibrc
         matplotlib.rcParams.update(STYLE)
-        canvas = FigureCanvasAgg(curves_figure(results, metric_name, title, note))
-        canvas.draw()
-    return _png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), dpi=(PRINTED_DPI, PRINTED_DPI))
+        curves_figure(results, metric_name, title, note).savefig(file, metadata={"Software": None}, pil_kwargs=written)
+    return file.getvalue()
 
 
 def curves_figure(results, metric_name, title, note):
@@ -267,7 +267,9 @@ def draw_slices(shown, indices, titles, title):
             _write(page, GAP + i * column, y + LINE, change_text(*masks), column - GAP, size=12)
             panel = Image.fromarray(_panel(one.image, *masks, shrink))
             page.paste(panel.resize((wide, high), Image.Resampling.NEAREST), (GAP + i * column, y + 2 * LINE))
-    return _png(page)
+    file = io.BytesIO()
+    page.save(file, "PNG", compress_level=COMPRESSION)
+    return file.getvalue()
 
 
 def _draw_legend(page):
@@ -340,9 +342,3 @@ def _drawable(text, room, font):
     glyphs = get_font(font.path)
     text = "".join(c if glyphs.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text)
     return shortened(text, room, font.getlength)
-
-
-def _png(image, **options):
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1, **options)  # faster than the default, and hardly larger
-    return file.getvalue()

@@ -361,28 +361,23 @@ def influence(results):
     """A sentence for each class where one stack alone moves threshold or metric by more than half of its interval."""
     sentences = []
     for result in results:
-        shifts = _shifts(result)
+        x, metric, confidence = result.trained.x, result.trained.metric, result.confidence
+        if confidence.reason:
+            continue
+        of_x, of_metric = (max(high - low, 1e-9) for low, high in (confidence.x_interval, confidence.metric_interval))
+        shifts = {
+            stack: max(abs(stack.x_without - x) / of_x, abs(stack.metric_without - metric) / of_metric)
+            for stack in result.stacks
+            if stack.x_without is not None
+        }
         stack = max(shifts, key=shifts.get, default=None)
         if stack and shifts[stack] > 0.5:
             sentences.append(
                 f"{result.title}: much of this result comes from {stack.stack} alone: without it the threshold is "
-                f"{result.x_text(stack.x_without)} instead of {result.x_text(result.trained.x)}, and the metric "
-                f"{result.metric_text(stack.metric_without)} instead of {result.metric_text(result.trained.metric)}"
+                f"{result.x_text(stack.x_without)} instead of {result.x_text(x)}, and the metric "
+                f"{result.metric_text(stack.metric_without)} instead of {result.metric_text(metric)}"
             )
     return sentences
-
-
-def _shifts(result):
-    """For each stack, the larger shift of threshold and metric without it, in widths of their intervals."""
-    trained, confidence = result.trained, result.confidence
-    if confidence.reason:
-        return {}
-    of_x, of_metric = (max(high - low, 1e-9) for low, high in (confidence.x_interval, confidence.metric_interval))
-    return {
-        stack: max(abs(stack.x_without - trained.x) / of_x, abs(stack.metric_without - trained.metric) / of_metric)
-        for stack in result.stacks
-        if stack.x_without is not None
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -395,13 +390,12 @@ def curves_csv(results):
     `trained` is 1 in the row of the trained threshold. The limits of the 95 % band of the metric that was optimised are
     empty where there is none. Returns bytes.
     """
-    header = ["class", "folder", "threshold", "trained", "tp", "fp", "fn", "tn"]
-    rows = (row for result in results for row in zip(*_columns(result), strict=True))
-    return _csv([*header, *models.CLASS_METRICS, "band_low", "band_high"], rows)
+    names = ["threshold", "trained", "tp", "fp", "fn", "tn", *models.CLASS_METRICS, "band_low", "band_high"]
+    return _csv(names, ((result, row) for result in results for row in zip(*_columns(result), strict=True)))
 
 
 def _columns(result):
-    """The columns of a class in the file of the curves."""
+    """The columns of a class in the file of the curves, without its names."""
     trained, confidence = result.trained, result.confidence
     indices = np.union1d(IN_CURVES, trained.index)
     indices = indices[THRESHOLDS[indices] >= min(LOWEST_IN_CURVES, trained.x / 10)]
@@ -413,21 +407,20 @@ def _columns(result):
         limits = zip((confidence.band_low, confidence.band_high), confidence.metric_interval, strict=True)
         band = [np.where(here, end, limit[indices // BLOCK_STEP]) for limit, end in limits]
     arrays = (THRESHOLDS[indices].astype(float), here.astype(int), *counts, *metrics, *band)
-    names = [result.name] * len(indices), [result.folder] * len(indices)
-    return [*names, *(array.tolist() for array in arrays)]
+    return [array.tolist() for array in arrays]
 
 
 def stacks_csv(results):
     """What each stack does at the trained threshold, and without it, as CSV: a row for each class and stack; bytes."""
-    rows = ((result.name, result.folder, *stack) for result in results for stack in result.stacks)
-    return _csv(["class", "folder", *StackResult._fields], rows)
+    return _csv(StackResult._fields, ((result, stack) for result in results for stack in result.stacks))
 
 
-def _csv(header, rows):
+def _csv(names, rows):
+    """CSV with these names of columns, after those of class and folder; `rows` gives pairs of ClassResult and row."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerow(["class", "folder", *names])
+    writer.writerows([result.name, result.folder, *row] for result, row in rows)
     return file.getvalue().encode()
 
 
@@ -455,8 +448,8 @@ def upload(bucket, model_id, description, files, folder):
         except FileExistsError:  # of another run
             created += timedelta(seconds=1)
         except BucketError as error:
-            kept = _write_here(contents, folder / description["metadata"]["run_id"], bucket.url(f"models/{model_id}/"))
-            raise BucketError(f"{error}; {kept}") from error
+            here = _write_here(contents, folder / description["metadata"]["run_id"], bucket.url(f"models/{model_id}/"))
+            raise BucketError(f"{error}; {here}") from error
 
 
 def _write_here(contents, folder, url):
