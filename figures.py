@@ -194,8 +194,7 @@ def _vertical_range(results, metric_name):
     level = class_metric(metric_name).level
     matters = [] if level is None else [level]
     for result in results:
-        matters += [result.trained.metric, float(np.median(result.curve.metric))]
-        matters += [metric for _, metric in _own_bests(result)]
+        matters += [result.trained.metric, np.median(result.curve.metric), *(best for _, best in _own_bests(result))]
         matters += result.confidence.metric_interval or ()
         matters += result.confidence.next_stack_interval or ()
     if min(matters) > 0.9:
@@ -253,7 +252,6 @@ def draw_slices(shown, indices, titles, title):
     high, wide = (math.ceil(length / shrink) * grow for length in (height, width))
     top, row, column = GAP + 4 * LINE + GAP, 2 * LINE + high + GAP, max(wide, COLUMN) + GAP
     page = Image.new("RGB", (max(GAP + len(slices) * column, 1020), top + len(titles) * row), "white")
-
     room = page.width - 2 * GAP
     _write(page, GAP, GAP, title, room, size=15)
     _draw_legend(page)

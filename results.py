@@ -60,9 +60,7 @@ class ClassResult(NamedTuple):
     def worth(self):
         """How many equal stacks these are worth, in words; None where they are worth about their number."""
         number, worth = self.confidence.blocks, self.confidence.worth
-        if worth is None or worth >= UNEQUAL * number:
-            return None
-        return f"{number} {self.kind}, worth {worth:.1f}"
+        return f"{number} {self.kind}, worth {worth:.1f}" if worth and worth < UNEQUAL * number else None
 
     def x_text(self, value):
         """A threshold of this class as text, with the digits that the interval of x carries."""
@@ -193,11 +191,6 @@ class PlainDumper(yaml.CSafeDumper):
 
     def ignore_aliases(self, data):
         return True
-
-
-def to_yaml(content):
-    """YAML of plain Python values, with escapes for characters that steer a terminal."""
-    return yaml.dump(content, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -439,7 +432,8 @@ def upload(bucket, model_id, description, files, folder):
     while True:
         timestamp = f"{created:%Y%m%dT%H%M%SZ}"
         description["metadata"]["created_datetime"] = timestamp
-        files = {**files, ".yaml": to_yaml(description).encode()}
+        document = yaml.dump(description, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
+        files = {**files, ".yaml": document.encode()}
         contents = {f"model_thresholds_{timestamp}{ending}": content for ending, content in files.items()}
         try:
             for name, content in contents.items():
