@@ -194,7 +194,8 @@ def _vertical_range(results, metric_name):
     level = class_metric(metric_name).level
     matters = [] if level is None else [level]
     for result in results:
-        matters += [result.trained.metric, np.median(result.curve.metric), *(best for _, best in _own_bests(result))]
+        matters += [result.trained.metric, float(np.median(result.curve.metric))]
+        matters += [best for _, best in _own_bests(result)]
         matters += result.confidence.metric_interval or ()
         matters += result.confidence.next_stack_interval or ()
     if min(matters) > 0.9:
