@@ -73,13 +73,7 @@ def blocks_of(names, stacks, all_names=None):
     images_of = {}
     for image, name in enumerate(names):
         images_of.setdefault(fitting[name][0] if fitting[name] else NO_STACK, []).append(image)
-    with_images = {stack for found in fitting.values() for stack in found[:1]}
-    warnings = _name_warnings(
-        absent=[stack for stack in stacks if stack not in with_images],
-        strangers=[name for name in names if stacks and not fitting[name]],
-        ambiguous=[f"{name} fits {' and '.join(fitting[name])}" for name in names if len(fitting[name]) > 1],
-    )
-
+    warnings = _name_warnings(names, stacks, fitting)
     ordered = sorted(images_of, key=lambda stack: (stack == NO_STACK, _natural_order(stack)))
     if len(ordered) < FEWEST_BLOCKS:
         return _runs(names, images_of, ordered, bool(stacks), warnings)
@@ -136,18 +130,22 @@ def _plain(name):
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _name_warnings(absent, strangers, ambiguous):
+def _name_warnings(names, stacks, fitting):
     """Sentences about stacks without an image, images of no named stack, and images that several stacks fit."""
+    with_images = {stack for found in fitting.values() for stack in found[:1]}
+    absent = [stack for stack in stacks if stack not in with_images]
+    strangers = [name for name in names if stacks and not fitting[name]]
+    ambiguous = [f"{name} fits {' and '.join(fitting[name])}" for name in names if len(fitting[name]) > 1]
     causes = (
         ("names {} without an image", "stack", absent, "the intervals rest on the other stacks only"),
         ("names no stack for {}", "image", strangers, "they count as one more stack: right only if they come from one"),
         ("names several stacks for {}", "image", ambiguous, "the longest name counts: right only if it is the stack's"),
     )
     sentences = []
-    for what, kind, names, meaning in causes:
-        if names:
-            number = f"{len(names):,} {kind}{'s' * (len(names) > 1)}"
-            examples = ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3)
+    for what, kind, found, meaning in causes:
+        if found:
+            number = f"{len(found):,} {kind}{'s' * (len(found) > 1)}"
+            examples = ", ".join(found[:3]) + f" and {len(found) - 3:,} more" * (len(found) > 3)
             sentences.append(f"dataset_split {what.format(number)} ({examples}): {meaning}; check the names")
     return sentences
 
@@ -187,6 +185,7 @@ class Columns(NamedTuple):
 
     counts: np.ndarray  # (4, blocks, P) float64: tp, fp, fn, tn
     points: np.ndarray  # (P,) int: indices of these thresholds, increasing, in the list of thresholds
+    coarse: np.ndarray  # (C,) int: indices of the coarse ones
     thresholds: np.ndarray  # (N,) float32: the list
     within: np.ndarray  # int: the columns among which the threshold may be chosen
     x: int  # the column of the trained threshold
@@ -199,15 +198,19 @@ def _coarse(thresholds, block_histograms):
     return np.arange(number) * -(-len(thresholds) // number)
 
 
-def _columns(thresholds, histogram, block_histograms, some, index, low, high):
-    """The Columns at the thresholds with the indices `some`, at the trained one and at 0.5.
+def _columns(thresholds, histogram, block_histograms, index, low, high, fewer=False):
+    """The Columns at the trained threshold, at 0.5, and at all coarse thresholds, or some 350 of them if `fewer`.
 
     The other arguments are those of `assess`. Between two coarse thresholds, the pixels of a block are assumed to be
     spread as those of all blocks together are, inside and outside the class separately. So the blocks add up to the
     counts of all images exactly.
     """
-    half = int(np.searchsorted(thresholds, 0.5))
-    coarse, points = _coarse(thresholds, block_histograms), np.unique([*some, index, half])
+    half, coarse = int(np.searchsorted(thresholds, 0.5)), _coarse(thresholds, block_histograms)
+    points = coarse
+    if fewer:  # all near the trained one, where replicates choose, and some everywhere
+        near = np.searchsorted(coarse, index)
+        points = [*coarse[:: -(-len(coarse) // 256)], *coarse[max(near - 48, 0) : near + 49]]
+    points = np.unique([*points, index, half])
     ends = np.append(coarse, histogram.shape[1] - 1)
     left = np.searchsorted(coarse, points, side="right") - 1  # the last coarse threshold up to the point
     below = np.cumsum(histogram, axis=1)
@@ -218,7 +221,7 @@ def _columns(thresholds, histogram, block_histograms, some, index, low, high):
     positive = below[:, :, -1:] - negative
     counts = np.stack([positive[:, 1], positive[:, 0], negative[:, 1], negative[:, 0]])
     within = np.flatnonzero((points >= low) & (points <= high))
-    return Columns(counts, points, thresholds, within, *np.searchsorted(points, [index, half]))
+    return Columns(counts, points, coarse, thresholds, within, *np.searchsorted(points, [index, half]))
 
 
 def _best_columns(values, counts, metric, columns):
@@ -317,12 +320,8 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high, ki
     )
     if reason:
         return known
-    # Some 350 coarse thresholds: all near the trained one, where replicates choose, and some everywhere.
-    coarse = _coarse(thresholds, block_histograms)
-    near = np.searchsorted(coarse, index)
-    some = [*coarse[:: -(-len(coarse) // 256)], *coarse[max(near - 48, 0) : near + 49]]
-    columns = _columns(thresholds, histogram, block_histograms, some, index, low, high)
-    return replace(known, **_intervals(columns, coarse, counts, metric, known))
+    columns = _columns(thresholds, histogram, block_histograms, index, low, high, fewer=True)
+    return replace(known, **_intervals(columns, counts, metric, known))
 
 
 def _why_no_interval(metric, blocks, all_blocks, kind):
@@ -341,16 +340,16 @@ def _why_no_interval(metric, blocks, all_blocks, kind):
     )
 
 
-def _intervals(columns, coarse, counts, metric, known):
+def _intervals(columns, counts, metric, known):
     """The fields that Confidence has besides those `known`, from a bootstrap over blocks (Efron, 1979).
 
     Each replicate draws as many blocks as there are, with replacement, adds up their counts, and chooses a threshold.
     A replicate's best metric compares with that of all images at its threshold as our metric compares with that of all
     possible images. So the mean of the difference is the optimism of our metric (Efron, 1983), and its spread gives the
-    intervals of metric, gain and constraint. Those of the threshold and of the curve are percentiles. `coarse` and
-    `counts` are the coarse thresholds' indices, and the counts of all images at every threshold.
+    intervals of metric, gain and constraint. Those of the threshold and of the curve are percentiles. `counts`
+    are those of all images at every threshold.
     """
-    points, full = columns.points, metric(*counts)
+    points, coarse, full = columns.points, columns.coarse, metric(*counts)
     at_x, at_half = full[points[[columns.x, columns.half]]]
     values, first, middle, chosen = _replicates(columns, metric)
     best, of_all = metric(*chosen), full[points[first]]
@@ -495,8 +494,7 @@ def stack_results(thresholds, histogram, block_histograms, blocks, metric, index
     `blocks` is a Blocks, the other arguments are those of `assess`. Thresholds are chosen among the trained one, 0.5
     and the coarse ones. Returns a list of StackResult: lowest metric first, stacks without the class last.
     """
-    coarse = _coarse(thresholds, block_histograms)
-    columns = _columns(thresholds, histogram, block_histograms, coarse, index, low, high)
+    columns = _columns(thresholds, histogram, block_histograms, index, low, high)
     rest = columns.counts.sum(axis=1, keepdims=True) - columns.counts
     images, pixels = np.bincount(blocks.labels), block_histograms[:, 1].sum(axis=1)
     at_x, at_half = (np.where(pixels, metric(*columns.counts[..., k]), None) for k in (columns.x, columns.half))
