@@ -5,7 +5,6 @@ other parts. docs/confidence.md says what is assumed and how it was checked.
 """
 
 import functools
-import itertools
 import math
 import re
 import unicodedata
@@ -60,27 +59,21 @@ def blocks_of(names, stacks, all_names=None):
         the ending of a file after it may differ from the images' where no other stack can be meant. Images of none of
         the stacks count as one more stack, because nothing tells them apart.
     all_names : sequence of str, optional
-        The names of all images of the split, if `names` are a subset: only a stack without any of them is warned of.
+        The names of all images of the split, of which `names` are a part: only a stack without any is warned of.
 
     Returns
     -------
     Blocks
     """
     stacks = sorted({stack for stack in stacks if stack})
-    fitting = _stacks_that_fit(names, stacks)
+    known = {}
+    for stack in stacks:
+        known.setdefault(_plain(stack), []).append(stack)
+    fitting = {name: _stacks_that_fit(name, known) for name in all_names or names}
     images_of = {}
-    for image, found in enumerate(fitting):
-        images_of.setdefault(found[0] if found else NO_STACK, []).append(image)
-    everywhere = fitting if all_names is None else _stacks_that_fit(all_names, stacks)
-    with_images = {stack for found in everywhere for stack in found[:1]}
-    warnings = _doubts(
-        absent=[stack for stack in stacks if stack not in with_images],
-        strangers=[names[image] for image in images_of.get(NO_STACK, [])] if stacks else [],
-        ambiguous=[
-            f"{name} fits {' and '.join(found)}" for name, found in zip(names, fitting, strict=True) if len(found) > 1
-        ],
-    )
-
+    for image, name in enumerate(names):
+        images_of.setdefault(fitting[name][0] if fitting[name] else NO_STACK, []).append(image)
+    warnings = _name_warnings(names, stacks, fitting)
     ordered = sorted(images_of, key=lambda stack: (stack == NO_STACK, _natural_order(stack)))
     if len(ordered) < FEWEST_BLOCKS:
         return _runs(names, images_of, ordered, bool(stacks), warnings)
@@ -102,38 +95,33 @@ def blocks_of(names, stacks, all_names=None):
 
 def _runs(names, images_of, ordered, named, warnings):
     """Blocks that are runs of neighbouring slices of the stacks in `ordered`; `images_of` holds their images."""
-    slices_of = {
-        stack: sorted({_slice_of(names[image]) for image in images_of[stack]}, key=_natural_order) for stack in ordered
-    }
+    of_images = [[_slice_of(names[image]) for image in images_of[stack]] for stack in ordered]
+    in_order = [sorted(set(slices), key=_natural_order) for slices in of_images]
+    runs_of = _runs_per_stack([len(slices) for slices in in_order])
     labels, run_names = np.zeros(len(names), np.int64), []
-    for stack, runs in zip(ordered, _runs_per_stack([len(slices_of[stack]) for stack in ordered]), strict=True):
-        slices = slices_of[stack]
-        run_of = {slice_: rank * runs // len(slices) for rank, slice_ in enumerate(slices)}
-        labels[images_of[stack]] = [len(run_names) + run_of[_slice_of(names[image])] for image in images_of[stack]]
+    for stack, of_image, slices, runs in zip(ordered, of_images, in_order, runs_of, strict=True):
+        block_of = {name: len(run_names) + rank * runs // len(slices) for rank, name in enumerate(slices)}
+        labels[images_of[stack]] = [block_of[name] for name in of_image]
         run_names += [f"{stack} run {run + 1}" for run in range(runs)]
     these = "this one stack" if len(ordered) == 1 else f"these {len(ordered)} stacks"
-    of = f"slices that lie between these, of {these}, not of others"
+    speaks_of = f"slices that lie between these, of {these}, not of others"
     if ordered == [NO_STACK]:
         why = "none of the stacks that are named has an image" if named else "no stacks are named"
-        of = f"images that lie between these in the order of their names, as {why}"
-    return Blocks(labels, len(run_names), "runs of neighbouring slices", run_names, of, warnings)
+        speaks_of = f"images that lie between these in the order of their names, as {why}"
+    return Blocks(labels, len(run_names), "runs of neighbouring slices", run_names, speaks_of, warnings)
 
 
-def _stacks_that_fit(names, stacks):
-    """For each name of an image, the stacks with whose name it begins, the longest first.
+def _stacks_that_fit(name, known):
+    """The stacks with whose name the name of an image begins, the longest first; `known` holds them by plain name.
 
     Plain names are compared. Of several stacks with one plain name, only those fit that are written as the image is.
     """
-    known, found = {}, []
-    for stack in stacks:
-        known.setdefault(_plain(stack), []).append(stack)
-    lengths = sorted({len(name) for name in known if name}, reverse=True)
-    for name in names:
-        plain = _plain(name)
-        beginnings = dict.fromkeys(plain[:length] for length in lengths)
-        alike = [known[one] for one in beginnings if one in known and _ends_a_word(one, plain)]
-        found.append([stack for same in alike for stack in same if len(same) == 1 or name.startswith(stack)])
-    return found
+    plain, fitting = _plain(name), []
+    for length in range(len(plain), 0, -1):
+        alike = known.get(plain[:length], [])
+        if alike and _ends_a_word(plain, length):
+            fitting += [stack for stack in alike if len(alike) == 1 or name.startswith(stack)]
+    return fitting
 
 
 def _plain(name):
@@ -142,18 +130,22 @@ def _plain(name):
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _doubts(absent, strangers, ambiguous):
+def _name_warnings(names, stacks, fitting):
     """Sentences about stacks without an image, images of no named stack, and images that several stacks fit."""
-    doubts = (
+    with_images = {stack for found in fitting.values() for stack in found[:1]}
+    absent = [stack for stack in stacks if stack not in with_images]
+    strangers = [name for name in names if stacks and not fitting[name]]
+    ambiguous = [f"{name} fits {' and '.join(fitting[name])}" for name in names if len(fitting[name]) > 1]
+    causes = (
         ("names {} without an image", "stack", absent, "the intervals rest on the other stacks only"),
         ("names no stack for {}", "image", strangers, "they count as one more stack: right only if they come from one"),
         ("names several stacks for {}", "image", ambiguous, "the longest name counts: right only if it is the stack's"),
     )
     sentences = []
-    for what, kind, names, meaning in doubts:
-        if names:
-            number = f"{len(names):,} {kind}{'s' * (len(names) > 1)}"
-            examples = ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3)
+    for what, kind, found, meaning in causes:
+        if found:
+            number = f"{len(found):,} {kind}{'s' * (len(found) > 1)}"
+            examples = ", ".join(found[:3]) + f" and {len(found) - 3:,} more" * (len(found) > 3)
             sentences.append(f"dataset_split {what.format(number)} ({examples}): {meaning}; check the names")
     return sentences
 
@@ -164,10 +156,10 @@ def _natural_order(text):
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
-def _ends_a_word(beginning, name):
-    """Whether a word or number in the name ends with this beginning: stack_1 is not the stack of stack_10-0003."""
-    ending, following = beginning[-1:], name[len(beginning) : len(beginning) + 1]
-    return not (ending.isdigit() and following.isdigit()) and not (ending.isalpha() and following.isalpha())
+def _ends_a_word(name, length):
+    """Whether a word or number ends after so many characters: stack_1 is not the stack of stack_10-0003."""
+    around = name[length - 1 : length + 1]
+    return len(around) < 2 or not (around.isdigit() or around.isalpha())
 
 
 def _slice_of(name):
@@ -188,20 +180,37 @@ def _runs_per_stack(slices):
 # Counts of the blocks
 
 
+class Columns(NamedTuple):
+    """The counts of each block at some of the thresholds."""
+
+    counts: np.ndarray  # (4, blocks, P) float64: tp, fp, fn, tn
+    points: np.ndarray  # (P,) int: indices of these thresholds, increasing, in the list of thresholds
+    coarse: np.ndarray  # (C,) int: indices of the coarse ones
+    thresholds: np.ndarray  # (N,) float32: the list
+    within: np.ndarray  # int: the columns among which the threshold may be chosen
+    x: int  # the column of the trained threshold
+    half: int  # the column of 0.5
+
+
 def _coarse(thresholds, block_histograms):
     """Indices of the coarse thresholds, those at which the blocks were counted, in the list of thresholds."""
     number = block_histograms.shape[-1] - 1
     return np.arange(number) * -(-len(thresholds) // number)
 
 
-def _counts_at(histogram, block_histograms, coarse, points):
-    """The counts tp, fp, fn, tn of each block at some thresholds: float64 array, shape (4, blocks, P).
+def _columns(thresholds, histogram, block_histograms, index, low, high, fewer=False):
+    """The Columns at the trained threshold, at 0.5, and at all coarse thresholds, or some 350 of them if `fewer`.
 
-    `coarse` and `points`, of lengths C and P, are increasing indices into the list of thresholds: of the coarse ones,
-    and of those at which to count. Between two coarse thresholds, the pixels of a block are assumed to be spread as
-    those of all blocks together are, inside and outside the class separately. So the blocks add up to the counts of all
-    images exactly.
+    The other arguments are those of `assess`. Between two coarse thresholds, the pixels of a block are assumed to be
+    spread as those of all blocks together are, inside and outside the class separately. So the blocks add up to the
+    counts of all images exactly.
     """
+    half, coarse = int(np.searchsorted(thresholds, 0.5)), _coarse(thresholds, block_histograms)
+    points = coarse
+    if fewer:  # all near the trained one, where replicates choose, and some everywhere
+        near = np.searchsorted(coarse, index)
+        points = [*coarse[:: -(-len(coarse) // 256)], *coarse[max(near - 48, 0) : near + 49]]
+    points = np.unique([*points, index, half])
     ends = np.append(coarse, histogram.shape[1] - 1)
     left = np.searchsorted(coarse, points, side="right") - 1  # the last coarse threshold up to the point
     below = np.cumsum(histogram, axis=1)
@@ -210,23 +219,23 @@ def _counts_at(histogram, block_histograms, coarse, points):
     below = np.cumsum(block_histograms, axis=2, dtype=np.float64)
     negative = below[:, :, left] + part * block_histograms[:, :, left + 1]  # bin left + 1 is that above the threshold
     positive = below[:, :, -1:] - negative
-    return np.stack([positive[:, 1], positive[:, 0], negative[:, 1], negative[:, 0]])
+    counts = np.stack([positive[:, 1], positive[:, 0], negative[:, 1], negative[:, 0]])
+    within = np.flatnonzero((points >= low) & (points <= high))
+    return Columns(counts, points, coarse, thresholds, within, *np.searchsorted(points, [index, half]))
 
 
-def _best_columns(values, counts, metric, thresholds, points, low, high):
+def _best_columns(values, counts, metric, columns):
     """The columns in which each row's metric is best, chosen as in the training.
 
-    `values`, shape (rows, P), is the metric of `counts`, shape (4, rows, P), at the thresholds with the indices
-    `points`. Only thresholds from `low` to `high` count where the metric's constraint holds; if it holds nowhere, those
-    that come closest to its level.
+    `values`, shape (rows, P), is the metric of `counts`, shape (4, rows, P), in `columns`. Only those within the bounds
+    count where the metric's constraint holds; if it holds nowhere, those that come closest to its level.
 
     Returns three int arrays, shape (rows,): the first and the last of these columns, and the index of the threshold in
     the middle between them.
     """
-    within = np.flatnonzero((points >= low) & (points <= high))
-    choice = values[:, within]
+    choice = values[:, columns.within]
     if metric.constraint is not None:
-        counts = counts[:, :, within]
+        counts = counts[:, :, columns.within]
         allowed = metric.allowed(*counts)
         nowhere = ~allowed.any(axis=1)
         choice = np.where(allowed, choice, -np.inf)
@@ -234,11 +243,11 @@ def _best_columns(values, counts, metric, thresholds, points, low, high):
     best = choice == choice.max(axis=1, keepdims=True)
     first = best.argmax(axis=1)
     last = first.copy()
+    thresholds = columns.thresholds[columns.points].astype(np.float64)
     for row in np.flatnonzero(best.sum(axis=1) > 1):
-        first[row], _, last[row] = widest_stretch(thresholds[points[within]], best[row])
-    first, last = within[first], within[last]
-    middle = (thresholds[points[first]].astype(np.float64) + thresholds[points[last]]) / 2
-    return first, last, np.searchsorted(thresholds, middle)
+        first[row], _, last[row] = widest_stretch(thresholds[columns.within], best[row])
+    first, last = columns.within[first], columns.within[last]
+    return first, last, np.searchsorted(columns.thresholds, (thresholds[first] + thresholds[last]) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -311,10 +320,11 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high, ki
     )
     if reason:
         return known
-    return replace(known, **_intervals(thresholds, histogram, block_histograms, metric, index, low, high, known))
+    columns = _columns(thresholds, histogram, block_histograms, index, low, high, fewer=True)
+    return replace(known, **_intervals(columns, counts, metric, known))
 
 
-def _why_no_interval(metric, blocks, of, kind):
+def _why_no_interval(metric, blocks, all_blocks, kind):
     if metric.name in ("precision", "recall"):
         return (
             f"{metric.name} alone is best at an end of the list of thresholds, whatever the images, so that no "
@@ -322,7 +332,7 @@ def _why_no_interval(metric, blocks, of, kind):
         )
     if blocks >= FEWEST_BLOCKS:
         return None
-    here = f"here {'is' if blocks == 1 else 'are'} {blocks}" + (f" of {of}" if blocks < of else "")
+    here = f"here {'is' if blocks == 1 else 'are'} {blocks}" + (f" of {all_blocks}" if blocks < all_blocks else "")
     return (
         f"an interval needs {FEWEST_BLOCKS} {kind} that contain pixels of the class and other pixels, {here}: use "
         f"images of {FEWEST_BLOCKS} stacks with the class, or of {FEWEST_BLOCKS} slices for an interval that speaks "
@@ -330,41 +340,36 @@ def _why_no_interval(metric, blocks, of, kind):
     )
 
 
-def _intervals(thresholds, histogram, block_histograms, metric, index, low, high, known):
+def _intervals(columns, counts, metric, known):
     """The fields that Confidence has besides those `known`, from a bootstrap over blocks (Efron, 1979).
 
     Each replicate draws as many blocks as there are, with replacement, adds up their counts, and chooses a threshold.
     A replicate's best metric compares with that of all images at its threshold as our metric compares with that of all
     possible images. So the mean of the difference is the optimism of our metric (Efron, 1983), and its spread gives the
-    intervals of metric, gain and constraint. Those of the threshold and of the curve are percentiles.
+    intervals of metric, gain and constraint. Those of the threshold and of the curve are percentiles. `counts`
+    are those of all images at every threshold.
     """
-    counts = confusion(histogram)
-    half, full = int(np.searchsorted(thresholds, 0.5)), metric(*counts)
-    coarse = _coarse(thresholds, block_histograms)
-    # Some 350 coarse thresholds: all near the trained one, where replicates choose, and some everywhere.
-    near = np.searchsorted(coarse, index)
-    some = [*coarse[:: -(-len(coarse) // 256)], *coarse[max(near - 48, 0) : near + 49]]
-    points = np.unique([*some, index, half])
-    x_column, half_column = np.searchsorted(points, [index, half])
-    of_blocks = _counts_at(histogram, block_histograms, coarse, points)
-    values, first, middle, chosen = _replicates(of_blocks, metric, thresholds, points, low, high)
+    points, coarse, full = columns.points, columns.coarse, metric(*counts)
+    at_x, at_half = full[points[[columns.x, columns.half]]]
+    values, first, middle, chosen = _replicates(columns, metric)
     best, of_all = metric(*chosen), full[points[first]]
-    optimism = max(float(np.mean(best - of_all - (values[:, x_column] - full[index]))), 0.0)
+    optimism = max(float(np.mean(best - of_all - (values[:, columns.x] - at_x))), 0.0)
 
+    limits = _percentiles(middle, points[columns.x], known.worth)
     found = {
-        "x_interval": tuple(float(thresholds[limit]) for limit in _percentiles(middle, index, known.worth)),
-        "metric_interval": _interval(best, of_all, full[index], optimism, known, _scale(full)),
-        "expected_metric": float(full[index]) - optimism,
+        "x_interval": tuple(float(columns.thresholds[limit]) for limit in limits),
+        "metric_interval": _interval(best, of_all, at_x, optimism, known, _scale(full)),
+        "expected_metric": float(at_x) - optimism,
     }
     if known.gain is not None:
-        gains = best - values[:, half_column], of_all - full[half]
+        gains = best - values[:, columns.half], of_all - at_half
         found["gain_interval"] = _interval(*gains, known.gain, optimism, known, (np.asarray, np.asarray))
     if metric.constraint is not None:
         reached = metric.constraint(*counts)
         pair = metric.constraint(*chosen), reached[points[first]]
         found["constraint_interval"] = _interval(*pair, known.constraint_value, 0.0, known, _scale(reached))
     if known.why_no_next_stack is None:
-        found["next_stack_interval"] = _next_stack(of_blocks[..., x_column], metric)
+        found["next_stack_interval"] = _next_stack(columns.counts[..., columns.x], metric)
     # Between the points, the distance of the band from the curve is interpolated, so that the band follows the curve.
     limits = _percentiles(values.T, full[points], known.worth)
     band_low, band_high = (full[coarse] + np.interp(coarse, points, limit - full[points]) for limit in limits)
@@ -383,22 +388,22 @@ def _weights(blocks):
     return np.bincount((rows + draws).ravel(), minlength=REPLICATES * blocks).reshape(REPLICATES, -1).astype(np.float64)
 
 
-def _replicates(of_blocks, metric, thresholds, points, low, high):
-    """The metric of every replicate at the thresholds with the indices `points`, and what it chooses among them.
+def _replicates(columns, metric):
+    """The metric of every replicate in every column, and what it chooses among them.
 
     Replicates in which no pixel, or every pixel, is of the class say nothing about its threshold and are left out.
 
     Returns the metric, shape (replicates, P), the first column and the middle of `_best_columns`, shape (replicates,),
     and the counts in that column, shape (4, replicates).
     """
-    tp, fp, fn, tn = of_blocks[..., :1]
+    tp, fp, fn, tn = columns.counts[..., :1]
     weights = _weights(len(tp))
     totals = weights @ np.stack([tp + fn, fp + tn])
     telling = (totals > 0).all(axis=(0, 2))
-    positive = weights[telling] @ of_blocks[:2]
+    positive = weights[telling] @ columns.counts[:2]
     counts = np.concatenate([positive, totals[:, telling] - positive])
     values = metric(*counts)
-    first, _, middle = _best_columns(values, counts, metric, thresholds, points, low, high)
+    first, _, middle = _best_columns(values, counts, metric, columns)
     return values, first, middle, counts[:, np.arange(len(first)), first]
 
 
@@ -489,34 +494,29 @@ def stack_results(thresholds, histogram, block_histograms, blocks, metric, index
     `blocks` is a Blocks, the other arguments are those of `assess`. Thresholds are chosen among the trained one, 0.5
     and the coarse ones. Returns a list of StackResult: lowest metric first, stacks without the class last.
     """
-    half = int(np.searchsorted(thresholds, 0.5))
-    coarse = _coarse(thresholds, block_histograms)
-    points = np.unique([*coarse, index, half])
-    x_column, half_column = np.searchsorted(points, [index, half])
-    of_blocks = _counts_at(histogram, block_histograms, coarse, points)
-    rest = of_blocks.sum(axis=1, keepdims=True) - of_blocks
+    columns = _columns(thresholds, histogram, block_histograms, index, low, high)
+    rest = columns.counts.sum(axis=1, keepdims=True) - columns.counts
     images, pixels = np.bincount(blocks.labels), block_histograms[:, 1].sum(axis=1)
-    at_x, at_half = (np.where(pixels, metric(*of_blocks[..., k]), None) for k in (x_column, half_column))
-    own = _trained(of_blocks, metric, thresholds, points, x_column, low, high)
-    without = _trained(rest, metric, thresholds, points, x_column, low, high)
-    columns = blocks.names, images.tolist(), pixels.tolist(), at_x, at_half, *own, *without
-    stacks = itertools.starmap(StackResult, zip(*columns, strict=True))
+    at_x, at_half = (np.where(pixels, metric(*columns.counts[..., k]), None) for k in (columns.x, columns.half))
+    own, without = (_trained(counts, metric, columns) for counts in (columns.counts, rest))
+    fields = blocks.names, images.tolist(), pixels.tolist(), at_x, at_half, *own, *without
+    stacks = [StackResult(*values) for values in zip(*fields, strict=True)]
     return sorted(stacks, key=lambda stack: (stack.metric is None, stack.metric))
 
 
-def _trained(counts, metric, thresholds, points, x_column, low, high):
+def _trained(counts, metric, columns):
     """The best threshold of each row of counts, and the metric there, as two lists.
 
-    The trained threshold, in column `x_column`, is kept where it is one of the best. The lists hold None where the
-    constraint holds nowhere, or no pixel or every pixel is of the class.
+    The trained threshold is kept where it is one of the best. The lists hold None where the constraint holds nowhere,
+    or no pixel or every pixel is of the class.
     """
     values = metric(*counts)
-    first, last, middle = _best_columns(values, counts, metric, thresholds, points, low, high)
+    first, last, middle = _best_columns(values, counts, metric, columns)
     rows = np.arange(len(values))
     tp, fp, fn, tn = counts[:, rows, first]
     valid = metric.allowed(tp, fp, fn, tn) & (tp + fn > 0) & (fp + tn > 0)
-    kept = (first <= x_column) & (x_column <= last)
-    x = thresholds[np.where(kept, points[x_column], middle)].astype(np.float64)
+    kept = (first <= columns.x) & (columns.x <= last)
+    x = columns.thresholds[np.where(kept, columns.points[columns.x], middle)].astype(np.float64)
     return [np.where(valid, of_row, None).tolist() for of_row in (x, values[rows, first])]
 
 
@@ -546,28 +546,28 @@ def guarantee_recall(thresholds, histogram, block_histograms, level, low, high, 
     tp, _, fn, _ = confusion(block_histograms)
     holding = np.flatnonzero(tp[:, 0] + fn[:, 0])
     blocks = len(holding)
-    none = functools.partial(GuaranteedRecall, level, blocks)
+    answer = functools.partial(GuaranteedRecall, level, blocks)
     allowance = (1 - level) * (blocks + 1) - 1 + ROUNDING  # upper limit of the sum of the blocks' miss rates
     if allowance < 0:
         needed = math.ceil(level / (1 - level) - ROUNDING)
-        return none(
+        return answer(
             f"a recall of {level:g} needs {needed} stacks (or runs of slices) that contain the class, here are {blocks}"
         )
     coarse = _coarse(thresholds, block_histograms)
     within = np.flatnonzero((coarse >= low) & (coarse <= high))
     missed = (fn[holding] / (tp + fn)[holding])[:, within]
     if not len(within):
-        return none("no threshold at which blocks are counted lies within OPT_BOUNDS")
+        return answer("no threshold at which blocks are counted lies within OPT_BOUNDS")
     worst = int(np.argmax(missed[:, 0]))
     if missed[worst, 0] > 1 - level + ROUNDING:
-        return none(
+        return answer(
             f"{block_names[holding[worst]]} misses {missed[worst, 0]:.1%} of its pixels of the class even at the "
             f"lowest threshold, and the guarantee holds only where none misses more than {1 - level:.1%} there"
         )
     kept = np.flatnonzero(missed.sum(axis=0) <= allowance)
     if not len(kept):
-        return none(f"even at the lowest threshold too much of the class is missed for a recall of {level:g}")
+        return answer(f"even at the lowest threshold too much of the class is missed for a recall of {level:g}")
     position = coarse[within[kept[-1]]]
     counts = [count[position] for count in confusion(histogram)]
     precision, recall = (float(CLASS_METRICS[name](*counts)) for name in ("precision", "recall"))
-    return GuaranteedRecall(level, blocks, None, float(thresholds[position]), precision, recall)
+    return answer(None, float(thresholds[position]), precision, recall)

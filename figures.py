@@ -3,21 +3,19 @@
 The same input gives the same bytes on every machine. pyplot is not used: it looks for a screen.
 """
 
-import functools
 import io
 import logging
 import math
 import os
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, HALF, THRESHOLDS
 from models import CLASS_METRICS, class_metric
-from results import SIGNED, UNSIGNED, interval_text, label, number_text, shortened, threshold_text
+from results import interval_text, label, number_text, shortened, signed, threshold_text, unsigned
 
 # matplotlib is imported where it draws, because its import fails where it cannot read the user's matplotlibrc: that is
 # to cost a figure, not the result. It then reads these two.
@@ -26,23 +24,24 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home th
 
 # Colours of Okabe and Ito, which colour-blind people can distinguish. Line style differs too, for print without colour.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-OUTCOMES = {  # colour, and its opacity over the slice; without colour, a false alarm is dark, a hit grey, a miss light
-    "hit: predicted and in the mask": ((86, 180, 233), 0.7),
-    "miss: in the mask only": ((240, 228, 66), 0.9),
-    "false alarm: predicted only": ((160, 44, 0), 0.85),
+# The slices are marked with these colours: red, green, blue, and the opacity over the slice.
+OUTCOMES = {  # without colour, a false alarm is dark, a hit grey, a miss light
+    "hit: predicted and in the mask": (86, 180, 233, 0.7),
+    "miss: in the mask only": (240, 228, 66, 0.9),
+    "false alarm: predicted only": (160, 44, 0, 0.85),
 }
-CHANGES = {  # what the trained threshold changes, opaque: none of the outcomes, then in their order
-    "false alarm gone": (0, 170, 80),
-    "new hit": (0, 220, 255),
-    "new miss": (255, 205, 60),
-    "new false alarm": (255, 0, 0),
+CHANGES = {  # of the outcome at 0.5: first to none of the outcomes, then to each in their order
+    "false alarm gone": (0, 170, 80, 1),
+    "new hit": (0, 220, 255, 1),
+    "new miss": (255, 205, 60, 1),
+    "new false alarm": (255, 0, 0, 1),
 }
-GREYS = 62  # times 4 and the changes give the palette: the greys, and the greys tinted by each of the three outcomes
-SHOWN_PIXELS = 4_900_000  # at most, in all panels of slices together: keeps the file below 4 MB even for noisy images
+MARKS = np.array([(0, 0, 0, 0), *OUTCOMES.values(), *CHANGES.values()])  # the first is for none of the outcomes
+SHOWN_PIXELS = 4_900_000  # at most, in all panels of slices together: keeps the file below 7 MB even for noisy images
 PANEL_SIDE = 384  # pixels; a panel of slices is at most this wide and high
 COLUMN = 190  # pixels; room for the numbers of a slice where a panel is narrower
 LINE, GAP = 20, 8  # pixels: the height of a line of text, and what lies between panels
-WHITE = GREYS - 1
+COMPRESSION = 1  # of PNG: faster than the default, and hardly larger
 
 DPI = 200  # drawn for three classes side by side, 11 inches wide
 PRINTED_DPI = 300  # written into the file: printed at this resolution, these 11 inches are the 7.6 of a page
@@ -55,28 +54,18 @@ STYLE = {
 }
 
 
-class Slice(NamedTuple):
-    """A slice as `draw_slices` shows it."""
-
-    name: str
-    image: np.ndarray  # (height, width) uint8
-    truth: np.ndarray  # (height, width, classes) bool
-    prediction: np.ndarray  # (height, width, classes) bool
-    at_half: np.ndarray  # (height, width, classes) bool: the prediction at threshold 0.5
-
-
 def draw(results, counts, metric_name, title, note):
     """Draw both figures. One that cannot be drawn, because of what else is set or installed here, costs a warning only.
 
     `counts` is a counts.Counts, the other arguments are those of `draw_curves`. Returns a dictionary of PNGs, by the
     ends of their names, and a list of warnings.
     """
-    rows = [f"{result.title}, threshold {threshold_text(result.trained.x)}" for result in results]
-    shown = slices(counts, [result.trained.index for result in results])
+    titles = [f"{result.title}, threshold {threshold_text(result.trained.x)}" for result in results]
+    indices = [result.trained.index for result in results]
     files, problems = {}, []
     for ending, function, given in (
         (".png", draw_curves, (results, metric_name, title, note)),
-        ("_slices.png", draw_slices, (shown, rows, f"{title}: best {metric_name}")),
+        ("_slices.png", draw_slices, (counts.shown, indices, titles, f"{title}: best {metric_name}")),
     ):
         try:
             files[ending] = function(*given)
@@ -98,14 +87,13 @@ def draw_curves(results, metric_name, title, note):
     level of a constraint. `note` is a text below the title: where the intervals come from. Returns a PNG.
     """
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    file, written = io.BytesIO(), {"compress_level": COMPRESSION, "dpi": (PRINTED_DPI, PRINTED_DPI)}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # instead of the user's matplotlibrc
         matplotlib.rcParams.update(STYLE)
-        canvas = FigureCanvasAgg(curves_figure(results, metric_name, title, note))
-        canvas.draw()
-    return _png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), dpi=(PRINTED_DPI, PRINTED_DPI))
+        curves_figure(results, metric_name, title, note).savefig(file, metadata={"Software": None}, pil_kwargs=written)
+    return file.getvalue()
 
 
 def curves_figure(results, metric_name, title, note):
@@ -125,8 +113,8 @@ def curves_figure(results, metric_name, title, note):
         _set_axes(axes, result, metric_name, shared)
         _write_numbers(axes, result, metric_name, width / columns - 0.8)
         entries |= {entry.get_label(): entry for entry in axes.get_legend_handles_labels()[0]}
-    for axes in panels.flat[len(results) :]:
-        axes.remove()
+    for empty in panels.flat[len(results) :]:
+        empty.remove()
     head = [_fitted(title, 8, width - 0.9), *textwrap.wrap(note, int(14 * width))]
     figure.suptitle("\n".join(head), x=0.4 / width, ha="left", size=8)
     style = {"frameon": False, "handlelength": 2.6, "columnspacing": 1.6}
@@ -180,10 +168,10 @@ def _set_axes(axes, result, metric_name, shared):
 
     On a linear axis, a trained threshold close to 0 or 1 would lie on the frame: a logit axis spreads these thresholds.
     """
+    axes.set_xlabel("threshold", labelpad=2)
     if 0.02 <= result.trained.x <= 0.98:
         axes.set_xlim(-0.02, 1.02)
         axes.set_xticks(np.linspace(0, 1, 5))
-        axes.set_xlabel("threshold", labelpad=2)
     else:
         shown = [result.trained.x, *(result.confidence.x_interval or ()), *(x for x, _ in _own_bests(result))]
         axes.set_xscale("logit")
@@ -197,9 +185,8 @@ def _set_axes(axes, result, metric_name, shared):
     margin = 0.02 * (top - bottom)
     axes.set_ylim(bottom - margin * (bottom > 0), top + margin)
     axes.set_ylabel(label(metric_name) + " (another scale)" * own)
-    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        ticks = [tick for tick in axis.get_ticklocs() if low <= tick <= high]
-        axis.set_ticks(ticks, [f"{tick:.10g}" for tick in ticks])
+    axes.xaxis.set_major_formatter("{x:.10g}")
+    axes.yaxis.set_major_formatter("{x:.10g}")
 
 
 def _vertical_range(results, metric_name):
@@ -208,7 +195,7 @@ def _vertical_range(results, metric_name):
     matters = [] if level is None else [level]
     for result in results:
         matters += [result.trained.metric, float(np.median(result.curve.metric))]
-        matters += [metric for _, metric in _own_bests(result)]
+        matters += [best for _, best in _own_bests(result)]
         matters += result.confidence.metric_interval or ()
         matters += result.confidence.next_stack_interval or ()
     if min(matters) > 0.9:
@@ -222,22 +209,22 @@ def _write_numbers(axes, result, metric_name, wide):
     tp, _, fn, _ = result.curve.counts
     metrics = trained.metric, trained.metric_at_half, confidence.expected_metric
     metric, at_half, expected = map(result.metric_text, metrics)
-    gain = number_text(confidence.gain, confidence.gain_interval, SIGNED)
+    gain = number_text(confidence.gain, confidence.gain_interval, signed)
     doubt = ", unclear" * confidence.gain_unclear + " (0.5 does not reach the level)" * (confidence.gain is None)
     lines = [
         f"threshold {result.x_text(trained.x)}{_in_brackets(confidence.x_interval, threshold_text)}",
         f"{label(metric_name)} {metric}{_in_brackets(confidence.metric_interval)}; {at_half} at 0.5",
-        f"gain {gain}{_in_brackets(confidence.gain_interval, SIGNED)}{doubt}",
+        f"gain {gain}{_in_brackets(confidence.gain_interval, signed)}{doubt}",
         f"expected {expected}; next stack {interval_text(confidence.next_stack_interval)}",
         f"{tp[0] + fn[0]:,} positives{f' in {result.worth}' if result.worth else ''}",
     ]
-    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
     title = _fitted(result.title, 9, wide, bold=True)
-    axes.annotate(title, (0, 1), (0, 9 + 9 * len(lines)), **place, size=9, weight="bold")
-    axes.annotate("\n".join(_fitted(line, 7.5, wide) for line in lines), (0, 1), (0, 5.5), **place, size=7.5)
+    axes.set_title(title, loc="left", size=9, weight="bold", pad=9 + 9 * len(lines))
+    text = "\n".join(_fitted(line, 7.5, wide) for line in lines)
+    axes.annotate(text, (0, 1), (0, 5.5), xycoords="axes fraction", textcoords="offset points", size=7.5)
 
 
-def _in_brackets(limits, form=UNSIGNED):
+def _in_brackets(limits, form=unsigned):
     return f" ({interval_text(limits, form)})" if limits else ""
 
 
@@ -250,88 +237,79 @@ def _fitted(text, points, inches, bold=False):
 # The slices
 
 
-def slices(counts, indices):
-    """The slices in a counts.Counts, each once, with the masks that the trained thresholds predict: a list of Slice.
-
-    `indices` holds those of the trained thresholds in THRESHOLDS, one a class. Slices without any pixel of a class,
-    true or predicted, are left out where there are others.
-    """
-    found = {
-        shown.name: Slice(shown.name, shown.image, shown.truth, shown.bins > np.array(indices), shown.bins > HALF)
-        for shown in counts.shown
-    }
-    telling = [one for one in found.values() if one.truth.any() or one.prediction.any()]
-    return telling or list(found.values())
-
-
-def draw_slices(slices, classes, title):
+def draw_slices(shown, indices, titles, title):
     """Draw slices side by side, with a row per class, and hits, misses and false alarms in colour.
 
-    What differs from the prediction at 0.5 has a colour of its own, and stands above the panel in numbers. `slices`
-    holds at least one Slice, all of the same shape; `classes` what to write above the row of each class. Returns a PNG.
+    What differs from the prediction at 0.5 has a colour of its own, and stands above the panel in numbers. `shown`
+    holds at least one counts.ShownSlice, all of the same shape; one that was chosen for two classes is drawn once, and
+    one without any pixel of a class, true or predicted, only if there are no others. `indices` holds those of the
+    trained thresholds in THRESHOLDS, `titles` what to write above the rows, one a class. Returns a PNG.
     """
+    different = list({one.name: one for one in shown}.values())
+    slices = [one for one in different if one.truth.any() or (one.bins > indices).any()] or different
     height, width = slices[0].image.shape
-    side = min(PANEL_SIDE, math.isqrt(SHOWN_PIXELS // (len(slices) * len(classes))))
+    side = min(PANEL_SIDE, math.isqrt(SHOWN_PIXELS // (len(slices) * len(titles))))
     shrink, grow = math.ceil(max(height, width) / side), max(side // max(height, width), 1)
     high, wide = (math.ceil(length / shrink) * grow for length in (height, width))
     top, row, column = GAP + 4 * LINE + GAP, 2 * LINE + high + GAP, max(wide, COLUMN) + GAP
-    page = Image.new("P", (max(GAP + len(slices) * column, 1020), top + len(classes) * row), WHITE)
-    page.putpalette(_palette())
-
+    page = Image.new("RGB", (max(GAP + len(slices) * column, 1020), top + len(titles) * row), "white")
     room = page.width - 2 * GAP
     _write(page, GAP, GAP, title, room, size=15)
     _draw_legend(page)
-    for k, name in enumerate(classes):
-        _write(page, GAP, top + k * row, name, room, bold=True)
-    for i, shown in enumerate(slices):
-        x = GAP + i * column
-        _write(page, x, GAP + 3 * LINE, shown.name, column - GAP)
-        for k in range(len(classes)):
-            y = top + k * row + LINE
-            _write(page, x, y, change(shown, k), column - GAP, size=12)
-            panel = Image.fromarray(_panel(shown, k, shrink).repeat(grow, axis=0).repeat(grow, axis=1))
-            panel.putpalette(_palette())
-            page.paste(panel, (x, y + LINE))
-    return _png(page)
+    for i, one in enumerate(slices):
+        _write(page, GAP + i * column, GAP + 3 * LINE, one.name, column - GAP)
+    for k, index in enumerate(indices):
+        y = top + k * row
+        _write(page, GAP, y, titles[k], room, bold=True)
+        for i, one in enumerate(slices):
+            masks = one.truth[..., k], one.bins[..., k] > index, one.bins[..., k] > HALF
+            _write(page, GAP + i * column, y + LINE, change_text(*masks), column - GAP, size=12)
+            panel = Image.fromarray(_panel(one.image, *masks, shrink))
+            page.paste(panel.resize((wide, high), Image.Resampling.NEAREST), (GAP + i * column, y + 2 * LINE))
+    file = io.BytesIO()
+    page.save(file, "PNG", compress_level=COMPRESSION)
+    return file.getvalue()
 
 
 def _draw_legend(page):
     """Draw two lines: the outcomes, and below them what differs from the outcome at 0.5."""
-    outcomes = [(name, GREYS * (i + 1) + GREYS // 2) for i, name in enumerate(OUTCOMES)]
-    changes = [(name, 4 * GREYS + i) for i, name in enumerate(CHANGES)]
-    for y, before, entries in ((GAP + LINE, "", outcomes), (GAP + 2 * LINE, "changed from threshold 0.5:", changes)):
-        x = GAP + _write(page, GAP, y, before, 400) + GAP * bool(before)
-        for name, colour in entries:
-            ImageDraw.Draw(page).rectangle((x, y + 4, x + 11, y + 15), fill=colour)
-            x += 20 + _write(page, x + 20, y, name, 400) + 24
-    _write(page, x, y, "(in numbers: pixels more or fewer than at 0.5)", page.width - x)
+    changed = "changed from threshold 0.5 (numbers: more or fewer pixels):  "
+    for y, before, entries, first in ((GAP + LINE, "", OUTCOMES, 1), (GAP + 2 * LINE, changed, CHANGES, 4)):
+        x = GAP + _write(page, GAP, y, before, page.width)
+        for mark, name in enumerate(entries, first):
+            page.paste(tuple(_marked(127, mark).tolist()), (x, y + 4, x + 12, y + 16))
+            x += 20 + _write(page, x + 20, y, name, page.width) + 24
 
 
 def _write(page, x, y, text, room, size=13, bold=False):
     """Write a line of text, at most `room` pixels wide; returns its width."""
     font = _font(size, bold)
     text = _drawable(text, room, font)
-    pen = ImageDraw.Draw(page)
-    pen.fontmode = "L"  # smooth: between black and white, the palette has greys only
-    pen.text((x, y + LINE / 2), text, fill=0, font=font, anchor="lm")
+    ImageDraw.Draw(page).text((x, y + LINE / 2), text, fill="black", font=font, anchor="lm")
     return math.ceil(font.getlength(text))
 
 
-def change(shown, k):
-    """What the trained threshold of class k changes on a slice, in numbers of pixels."""
-    truth, prediction, at_half = (masks[..., k] for masks in (shown.truth, shown.prediction, shown.at_half))
+def change_text(truth, prediction, at_half):
+    """What differs from the prediction at 0.5, in numbers of pixels. The masks are bool arrays of one shape."""
     if not (truth | prediction | at_half).any():
         return "none"
-    hits, false_alarms = (np.count_nonzero(prediction & of) - np.count_nonzero(at_half & of) for of in (truth, ~truth))
+    hits, false_alarms = (
+        np.count_nonzero(prediction & part) - np.count_nonzero(at_half & part) for part in (truth, ~truth)
+    )
     return f"hits {hits:+,}, false alarms {false_alarms:+,}" if hits or false_alarms else "as at 0.5"
 
 
-def _panel(shown, k, shrink):
-    """Indices into the palette for class k of a slice, shape (ceil(height / shrink), ceil(width / shrink))."""
-    grey = np.asarray(Image.fromarray(shown.image).reduce(shrink))
-    grey = np.rint(grey * (WHITE / 255)).astype(int)
-    outcome, before = (_outcomes(shown.truth[..., k], of[..., k], shrink) for of in (shown.prediction, shown.at_half))
-    return np.where(outcome == before, grey + GREYS * outcome, 4 * GREYS + outcome).astype(np.uint8)
+def _panel(image, truth, prediction, at_half, shrink):
+    """A slice with one class marked: uint8, shape (ceil(height / shrink), ceil(width / shrink), 3)."""
+    outcome, before = (_outcomes(truth, predicted, shrink) for predicted in (prediction, at_half))
+    grey = np.asarray(Image.fromarray(image).reduce(shrink))
+    return _marked(grey[..., None], outcome + 4 * (outcome != before))
+
+
+def _marked(grey, marks):
+    """Colours, uint8, shape (..., 3), of grey levels, shape (..., 1), that are marked with these rows of MARKS."""
+    colors, opacity = np.split(MARKS[marks], [3], axis=-1)
+    return np.rint(grey * (1 - opacity) + colors * opacity).astype(np.uint8)
 
 
 def _outcomes(truth, prediction, shrink):
@@ -348,14 +326,6 @@ def _outcomes(truth, prediction, shrink):
     return np.where(np.any(shares, axis=0), outcome, 0)
 
 
-def _palette():
-    """The palette, as a flat list: GREYS greys, the same greys tinted by each of the OUTCOMES, and the CHANGES."""
-    greys = np.repeat(np.linspace(0, 255, GREYS)[:, None], 3, axis=1)
-    tinted = [greys * (1 - opacity) + np.array(color) * opacity for color, opacity in OUTCOMES.values()]
-    return np.rint(np.concatenate([greys, *tinted, list(CHANGES.values())])).astype(int).ravel().tolist()
-
-
-@functools.cache
 def _font(size, bold):
     """The font of both figures, for Pillow."""
     import matplotlib
@@ -371,9 +341,3 @@ def _drawable(text, room, font):
     glyphs = get_font(font.path)
     text = "".join(c if glyphs.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text)
     return shortened(text, room, font.getlength)
-
-
-def _png(image, **options):
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1, **options)  # faster than the default, and hardly larger
-    return file.getvalue()

@@ -129,7 +129,7 @@ class TrainedThreshold:
     metric: float  # the class metric at x: the best within OPT_BOUNDS where the constraint holds
     metric_at_half: float  # at 0.5, whether the constraint holds there or not
     best_stretch: tuple  # lowest and highest threshold of the stretch around x where the metric is the same
-    message: str  # of minimize_scalar
+    outcome: dict  # success, status and message of minimize_scalar
     history: list  # (threshold, metric) of every evaluation by minimize_scalar; the last one is x
     warnings: list  # sentences
 
@@ -242,7 +242,7 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
 
     # minimize_scalar may find a local optimum only. The counts give the metric at every threshold, so the threshold
     # reported is the exact optimum among them all; it is the last evaluation in the history.
-    message = _minimize(evaluate, class_name, low, high, worst=loss.max() + 1)
+    outcome = _minimize(evaluate, class_name, low, high, worst=loss.max() + 1)
     best = candidates & (values >= values[candidates].max() - EQUAL)
     first, index, last = widest_stretch(THRESHOLDS, best)
     evaluate(index)
@@ -254,7 +254,7 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
         metric=float(values[index]),
         metric_at_half=float(values[HALF]),
         best_stretch=(float(THRESHOLDS[first]), float(THRESHOLDS[last])),
-        message=message,
+        outcome=outcome,
         history=history,
         warnings=[f"{class_name}: {doubt}"] if doubt else [],
     )
@@ -264,8 +264,8 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
 def _minimize(evaluate, class_name, low, high, worst):
     """Run minimize_scalar over THRESHOLDS[low] to THRESHOLDS[high], with the settings at the top of this file.
 
-    `evaluate` takes an index and returns the loss there. `worst` is a loss above all of them. Returns the message of
-    minimize_scalar.
+    `evaluate` takes an index and returns the loss there. `worst` is a loss above all of them. Returns a dictionary with
+    success, status (0 if the method has none) and message of minimize_scalar.
     """
     thresholds = THRESHOLDS[low : high + 1].astype(np.float64)
     start, end = thresholds[[0, -1]]
@@ -285,7 +285,7 @@ def _minimize(evaluate, class_name, low, high, worst):
             f"{class_name}: minimize_scalar did not converge ({message}); raise maxiter in OPT_OPTIONS, or OPT_TOL, at "
             "the top of models.py and run again"
         )
-    return message
+    return {"success": bool(result.success), "status": result.get("status", 0), "message": message}
 
 
 def widest_stretch(thresholds, chosen):

@@ -1,7 +1,6 @@
-"""The result: the content of the YAML, what the screen shows, tables as data, and publishing without overwriting."""
+"""The result: the content of the YAML, what the screen shows, tables as data, and an upload that overwrites nothing."""
 
 import csv
-import functools
 import io
 import math
 import os
@@ -27,8 +26,7 @@ from errors import BucketError
 IN_CURVES = range(0, len(THRESHOLDS), 2 * BLOCK_STEP)  # indices of the rows in the file of the curves; 0.5 is one
 LOWEST_IN_CURVES = 1e-6  # no row is below, except where the trained threshold is near
 TABLE_WIDTH = 80
-UNSIGNED, SIGNED = "{:.{}f}".format, "{:+.{}f}".format
-UNEQUAL = 0.8  # stacks worth less than this part of their number weigh too differently to count them only
+UNEQUAL = 0.8  # stacks that are worth less than this part of their number differ so much that the screen says so
 
 # What the field calls a metric, on axes and in the table; the others go by their own names.
 LABELS = {
@@ -62,9 +60,7 @@ class ClassResult(NamedTuple):
     def worth(self):
         """How many equal stacks these are worth, in words; None where they are worth about their number."""
         number, worth = self.confidence.blocks, self.confidence.worth
-        if worth is None or worth >= UNEQUAL * number:
-            return None
-        return f"{number} {self.kind}, worth {worth:.1f}"
+        return f"{number} {self.kind}, worth {worth:.1f}" if worth and worth < UNEQUAL * number else None
 
     def x_text(self, value):
         """A threshold of this class as text, with the digits that the interval of x carries."""
@@ -80,7 +76,7 @@ class ClassResult(NamedTuple):
 
 
 def describe(arguments, inputs, counts, results, started, warnings):
-    """The content of the YAML, in plain Python values; `publish` sets its created_datetime.
+    """The content of the YAML, in plain Python values; `upload` sets its created_datetime.
 
     `arguments` is the command line by name, `inputs` the entry script's Inputs, `counts` a counts.Counts, `results` a
     list of ClassResult, `started` the `time.monotonic()` at the beginning, `warnings` every warning that was shown.
@@ -149,9 +145,7 @@ def _describe_class(result, metric_name):
     trained, confidence, guaranteed = result.trained, result.confidence, result.guaranteed_recall
     return {
         "x": trained.x,
-        "success": True,  # else NotConvergedError was raised
-        "status": 0,
-        "message": trained.message,
+        **trained.outcome,
         "nfev": len(trained.history),
         "fun": 1 - trained.metric,
         "metric": trained.metric,
@@ -171,7 +165,7 @@ def _describe_class(result, metric_name):
         "why_no_interval": confidence.reason,
         "guaranteed_recall": None if guaranteed is None else guaranteed._asdict(),
         "equally_good_thresholds": trained.best_stretch,
-        "warnings": warnings(result, metric_name),
+        "warnings": doubts(result, metric_name),
     }
 
 
@@ -197,11 +191,6 @@ class PlainDumper(yaml.CSafeDumper):
 
     def ignore_aliases(self, data):
         return True
-
-
-def to_yaml(content):
-    """YAML of plain Python values, with escapes for characters that steer a terminal."""
-    return yaml.dump(content, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,16 +220,17 @@ def table(results, metric_name):
         ("(folder)", "95 % interval", "95 % interval", "", "95 % range", "over 0.5"),
         *(row for result in results for row in _rows(result)),
     ]
-    names, *others = map(_padded, zip(*rows, strict=True))
-    room = max(TABLE_WIDTH - sum(2 + len(column[0]) for column in others), 9)
-    names = _padded([shortened(name.rstrip(), room) for name in names])
+    names, *columns = zip(*rows, strict=True)
+    columns = [_padded(column) for column in columns]
+    room = max(TABLE_WIDTH - sum(2 + len(column[0]) for column in columns), 9)
+    names = _padded([shortened(name, room) for name in names])
     intervals = [result.confidence for result in results]
     reasons = {one.why_no_next_stack for one in intervals} - {one.reason for one in intervals}
     return [
         "",
         f"Best thresholds for {metric_name}:",
         "",
-        *("  ".join(row).rstrip() for row in zip(names, *others, strict=True)),
+        *("  ".join(row).rstrip() for row in zip(names, *columns, strict=True)),
         "",
         "Intervals and expected values are for all pixels of new images together,",
         "the range of the next stack is for one new stack on its own.",
@@ -259,7 +249,7 @@ def _rows(result):
         (result.metric_text(trained.metric), interval_text(confidence.metric_interval)),
         (result.metric_text(confidence.expected_metric), ""),
         ("", interval_text(confidence.next_stack_interval)),
-        (number_text(confidence.gain, confidence.gain_interval, SIGNED), "(unclear)" * confidence.gain_unclear),
+        (number_text(confidence.gain, confidence.gain_interval, signed), "(unclear)" * confidence.gain_unclear),
     )
     return zip(*columns, strict=True)
 
@@ -270,24 +260,23 @@ def _padded(cells):
     return [cell + " " * (width - text_width(cell)) for cell in cells]
 
 
-def number_text(value, limits, form=UNSIGNED):
-    """A value as text, with as many decimals as its interval carries; "-" for None.
+unsigned, signed = "{:.{}f}".format, "{:+.{}f}".format  # take a number and how many decimals to write, and give a text
 
-    `form` takes a number and the number of decimals, and gives a text.
+
+def number_text(value, limits, form=unsigned):
+    """A value as text, with the decimals that show two digits of the width of its interval; "-" for None.
+
+    `form` is `unsigned`, `signed` or `threshold_text`.
     """
-    return "-" if value is None else form(value, _decimals(limits))
+    if value is None:
+        return "-"
+    width = limits[1] - limits[0] if limits else 0
+    return form(value, min(max(1 - math.floor(math.log10(width)), 2), 6) if width else 4)
 
 
-def interval_text(limits, form=UNSIGNED):
+def interval_text(limits, form=unsigned):
     """An interval as text, likewise."""
-    return "-" if limits is None else " to ".join(form(limit, _decimals(limits)) for limit in limits)
-
-
-def _decimals(limits):
-    """How many decimals show two digits of the width of an interval."""
-    if limits is None or limits[0] == limits[1]:
-        return 4
-    return min(max(1 - math.floor(math.log10(limits[1] - limits[0])), 2), 6)
+    return " to ".join(number_text(limit, limits, form) for limit in limits) if limits else "-"
 
 
 def threshold_text(threshold, decimals=5):
@@ -304,10 +293,10 @@ def text_width(text):
 
 def shortened(text, room, width_of=text_width):
     """The text without its middle where it is wider than `room`."""
-    cut, length = text, len(text)
-    while width_of(cut) > room and length > 1:
-        length -= 1
-        cut = f"{text[: (length + 1) // 2]}…{text[len(text) - length // 2 :]}"
+    cut, kept = text, len(text)
+    while width_of(cut) > room and kept > 1:
+        kept -= 1
+        cut = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
     return cut
 
 
@@ -321,70 +310,67 @@ def about_split(dataset_directory):
     ]
 
 
-def remarks(result, metric_name):
+def explanations(result, metric_name):
     """Sentences that explain the numbers of a class in the table."""
-    sentences, confidence, metric = [], result.confidence, models.class_metric(metric_name)
+    confidence, guaranteed, metric = result.confidence, result.guaranteed_recall, models.class_metric(metric_name)
+    sentences = []
     if metric.constraint:
         value, interval = confidence.constraint_value, confidence.constraint_interval
         sentences.append(
-            f"{result.title}: {metric.constraint_name} is {number_text(value, interval)} here (95 % interval "
+            f"{metric.constraint_name} is {number_text(value, interval)} here (95 % interval "
             f"{interval_text(interval)}): {metric.level:g} was asked for"
         )
     if confidence.gain is None:
-        sentences.append(
-            f"{result.title}: 0.5 does not reach the level that was asked for, so there is no gain over it"
-        )
-    guaranteed = result.guaranteed_recall
+        sentences.append("0.5 does not reach the level that was asked for, so there is no gain over it")
     if guaranteed and not guaranteed.reason:
         sentences.append(
-            f"{result.title}: threshold {threshold_text(guaranteed.threshold)} guarantees recall "
-            f"{guaranteed.level:g} on average over new {result.kind} with the class. The price: to be safe with "
-            f"{guaranteed.blocks} {result.kind}, it keeps recall {guaranteed.recall:.3f} here, at precision "
-            f"{guaranteed.precision:.3f}"
+            f"threshold {threshold_text(guaranteed.threshold)} guarantees recall {guaranteed.level:g} on average over "
+            f"new {result.kind} with the class. The price: to be safe with {guaranteed.blocks} {result.kind}, it keeps "
+            f"recall {guaranteed.recall:.3f} here, at precision {guaranteed.precision:.3f}"
         )
-    return sentences
+    return [f"{result.title}: {sentence}" for sentence in sentences]
 
 
-def warnings(result, metric_name):
+def doubts(result, metric_name):
     """Sentences that warn of relying on the numbers of a class in the table."""
     confidence, guaranteed, metric = result.confidence, result.guaranteed_recall, models.class_metric(metric_name)
-    sentences = list(result.trained.warnings)
+    sentences = []
     if confidence.reason:
-        sentences.append(f"{result.title}: no interval can be given: {confidence.reason}")
+        sentences.append(f"no interval can be given: {confidence.reason}")
     if confidence.gain_unclear:
-        interval = interval_text(confidence.gain_interval, SIGNED)
-        sentences.append(f"{result.title}: not shown to be better than 0.5 ({interval} in {label(metric_name)})")
+        interval = interval_text(confidence.gain_interval, signed)
+        sentences.append(f"not shown to be better than 0.5 ({interval} in {label(metric_name)})")
     if confidence.constraint_interval and confidence.constraint_interval[0] < metric.level:
         sentences.append(
-            f"{result.title}: new images may miss the {metric.level:g} of {metric.constraint_name} that was asked for, "
-            "as they do for about half of the thresholds chosen so"
+            f"new images may miss the {metric.level:g} of {metric.constraint_name} that was asked for, as they do for "
+            "about half of the thresholds chosen so"
         )
     if guaranteed and guaranteed.reason:
-        sentences.append(f"{result.title}: no recall can be guaranteed: {guaranteed.reason}")
-    return sentences
+        sentences.append(f"no recall can be guaranteed: {guaranteed.reason}")
+    return [*result.trained.warnings, *(f"{result.title}: {sentence}" for sentence in sentences)]
 
 
 def influence(results):
     """A sentence for each class where one stack alone moves threshold or metric by more than half of its interval."""
     sentences = []
     for result in results:
-        stack = max(result.stacks, key=functools.partial(_shift, result), default=None)
-        if stack and _shift(result, stack) > 0.5:
+        x, metric, confidence = result.trained.x, result.trained.metric, result.confidence
+        if confidence.reason:
+            continue
+        of_x, of_metric = (max(high - low, 1e-9) for low, high in (confidence.x_interval, confidence.metric_interval))
+        shifts = {
+            stack: max(abs(stack.x_without - x) / of_x, abs(stack.metric_without - metric) / of_metric)
+            for stack in result.stacks
+            if stack.x_without is not None
+        }
+        stack = max(shifts, key=shifts.get, default=None)
+        if stack and shifts[stack] > 0.5:
             sentences.append(
                 f"{result.title}: much of this result comes from {stack.stack} alone: without it the threshold is "
-                f"{result.x_text(stack.x_without)} instead of {result.x_text(result.trained.x)}, and the metric "
-                f"{result.metric_text(stack.metric_without)} instead of {result.metric_text(result.trained.metric)}"
+                f"{result.x_text(stack.x_without)} instead of {result.x_text(x)}, and the metric "
+                f"{result.metric_text(stack.metric_without)} instead of {result.metric_text(metric)}"
             )
     return sentences
-
-
-def _shift(result, stack):
-    """How far the result of a class moves without a stack: the larger of two shifts, in widths of their intervals."""
-    trained, confidence = result.trained, result.confidence
-    if confidence.reason or stack.x_without is None:
-        return 0
-    of_x, of_metric = (max(high - low, 1e-9) for low, high in (confidence.x_interval, confidence.metric_interval))
-    return max(abs(stack.x_without - trained.x) / of_x, abs(stack.metric_without - trained.metric) / of_metric)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -397,13 +383,12 @@ def curves_csv(results):
     `trained` is 1 in the row of the trained threshold. The limits of the 95 % band of the metric that was optimised are
     empty where there is none. Returns bytes.
     """
-    header = ["class", "folder", "threshold", "trained", "tp", "fp", "fn", "tn"]
-    rows = (row for result in results for row in zip(*_columns(result), strict=True))
-    return _csv([*header, *models.CLASS_METRICS, "band_low", "band_high"], rows)
+    names = ["threshold", "trained", "tp", "fp", "fn", "tn", *models.CLASS_METRICS, "band_low", "band_high"]
+    return _csv(names, ((result, row) for result in results for row in zip(*_columns(result), strict=True)))
 
 
 def _columns(result):
-    """The columns of a class in the file of the curves."""
+    """The columns of a class in the file of the curves, without its names."""
     trained, confidence = result.trained, result.confidence
     indices = np.union1d(IN_CURVES, trained.index)
     indices = indices[THRESHOLDS[indices] >= min(LOWEST_IN_CURVES, trained.x / 10)]
@@ -415,29 +400,28 @@ def _columns(result):
         limits = zip((confidence.band_low, confidence.band_high), confidence.metric_interval, strict=True)
         band = [np.where(here, end, limit[indices // BLOCK_STEP]) for limit, end in limits]
     arrays = (THRESHOLDS[indices].astype(float), here.astype(int), *counts, *metrics, *band)
-    names = [result.name] * len(indices), [result.folder] * len(indices)
-    return [*names, *(array.tolist() for array in arrays)]
+    return [array.tolist() for array in arrays]
 
 
 def stacks_csv(results):
     """What each stack does at the trained threshold, and without it, as CSV: a row for each class and stack; bytes."""
-    rows = ((result.name, result.folder, *stack) for result in results for stack in result.stacks)
-    return _csv(["class", "folder", *StackResult._fields], rows)
+    return _csv(StackResult._fields, ((result, stack) for result in results for stack in result.stacks))
 
 
-def _csv(header, rows):
+def _csv(names, rows):
+    """CSV with these names of columns, after those of class and folder; `rows` gives pairs of ClassResult and row."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerow(["class", "folder", *names])
+    writer.writerows([result.name, result.folder, *row] for result, row in rows)
     return file.getvalue().encode()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Publishing
+# The upload
 
 
-def publish(bucket, model_id, description, files, folder):
+def upload(bucket, model_id, description, files, folder):
     """Upload the files, then the YAML, under a timestamp that no other result has: now, or the next free second.
 
     The YAML is uploaded last, so that there is never a YAML without its figures. `description` is that of `describe`;
@@ -448,7 +432,8 @@ def publish(bucket, model_id, description, files, folder):
     while True:
         timestamp = f"{created:%Y%m%dT%H%M%SZ}"
         description["metadata"]["created_datetime"] = timestamp
-        files = {**files, ".yaml": to_yaml(description).encode()}
+        document = yaml.dump(description, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
+        files = {**files, ".yaml": document.encode()}
         contents = {f"model_thresholds_{timestamp}{ending}": content for ending, content in files.items()}
         try:
             for name, content in contents.items():
@@ -457,11 +442,11 @@ def publish(bucket, model_id, description, files, folder):
         except FileExistsError:  # of another run
             created += timedelta(seconds=1)
         except BucketError as error:
-            kept = _keep(contents, folder / description["metadata"]["run_id"], bucket.url(f"models/{model_id}/"))
-            raise BucketError(f"{error}; {kept}") from error
+            here = _write_here(contents, folder / description["metadata"]["run_id"], bucket.url(f"models/{model_id}/"))
+            raise BucketError(f"{error}; {here}") from error
 
 
-def _keep(contents, folder, url):
+def _write_here(contents, folder, url):
     """Write the files into a new folder; returns words that say so and how to upload them."""
     try:
         folder.mkdir(parents=True)

@@ -284,9 +284,9 @@ def publish(arguments, inputs, counts, trained, start):
     for line in results.about_split(arguments["dataset_directory"]):
         warn(line)
     for result in trained:
-        for line in results.remarks(result, metric):
+        for line in results.explanations(result, metric):
             show(line)
-        for line in results.warnings(result, metric):
+        for line in results.doubts(result, metric):
             warn(line)
     for line in results.influence(trained):
         show(line)
@@ -296,7 +296,7 @@ def publish(arguments, inputs, counts, trained, start):
         warn(line)
     files |= {"_curves.csv": results.curves_csv(trained), "_stacks.csv": results.stacks_csv(trained)}
     description = results.describe(arguments, inputs, counts, trained, start, terminal.warned)
-    name = results.publish(inputs.bucket, model_id, description, files, TMP / "results")
+    name = results.upload(inputs.bucket, model_id, description, files, TMP / "results")
     show(f"Result: {inputs.bucket.url(name)}")
     show(f"Your testing and inference tools take it as --trained-thresholds-id {name.rpartition('/')[2]}")
 

@@ -182,9 +182,11 @@ def test_a_gain_is_clear_or_unclear_or_none():
 
 
 def test_replicates_keep_to_the_bounds():
-    low, high = int(np.searchsorted(THRESHOLDS, 0.7)), int(np.searchsorted(THRESHOLDS, 0.9))
-    said = assess(noisy_blocks(9), index=low, low=low, high=high)
-    assert THRESHOLDS[low] == said.x_interval[0] <= said.x_interval[1] <= THRESHOLDS[high]
+    for bounds, nearest in (([0.7, 0.9], 0), ([0.1, 0.3], 1)):
+        low, high = np.searchsorted(THRESHOLDS, bounds)
+        said = assess(noisy_blocks(9), index=(low, high)[nearest], low=low, high=high)
+        assert THRESHOLDS[low] <= said.x_interval[0] <= said.x_interval[1] <= THRESHOLDS[high]
+        assert said.x_interval[nearest] == THRESHOLDS[(low, high)[nearest]]
 
 
 def test_replicates_without_the_class_say_nothing():

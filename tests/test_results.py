@@ -1,4 +1,4 @@
-"""What goes back: the table and the sentences on the screen, the curves as data, the git hash, and publishing."""
+"""What goes back: the table and the sentences on the screen, the curves as data, the git hash, and the upload."""
 
 import csv
 import io
@@ -64,21 +64,21 @@ def test_a_threshold_as_text_is_never_0_or_1():
 def test_what_the_screen_says_of_a_class():
     level = {"constraint_value": 0.9004, "constraint_interval": (0.81, 0.96), "gain": None, "gain_interval": None}
     limited = result(guaranteed=KEPT, **level)
-    told = "\n".join(results.remarks(limited, "precision_at_recall_0.9"))
+    told = "\n".join(results.explanations(limited, "precision_at_recall_0.9"))
     assert "recall is 0.90 here (95 % interval 0.81 to 0.96): 0.9 was asked for" in told
     for words in ("0.5 does not reach", "0.20000 guarantees recall 0.9 ", "keeps recall 0.976", "precision 0.500"):
         assert words in told
-    (warned,) = results.warnings(limited, "precision_at_recall_0.9")
+    (warned,) = results.doubts(limited, "precision_at_recall_0.9")
     assert "new images may miss the 0.9 of recall that was asked for" in warned
     safe = result(constraint_value=0.95, constraint_interval=(0.91, 0.98))
-    assert results.warnings(safe, "precision_at_recall_0.9") == []
+    assert results.doubts(safe, "precision_at_recall_0.9") == []
 
     nothing = GuaranteedRecall(0.9, 3, "S7 loses too much")
-    sentences = results.warnings(result(guaranteed=nothing, warned=["doubtful"], **NOTHING), "iou_score")
+    sentences = results.doubts(result(guaranteed=nothing, warned=["doubtful"], **NOTHING), "iou_score")
     assert [sentence.rpartition(": ")[2] for sentence in sentences] == ["doubtful", "too few stacks", nothing.reason]
-    (unclear,) = results.warnings(result(gain_interval=(-0.83, 0.22)), "iou_score")
+    (unclear,) = results.doubts(result(gain_interval=(-0.83, 0.22)), "iou_score")
     assert "not shown to be better than 0.5 (-0.83 to +0.22" in unclear
-    assert results.warnings(result(), "iou_score") == results.remarks(result(), "iou_score") == []
+    assert results.doubts(result(), "iou_score") == results.explanations(result(), "iou_score") == []
 
 
 def test_the_stack_that_moves_a_result_is_named():
@@ -107,6 +107,7 @@ def test_the_curves_as_data_go_as_far_as_the_threshold_and_have_a_band_where_it_
     for shown, lowest in ((near_zero, 3e-9), (unknown, 1e-6)):
         of_class = [row for row in found if row["class"] == shown.name]
         assert {row["folder"] for row in of_class} == {shown.folder}
+        assert [float(row["threshold"]) for row in of_class if row["trained"] == "1"] == [shown.trained.x]
         assert lowest <= float(of_class[0]["threshold"]) < 2 * lowest
         assert all((row["band_low"] == "") == (shown is unknown) for row in of_class)
 
@@ -138,13 +139,13 @@ def test_the_git_hash_is_of_a_checkout_even_of_another_user_or_from_a_file_or_no
     assert git_hash() == head
 
 
-# Publishing
+# The upload
 
 FILES = {".png": b"new", "_curves.csv": b"new"}
 
 
-def publish(bucket, folder):
-    return results.publish(bucket, "m", {"metadata": {"created_datetime": None, "run_id": "0a1b"}}, FILES, folder)
+def upload(bucket, folder):
+    return results.upload(bucket, "m", {"metadata": {"created_datetime": None, "run_id": "0a1b"}}, FILES, folder)
 
 
 def test_a_result_takes_the_next_free_second_without_waiting_and_overwrites_nothing(tmp_path):
@@ -156,7 +157,7 @@ def test_a_result_takes_the_next_free_second_without_waiting_and_overwrites_noth
         stem = f"model_thresholds_{datetime.fromtimestamp(now + second, UTC):%Y%m%dT%H%M%SZ}"
         taken.append(folder / f"{stem}{('.png', '_curves.csv', '.yaml')[second % 3]}")
         taken[-1].write_text("mine")
-    path = tmp_path / publish(bucket, tmp_path / "kept")
+    path = tmp_path / upload(bucket, tmp_path / "kept")
     assert {path.read_text() for path in taken} == {"mine"}
     created = yaml.safe_load(path.read_text())["metadata"]["created_datetime"]
     assert created == f"{datetime.fromtimestamp(now + 91, UTC):%Y%m%dT%H%M%SZ}"
@@ -185,7 +186,7 @@ def test_a_failed_upload_keeps_the_result_and_says_how_to_upload_it(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     bucket = FullBucket()
     with pytest.raises(BucketError, match=r"no permission; .* gcloud storage cp .*gs://full/models/m/$") as caught:
-        publish(bucket, Path("results"))
+        upload(bucket, Path("results"))
     assert [name.rpartition("Z")[2] for name in bucket.created] == [".png", "_curves.csv"]  # the YAML comes last
     kept = Path(str(caught.value).split("kept in ")[1].split(",")[0])
     assert not kept.is_absolute()
@@ -193,4 +194,4 @@ def test_a_failed_upload_keeps_the_result_and_says_how_to_upload_it(tmp_path, mo
 
     Path("file").touch()
     with pytest.raises(BucketError, match="no permission; the result cannot be kept in file/0a1b either"):
-        publish(FullBucket(), Path("file"))
+        upload(FullBucket(), Path("file"))

@@ -186,7 +186,7 @@ def test_every_method_works_with_all_bounds_and_shows_each_evaluation(method, bo
         trained = train(histogram, on_evaluation=lambda *evaluation, shown=shown: shown.append(evaluation))
         iou = models.CLASS_METRICS["iou_score"](*confusion(histogram))
         assert trained.metric == iou[within].max()
-        assert 2 <= len(trained.history) < 120
+        assert 2 <= len(trained.history) < 120 and list(trained.outcome.values())[:2] == [True, 0]
         assert all(t in T[within] and m == iou[t == T] for t, m in trained.history)
         assert shown == [(n, *point) for n, point in enumerate(trained.history)]
 
