@@ -278,7 +278,7 @@ def environment():
     code = hashlib.blake2b(digest_size=8)
     for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
         code.update(path.read_bytes())
-    return {"the tool's code": code.hexdigest(), "Python": sys.version.split()[0], **network.versions()}
+    return {"the tool's code": code.hexdigest(), "Python": sys.version.split()[0], **network.library_versions()}
 
 
 def _count_on_cluster(job, address, chunks, on_images):

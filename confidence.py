@@ -265,7 +265,7 @@ class Confidence:
     worth: float | None  # how many blocks with equally many pixels of the class they are worth; None if none has any
     gain: float | None  # metric at x minus metric at 0.5; None if 0.5 does not meet the metric's constraint
     constraint_value: float | None  # the constraint's metric at x; None if the metric has no constraint
-    reason: str | None  # why all of the following intervals are None; None if they are not
+    why_no_interval: str | None  # why all of the following intervals are None; None if they are not
     why_no_next_stack: str | None  # None if there is a range for the next stack
     x_interval: tuple | None = None  # of the trained threshold x; both limits are in the list of thresholds
     metric_interval: tuple | None = None  # of the class metric at x
@@ -315,7 +315,7 @@ def assess(thresholds, histogram, block_histograms, metric, index, low, high, ki
         worth=float(inside.sum() ** 2 / (inside**2).sum()) if inside.any() else None,
         gain=float(full[index] - full[half]) if metric.allowed(*counts)[half] else None,
         constraint_value=float(metric.constraint(*counts)[index]) if metric.constraint else None,
-        reason=reason,
+        why_no_interval=reason,
         why_no_next_stack=reason or (None if kind == "stacks" else of_runs),
     )
     if reason:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from counts import BLOCK_STEP, BLOCK_THRESHOLDS, HALF, THRESHOLDS
-from models import CLASS_METRICS, class_metric
+from models import CLASS_METRICS
 from results import interval_text, label, number_text, shortened, signed, threshold_text, unsigned
 
 # matplotlib is imported where it draws, because its import fails where it cannot read the user's matplotlibrc: that is
@@ -54,7 +54,7 @@ STYLE = {
 }
 
 
-def draw(results, counts, metric_name, title, note):
+def draw(results, counts, metric, title, note):
     """Draw both figures. One that cannot be drawn, because of what else is set or installed here, costs a warning only.
 
     `counts` is a counts.Counts, the other arguments are those of `draw_curves`. Returns a dictionary of PNGs, by the
@@ -64,8 +64,8 @@ def draw(results, counts, metric_name, title, note):
     indices = [result.trained.index for result in results]
     files, problems = {}, []
     for ending, function, given in (
-        (".png", draw_curves, (results, metric_name, title, note)),
-        ("_slices.png", draw_slices, (counts.shown, indices, titles, f"{title}: best {metric_name}")),
+        (".png", draw_curves, (results, metric, title, note)),
+        ("_slices.png", draw_slices, (counts.shown, indices, titles, f"{title}: best {metric.name}")),
     ):
         try:
             files[ending] = function(*given)
@@ -80,7 +80,7 @@ def draw(results, counts, metric_name, title, note):
 # The curves
 
 
-def draw_curves(results, metric_name, title, note):
+def draw_curves(results, metric, title, note):
     """Draw the metric of every class over the threshold, with its confidence band, and the trained threshold.
 
     `results` holds a results.ClassResult for each panel, at least one. Precision and recall are drawn too, and the
@@ -92,11 +92,11 @@ def draw_curves(results, metric_name, title, note):
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # instead of the user's matplotlibrc
         matplotlib.rcParams.update(STYLE)
-        curves_figure(results, metric_name, title, note).savefig(file, metadata={"Software": None}, pil_kwargs=written)
+        curves_figure(results, metric, title, note).savefig(file, metadata={"Software": None}, pil_kwargs=written)
     return file.getvalue()
 
 
-def curves_figure(results, metric_name, title, note):
+def curves_figure(results, metric, title, note):
     """The matplotlib figure of `draw_curves`."""
     from matplotlib.figure import Figure
 
@@ -106,12 +106,12 @@ def curves_figure(results, metric_name, title, note):
     figure = Figure((width, height + 0.8), DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     panels = figure.subplots(rows, columns, squeeze=False)
-    shared = _vertical_range(results, metric_name)
+    shared = _vertical_range(results, metric)
     entries = {}
     for axes, result in zip(panels.flat, results, strict=False):
-        _draw_panel(axes, result, metric_name)
-        _set_axes(axes, result, metric_name, shared)
-        _write_numbers(axes, result, metric_name, width / columns - 0.8)
+        _draw_panel(axes, result, metric)
+        _set_axes(axes, result, metric, shared)
+        _write_numbers(axes, result, metric, width / columns - 0.8)
         entries |= {entry.get_label(): entry for entry in axes.get_legend_handles_labels()[0]}
     for empty in panels.flat[len(results) :]:
         empty.remove()
@@ -122,14 +122,14 @@ def curves_figure(results, metric_name, title, note):
     return figure
 
 
-def _draw_panel(axes, result, metric_name):
+def _draw_panel(axes, result, metric):
     """Draw the curves, points and ranges of a class."""
     trained, curve, confidence = result.trained, result.curve, result.confidence
-    metric, guaranteed = class_metric(metric_name), result.guaranteed_recall
+    guaranteed = result.guaranteed_recall
     drawn = np.union1d(range(0, len(THRESHOLDS), BLOCK_STEP), trained.index)
     x = THRESHOLDS[drawn].astype(float)
 
-    axes.plot(x, curve.metric[drawn], color=BLUE, lw=1.8, zorder=3, label=label(metric_name))
+    axes.plot(x, curve.metric[drawn], color=BLUE, lw=1.8, zorder=3, label=label(metric))
     if confidence.band_low is not None:
         band = confidence.band_low, confidence.band_high
         axes.fill_between(BLOCK_THRESHOLDS, *band, color=BLUE, alpha=0.25, lw=0, label="its 95 % confidence band")
@@ -138,7 +138,7 @@ def _draw_panel(axes, result, metric_name):
         axes.axvspan(*confidence.x_interval, color=VERMILLION, alpha=0.15, lw=0, label="its 95 % interval")
     axes.axvline(0.5, color="0.45", lw=0.9, ls=(0, (1, 1.5)), label="threshold 0.5")
     for name, color, style in (("precision", GREEN, (0, (5, 2))), ("recall", PURPLE, (0, (6, 1.5, 1, 1.5)))):
-        if name != label(metric_name):
+        if name != label(metric):
             weight = 1.5 if name == metric.constraint_name else 0.9
             values = CLASS_METRICS[name](*(count[drawn] for count in curve.counts))
             axes.plot(x, values, color=color, lw=weight, ls=style, label=name)
@@ -163,7 +163,7 @@ def _own_bests(result):
     return [(stack.own_x, stack.own_metric) for stack in result.stacks if stack.own_x is not None]
 
 
-def _set_axes(axes, result, metric_name, shared):
+def _set_axes(axes, result, metric, shared):
     """Set the scales and ranges of both axes. Panels share that of the metric, except where a curve would be flat.
 
     On a linear axis, a trained threshold close to 0 or 1 would lie on the frame: a logit axis spreads these thresholds.
@@ -179,19 +179,19 @@ def _set_axes(axes, result, metric_name, shared):
         axes.xaxis.get_major_locator().set_params(nbins=5)
         axes.minorticks_off()
         axes.set_xlabel("threshold (logit scale)", labelpad=2)
-    bottom, top = _vertical_range([result], metric_name)
+    bottom, top = _vertical_range([result], metric)
     own = top - bottom < 0.2 * (shared[1] - shared[0])
     bottom, top = (bottom, top) if own else shared
     margin = 0.02 * (top - bottom)
     axes.set_ylim(bottom - margin * (bottom > 0), top + margin)
-    axes.set_ylabel(label(metric_name) + " (another scale)" * own)
+    axes.set_ylabel(label(metric) + " (another scale)" * own)
     axes.xaxis.set_major_formatter("{x:.10g}")
     axes.yaxis.set_major_formatter("{x:.10g}")
 
 
-def _vertical_range(results, metric_name):
+def _vertical_range(results, metric):
     """0 to 1, or the lower or upper part of it where all that matters lies in that part."""
-    level = class_metric(metric_name).level
+    level = metric.level
     matters = [] if level is None else [level]
     for result in results:
         matters += [result.trained.metric, float(np.median(result.curve.metric))]
@@ -203,20 +203,20 @@ def _vertical_range(results, metric_name):
     return 0, max(1.1 * max(matters), 0.001) if max(matters) < 0.2 else 1
 
 
-def _write_numbers(axes, result, metric_name, wide):
+def _write_numbers(axes, result, metric, wide):
     """Write name and numbers of a class above its panel, which is `wide` inches wide."""
     trained, confidence = result.trained, result.confidence
     tp, _, fn, _ = result.curve.counts
-    metrics = trained.metric, trained.metric_at_half, confidence.expected_metric
-    metric, at_half, expected = map(result.metric_text, metrics)
+    values = trained.metric, trained.metric_at_half, confidence.expected_metric
+    at_x, at_half, expected = map(result.metric_text, values)
     gain = number_text(confidence.gain, confidence.gain_interval, signed)
     doubt = ", unclear" * confidence.gain_unclear + " (0.5 does not reach the level)" * (confidence.gain is None)
     lines = [
         f"threshold {result.x_text(trained.x)}{_in_brackets(confidence.x_interval, threshold_text)}",
-        f"{label(metric_name)} {metric}{_in_brackets(confidence.metric_interval)}; {at_half} at 0.5",
+        f"{label(metric)} {at_x}{_in_brackets(confidence.metric_interval)}; {at_half} at 0.5",
         f"gain {gain}{_in_brackets(confidence.gain_interval, signed)}{doubt}",
         f"expected {expected}; next stack {interval_text(confidence.next_stack_interval)}",
-        f"{tp[0] + fn[0]:,} positives{f' in {result.worth}' if result.worth else ''}",
+        f"{tp[0] + fn[0]:,} positives{f' in {result.worth_text}' if result.worth_text else ''}",
     ]
     title = _fitted(result.title, 9, wide, bold=True)
     axes.set_title(title, loc="left", size=9, weight="bold", pad=9 + 9 * len(lines))

@@ -116,7 +116,7 @@ def class_metric(name):
 # Thresholds
 
 TOLERANCES = {"bounded": "xatol", "brent": "xtol", "golden": "xtol"}  # what minimize_scalar calls OPT_TOL, by method
-EQUAL = 1e-14  # metrics that differ by no more are equal: IoU and F1 have the same optima, but round differently
+TIE = 1e-14  # metrics that differ by no more are equal: IoU and F1 have the same optima, but round differently
 USELESS = 0.01  # a mask with less than this part of the class in it, or of the other pixels outside it, is of no use
 
 
@@ -243,7 +243,7 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     # minimize_scalar may find a local optimum only. The counts give the metric at every threshold, so the threshold
     # reported is the exact optimum among them all; it is the last evaluation in the history.
     outcome = _minimize(evaluate, class_name, low, high, worst=loss.max() + 1)
-    best = candidates & (values >= values[candidates].max() - EQUAL)
+    best = candidates & (values >= values[candidates].max() - TIE)
     first, index, last = widest_stretch(THRESHOLDS, best)
     evaluate(index)
 
@@ -342,7 +342,7 @@ def _doubt(counts, values, metric, allowed, best, index, low):
             "threshold: the network does not find this class, whatever the threshold"
         )
     k = int(np.argmax(np.where(allowed, values, -np.inf)))
-    if values[k] > values[index] + 1e-12:
+    if values[k] > values[index] + TIE:
         return (
             f"OPT_BOUNDS = {OPT_BOUNDS} at the top of models.py exclude the optimum: {metric.name} is at most "
             f"{values[index]:.9g} within them, and {values[k]:.9g} at {THRESHOLDS[k]!s}; widen them"

@@ -111,7 +111,7 @@ def device_facts():
         gpu: names of the GPUs, joined by commas. tf32: whether convolutions round their inputs to TF32, which they do
         on GPUs of compute capability 8.0 (Ampere) and later, unless NVIDIA_TF32_OVERRIDE is 0. cuda_version,
         cudnn_version: of the installed wheels, else those that TensorFlow was built for. All of these are None on a
-        CPU. libraries: as `versions` returns them.
+        CPU. libraries: as `library_versions` returns them.
     """
     import tensorflow as tf
 
@@ -126,10 +126,10 @@ def device_facts():
             "cuda_version": _version("nvidia-cuda-runtime-cu12") or built_for.get("cuda_version"),
             "cudnn_version": _version("nvidia-cudnn-cu12") or built_for.get("cudnn_version"),
         }
-    return facts | {"libraries": versions()}
+    return facts | {"libraries": library_versions()}
 
 
-def versions():
+def library_versions():
     """Version by name of the libraries that a result depends on; None for one that is not installed."""
     return {name: _version(name) for name in LIBRARIES}
 

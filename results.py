@@ -57,7 +57,7 @@ class ClassResult(NamedTuple):
         return f"{self.name} ({self.folder})"
 
     @property
-    def worth(self):
+    def worth_text(self):
         """How many equal stacks these are worth, in words; None where they are worth about their number."""
         number, worth = self.confidence.blocks, self.confidence.worth
         return f"{number} {self.kind}, worth {worth:.1f}" if worth and worth < UNEQUAL * number else None
@@ -75,13 +75,13 @@ class ClassResult(NamedTuple):
 # The YAML
 
 
-def describe(arguments, inputs, counts, results, started, warnings):
+def describe(arguments, inputs, counts, results, start, warned):
     """The content of the YAML, in plain Python values; `upload` sets its created_datetime.
 
     `arguments` is the command line by name, `inputs` the entry script's Inputs, `counts` a counts.Counts, `results` a
-    list of ClassResult, `started` the `time.monotonic()` at the beginning, `warnings` every warning that was shown.
+    list of ClassResult, `start` the `time.monotonic()` at the beginning, `warned` every warning that was shown.
     """
-    metric = arguments["optimizing_class_metric"].name
+    metric = arguments["optimizing_class_metric"]
     return {
         "final_trained_prediction_thresholds": {result.name: result.trained.x for result in results},
         "metadata": {
@@ -92,7 +92,7 @@ def describe(arguments, inputs, counts, results, started, warnings):
             "num_classes": len(results),
             "target_size": inputs.target_size,
             "git_hash": git_hash(),
-            "elapsed_minutes": round((time.monotonic() - started) / 60, 2),
+            "elapsed_minutes": round((time.monotonic() - start) / 60, 2),
             "dataset_directory": arguments["dataset_directory"],
             "model_id": arguments["model_id"],
             "batch_size": arguments["batch_size"],
@@ -102,13 +102,13 @@ def describe(arguments, inputs, counts, results, started, warnings):
             "num_pixels": int(counts.histogram[0].sum()),
             "subset_seed": inputs.seed,
             "class_folders": {result.name: result.folder for result in results},
-            "warnings": warnings,
+            "warnings": warned,
             "thresholds_training_configuration": {
                 "opt_bounds": models.OPT_BOUNDS,
                 "opt_method": models.OPT_METHOD,
                 "opt_tol": models.OPT_TOL,
                 "opt_options": models.OPT_OPTIONS,
-                "opt_class_metric": metric,
+                "opt_class_metric": metric.name,
                 "opt_dataset_generator": arguments["dataset_directory"],
                 "opt_dataset_downsample_factor": arguments["dataset_downsample_factor"],
             },
@@ -136,12 +136,12 @@ def describe(arguments, inputs, counts, results, started, warnings):
                 "cpu_count": os.cpu_count(),
                 "python": platform.python_version(),
             },
-            "Lib_versions_info": network.versions(),
+            "Lib_versions_info": network.library_versions(),
         },
     }
 
 
-def _describe_class(result, metric_name):
+def _describe_class(result, metric):
     trained, confidence, guaranteed = result.trained, result.confidence, result.guaranteed_recall
     return {
         "x": trained.x,
@@ -162,10 +162,10 @@ def _describe_class(result, metric_name):
         "constraint_confidence_interval": confidence.constraint_interval,
         "blocks": confidence.blocks,
         "worth": confidence.worth,
-        "why_no_interval": confidence.reason,
+        "why_no_interval": confidence.why_no_interval,
         "guaranteed_recall": None if guaranteed is None else guaranteed._asdict(),
         "equally_good_thresholds": trained.best_stretch,
-        "warnings": doubts(result, metric_name),
+        "warnings": doubts(result, metric),
     }
 
 
@@ -207,16 +207,16 @@ def what_intervals_rest_on(blocks):
     )
 
 
-def label(metric_name):
-    """What axes and table call a metric: IoU for iou_score, precision for precision_at_recall_0.95."""
-    value = metric_name.partition("_at_")[0]
+def label(metric):
+    """What axes and table call a ClassMetric: IoU for iou_score, precision for precision_at_recall_0.95."""
+    value = metric.name.partition("_at_")[0]
     return LABELS.get(value, value)
 
 
-def table(results, metric_name):
+def table(results, metric):
     """The lines of the table: two for each class, values in the first and 95 % intervals in the second."""
     rows = [
-        ("class", "threshold", label(metric_name), "expected", "next stack", "gain"),
+        ("class", "threshold", label(metric), "expected", "next stack", "gain"),
         ("(folder)", "95 % interval", "95 % interval", "", "95 % range", "over 0.5"),
         *(row for result in results for row in _rows(result)),
     ]
@@ -225,17 +225,17 @@ def table(results, metric_name):
     room = max(TABLE_WIDTH - sum(2 + len(column[0]) for column in columns), 9)
     names = _padded([shortened(name, room) for name in names])
     intervals = [result.confidence for result in results]
-    reasons = {one.why_no_next_stack for one in intervals} - {one.reason for one in intervals}
+    reasons = {one.why_no_next_stack for one in intervals} - {one.why_no_interval for one in intervals}
     return [
         "",
-        f"Best thresholds for {metric_name}:",
+        f"Best thresholds for {metric.name}:",
         "",
         *("  ".join(row).rstrip() for row in zip(names, *columns, strict=True)),
         "",
         "Intervals and expected values are for all pixels of new images together,",
         "the range of the next stack is for one new stack on its own.",
         *(f"No range for the next stack: {reason}" for reason in sorted(reasons - {None})),
-        *(f"{result.name}: {result.worth} of equal weight" for result in results if result.worth),
+        *(f"{result.name}: {result.worth_text} of equal weight" for result in results if result.worth_text),
         "",
     ]
 
@@ -310,9 +310,9 @@ def about_split(dataset_directory):
     ]
 
 
-def explanations(result, metric_name):
+def explanations(result, metric):
     """Sentences that explain the numbers of a class in the table."""
-    confidence, guaranteed, metric = result.confidence, result.guaranteed_recall, models.class_metric(metric_name)
+    confidence, guaranteed = result.confidence, result.guaranteed_recall
     sentences = []
     if metric.constraint:
         value, interval = confidence.constraint_value, confidence.constraint_interval
@@ -331,15 +331,15 @@ def explanations(result, metric_name):
     return [f"{result.title}: {sentence}" for sentence in sentences]
 
 
-def doubts(result, metric_name):
+def doubts(result, metric):
     """Sentences that warn of relying on the numbers of a class in the table."""
-    confidence, guaranteed, metric = result.confidence, result.guaranteed_recall, models.class_metric(metric_name)
+    confidence, guaranteed = result.confidence, result.guaranteed_recall
     sentences = []
-    if confidence.reason:
-        sentences.append(f"no interval can be given: {confidence.reason}")
+    if confidence.why_no_interval:
+        sentences.append(f"no interval can be given: {confidence.why_no_interval}")
     if confidence.gain_unclear:
         interval = interval_text(confidence.gain_interval, signed)
-        sentences.append(f"not shown to be better than 0.5 ({interval} in {label(metric_name)})")
+        sentences.append(f"not shown to be better than 0.5 ({interval} in {label(metric)})")
     if confidence.constraint_interval and confidence.constraint_interval[0] < metric.level:
         sentences.append(
             f"new images may miss the {metric.level:g} of {metric.constraint_name} that was asked for, as they do for "
@@ -355,7 +355,7 @@ def influence(results):
     sentences = []
     for result in results:
         x, metric, confidence = result.trained.x, result.trained.metric, result.confidence
-        if confidence.reason:
+        if confidence.why_no_interval:
             continue
         of_x, of_metric = (max(high - low, 1e-9) for low, high in (confidence.x_interval, confidence.metric_interval))
         shifts = {

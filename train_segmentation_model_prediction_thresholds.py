@@ -278,7 +278,7 @@ def train_thresholds(inputs, counts, metric):
 
 def publish(arguments, inputs, counts, trained, start):
     """Show the table, draw the figures, and put all into the model's folder; `arguments` is a dictionary."""
-    metric, model_id = arguments["optimizing_class_metric"].name, arguments["model_id"]
+    metric, model_id = arguments["optimizing_class_metric"], arguments["model_id"]
     for line in results.table(trained, metric):
         show(line)
     for line in results.about_split(arguments["dataset_directory"]):

@@ -113,7 +113,7 @@ def test_every_interval_contains_the_value_it_belongs_to(name):
     metric, blocks = class_metric(name), noisy_blocks(5)
     index, said = trained(blocks, metric), assess(blocks, metric)
     curve = metric(*counts.confusion(blocks.sum(axis=0)))
-    assert said.reason is None and said.blocks == 5
+    assert said.why_no_interval is None and said.blocks == 5
     assert said.x_interval[0] <= THRESHOLDS[index] <= said.x_interval[1]
     assert -1 <= said.metric_interval[0] <= said.expected_metric <= curve[index] <= said.metric_interval[1] <= 1
     assert said.gain is None or said.gain_interval[0] <= said.gain == curve[index] - curve[HALF]
@@ -161,7 +161,7 @@ def test_where_no_interval_holds_there_is_none(name, containing, words):
     said = assess(blocks, class_metric(name))
     nothing = said.x_interval, said.metric_interval, said.gain_interval, said.expected_metric, said.next_stack_interval
     assert set(nothing) == {None} and said.band_low is None and not said.gain_unclear
-    assert words in said.reason == said.why_no_next_stack and said.gain >= 0
+    assert words in said.why_no_interval == said.why_no_next_stack and said.gain >= 0
 
 
 def test_runs_say_nothing_about_the_next_stack():

@@ -16,6 +16,7 @@ import figures
 import models
 from confidence import Confidence, GuaranteedRecall, StackResult
 from counts import HALF, THRESHOLDS, ShownSlice
+from models import class_metric
 from results import ClassResult
 
 T = THRESHOLDS.astype(np.float64)
@@ -43,7 +44,7 @@ def result(name="class0", folder="class_0", metric=None, x=None, guaranteed=None
         outcome={}, history=[(x, value)], warnings=list(warned),
     )  # fmt: skip
     values = {
-        **dict.fromkeys(["constraint_value", "why_no_next_stack", "reason"]),
+        **dict.fromkeys(["constraint_value", "why_no_next_stack", "why_no_interval"]),
         "blocks": 11,
         "worth": 11.0,
         "x_interval": (0.95 * x, x + 0.02 * (1 - x)),
@@ -60,7 +61,7 @@ def result(name="class0", folder="class_0", metric=None, x=None, guaranteed=None
 
 
 UNKNOWN = "x_interval metric_interval expected_metric gain_interval next_stack_interval band_low band_high"
-NOTHING = dict.fromkeys(UNKNOWN.split()) | {"reason": "too few stacks", "why_no_next_stack": "these are runs"}
+NOTHING = dict.fromkeys(UNKNOWN.split()) | {"why_no_interval": "too few stacks", "why_no_next_stack": "these are runs"}
 
 
 def stack(name, own_x, own_metric, x_without=0.6, metric_without=0.8):
@@ -79,7 +80,7 @@ def panels(results, metric_name="iou_score", title="title"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     with matplotlib.rc_context(figures.STYLE):
-        figure = figures.curves_figure(results, metric_name, title, NOTE)
+        figure = figures.curves_figure(results, class_metric(metric_name), title, NOTE)
         FigureCanvasAgg(figure).draw()
     return figure, figure.axes
 
@@ -164,7 +165,7 @@ def draw_both():
     """Hashes of both figures by the ends of their names, and the number of warnings."""
     mask = np.ones((64, 64, 1), bool)
     counts = SimpleNamespace(shown=[slice_of("slice_0", mask, index_of(0.55) * mask)])
-    files, problems = figures.draw([result()], counts, "iou_score", "title", NOTE)
+    files, problems = figures.draw([result()], counts, class_metric("iou_score"), "title", NOTE)
     return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, len(problems)
 
 

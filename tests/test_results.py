@@ -18,7 +18,9 @@ import results
 from confidence import Blocks, GuaranteedRecall
 from errors import BucketError
 from gcp_utils import open_bucket
+from models import class_metric
 
+IOU, LIMITED = class_metric("iou_score"), class_metric("precision_at_recall_0.9")
 KEPT = GuaranteedRecall(0.9, 11, None, 0.2, 0.5, 0.976)
 
 
@@ -29,7 +31,9 @@ KEPT = GuaranteedRecall(0.9, 11, None, 0.2, 0.5, 0.976)
 def test_the_table_of_three_classes_fits_a_terminal_and_its_columns_are_straight(metric):
     unclear = {"gain_interval": (-0.512, 0.487), "x_interval": (0.581, 0.62), "worth": 4.6}
     folders = "裂纹", "m" * 60, "e\N{COMBINING ACUTE ACCENT}"
-    lines = results.table([result(f"class{i}", folder, x=0.6, **unclear) for i, folder in enumerate(folders)], metric)
+    lines = results.table(
+        [result(f"class{i}", folder, x=0.6, **unclear) for i, folder in enumerate(folders)], class_metric(metric)
+    )
     assert max(len(line.replace("\N{COMBINING ACUTE ACCENT}", "")) for line in lines) <= 80
     before = [line.partition("0.581")[0] for line in lines if "0.581 to 0.620" in line]
     # In columns of a terminal, a Chinese character takes two, and an accent none.
@@ -40,7 +44,7 @@ def test_the_table_says_what_is_known():
     shown = result(x_interval=(0.41, 0.59), gain=0.04, gain_interval=(-0.12, 0.2), worth=4.61)
     few = result("class1", **NOTHING | {"why_no_next_stack": "too few stacks"})
     runs = result("class2", worth=9.9, **NOTHING)
-    text = "\n".join(results.table([shown, few, runs], "iou_score"))
+    text = "\n".join(results.table([shown, few, runs], IOU))
     for words in ("0.41 to 0.59", "0.48 to 0.96", "+0.04\n", "class0: 11 stacks, worth 4.6", "these are runs"):
         assert words in text
     assert text.count("worth") == text.count("(unclear)") == text.count("No range") == 1
@@ -64,21 +68,21 @@ def test_a_threshold_as_text_is_never_0_or_1():
 def test_what_the_screen_says_of_a_class():
     level = {"constraint_value": 0.9004, "constraint_interval": (0.81, 0.96), "gain": None, "gain_interval": None}
     limited = result(guaranteed=KEPT, **level)
-    told = "\n".join(results.explanations(limited, "precision_at_recall_0.9"))
+    told = "\n".join(results.explanations(limited, LIMITED))
     assert "recall is 0.90 here (95 % interval 0.81 to 0.96): 0.9 was asked for" in told
     for words in ("0.5 does not reach", "0.20000 guarantees recall 0.9 ", "keeps recall 0.976", "precision 0.500"):
         assert words in told
-    (warned,) = results.doubts(limited, "precision_at_recall_0.9")
+    (warned,) = results.doubts(limited, LIMITED)
     assert "new images may miss the 0.9 of recall that was asked for" in warned
     safe = result(constraint_value=0.95, constraint_interval=(0.91, 0.98))
-    assert results.doubts(safe, "precision_at_recall_0.9") == []
+    assert results.doubts(safe, LIMITED) == []
 
     nothing = GuaranteedRecall(0.9, 3, "S7 loses too much")
-    sentences = results.doubts(result(guaranteed=nothing, warned=["doubtful"], **NOTHING), "iou_score")
+    sentences = results.doubts(result(guaranteed=nothing, warned=["doubtful"], **NOTHING), IOU)
     assert [sentence.rpartition(": ")[2] for sentence in sentences] == ["doubtful", "too few stacks", nothing.reason]
-    (unclear,) = results.doubts(result(gain_interval=(-0.83, 0.22)), "iou_score")
+    (unclear,) = results.doubts(result(gain_interval=(-0.83, 0.22)), IOU)
     assert "not shown to be better than 0.5 (-0.83 to +0.22" in unclear
-    assert results.doubts(result(), "iou_score") == results.explanations(result(), "iou_score") == []
+    assert results.doubts(result(), IOU) == results.explanations(result(), IOU) == []
 
 
 def test_the_stack_that_moves_a_result_is_named():
