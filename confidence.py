@@ -19,10 +19,10 @@ from models import CLASS_METRICS, ratio, widest_stretch
 
 LEVEL = 0.95  # of the intervals
 REPLICATES = 2000  # of the bootstrap
-SEED = 20200321
+SEED = 20200321  # fixed, so that a rerun gives the same intervals
 FEWEST_BLOCKS = 5  # with fewer, no interval covers what it promises
 MOST_BLOCKS = 256  # so that the memory for their counts does not grow with the number of images
-END = 0.01  # how close to 0 and 1 the metrics of single stacks are told apart
+END = 0.01  # the metrics of single stacks are taken for END to 1 - END, because 0 and 1 have no logit
 ROUNDING = 1e-9  # 10 * (1 - 0.9) is less than 1 in float64
 NO_STACK = "images of no named stack"
 RUNS = 20  # number of runs of neighbouring slices, if there are too few stacks
@@ -352,17 +352,18 @@ def _intervals(columns, counts, metric, known):
     points, coarse, full = columns.points, columns.coarse, metric(*counts)
     at_x, at_half = full[points[[columns.x, columns.half]]]
     values, first, middle, chosen = _replicates(columns, metric)
-    best, of_all = metric(*chosen), full[points[first]]
-    optimism = max(float(np.mean(best - of_all - (values[:, columns.x] - at_x))), 0.0)
+    own = metric(*chosen)  # of each replicate, at its own threshold
+    pooled = full[points[first]]  # of all images, at that threshold
+    optimism = max(float(np.mean(own - pooled - (values[:, columns.x] - at_x))), 0.0)
 
     limits = _percentiles(middle, points[columns.x], known.worth)
     found = {
         "x_interval": tuple(float(columns.thresholds[limit]) for limit in limits),
-        "metric_interval": _interval(best, of_all, at_x, optimism, known, _scale(full)),
+        "metric_interval": _interval(own, pooled, at_x, optimism, known, _scale(full)),
         "expected_metric": float(at_x) - optimism,
     }
     if known.gain is not None:
-        gains = best - values[:, columns.half], of_all - at_half
+        gains = own - values[:, columns.half], pooled - at_half
         found["gain_interval"] = _interval(*gains, known.gain, optimism, known, (np.asarray, np.asarray))
     if metric.constraint is not None:
         reached = metric.constraint(*counts)
@@ -424,19 +425,20 @@ def _scale(values, end=1e-6):
     )
 
 
-def _interval(best, of_all, value, optimism, known, scale):
+def _interval(own, pooled, value, optimism, known, scale):
     """The interval of a number at a threshold that was chosen on the same images.
 
-    `best` and `of_all`, shape (replicates,), are the number of each replicate at the threshold that it chose, and that
+    `own` and `pooled`, shape (replicates,), are the number of each replicate at the threshold that it chose, and that
     of all images there. On `scale` the interval goes from (value - optimism) - t s to value + t s. The spread s is the
-    standard deviation of best - of_all, times sqrt(m / (m - 1)) for m blocks. Student's t has max(k - 1, 1) degrees of
+    standard deviation of own - pooled, times sqrt(m / (m - 1)) for m blocks. Student's t has max(k - 1, 1) degrees of
     freedom for blocks that are worth k: `known` holds m and k.
     """
-    there, back = scale
-    spread = np.std(there(best) - there(of_all)) * math.sqrt(known.blocks / (known.blocks - 1))
+    to_scale, from_scale = scale
+    spread = np.std(to_scale(own) - to_scale(pooled)) * math.sqrt(known.blocks / (known.blocks - 1))
     reach = stdtrit(max(known.worth - 1, 1), (1 + LEVEL) / 2) * spread
-    low, high = back(there(value - optimism) - reach), back(there(value) + reach)
-    return float(min(low, value - optimism)), float(max(high, value))
+    lower = from_scale(to_scale(value - optimism) - reach)
+    upper = from_scale(to_scale(value) + reach)
+    return float(min(lower, value - optimism)), float(max(upper, value))
 
 
 def _percentiles(replicates, value, worth):
@@ -448,9 +450,9 @@ def _percentiles(replicates, value, worth):
     k = max(worth, 2)
     tail = ndtr(-math.sqrt(k / (k - 1)) * stdtrit(k - 1, (1 + LEVEL) / 2))
     last = replicates.shape[-1] - 1
-    low, high = int(tail * last), last - int(tail * last)
-    ordered = np.partition(replicates, [low, high], axis=-1)
-    return np.minimum(ordered[..., low], value), np.maximum(ordered[..., high], value)
+    lower, upper = int(tail * last), last - int(tail * last)
+    ordered = np.partition(replicates, [lower, upper], axis=-1)
+    return np.minimum(ordered[..., lower], value), np.maximum(ordered[..., upper], value)
 
 
 def _next_stack(counts, metric):
@@ -462,12 +464,12 @@ def _next_stack(counts, metric):
     (4, blocks), are those at the trained threshold.
     """
     own = metric(*counts[:, counts[0] + counts[2] > 0])
-    there, back = _scale(own, END)
-    scaled, m = there(own), len(own)
+    to_scale, from_scale = _scale(own, END)
+    scaled, m = to_scale(own), len(own)
     reach = stdtrit(m - 1, (1 + LEVEL) / 2) * scaled.std(ddof=1) * math.sqrt(1 + 1 / m)
     limits = scaled.mean() + reach * np.array([-1, 1])
-    limits[limits <= there(-np.inf)], limits[limits >= there(np.inf)] = -np.inf, np.inf
-    return tuple(back(limits).tolist())
+    limits[limits <= to_scale(-np.inf)], limits[limits >= to_scale(np.inf)] = -np.inf, np.inf
+    return tuple(from_scale(limits).tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ _ADVICE = (
     (r"CERTIFICATE_VERIFY_FAILED", "name your network's file of certificates in REQUESTS_CA_BUNDLE; check the clock"),
     (r"Tunnel connection failed: 407|^(\w+: )?407\b", "the proxy wants http://user:password@host:port in HTTPS_PROXY"),
     (r"Tunnel connection failed: 4|^ClientHttpProxyError: 4", "the proxy refuses this: ask the person who manages it"),
+    (r"(?i)content-encoding|decompress", "a proxy has packed the answer: ask the person who manages the network"),
     (r"the answer is a web page", "it comes from a web filter, or the login page of a network, instead of Google"),
     (r"billing|account.* disabled", "this is a matter of billing: ask the person who pays for the project"),
     (r"policy|constraint", "this is a policy of the organisation: ask its administrator"),

@@ -130,7 +130,7 @@ class TrainedThreshold:
     metric_at_half: float  # at 0.5, whether the constraint holds there or not
     best_stretch: tuple  # lowest and highest threshold of the stretch around x where the metric is the same
     outcome: dict  # success, status and message of minimize_scalar
-    history: list  # (threshold, metric) of every evaluation by minimize_scalar; the last one is x
+    history: list  # (threshold, metric) of every evaluation by minimize_scalar within OPT_BOUNDS, then of x
     warnings: list  # sentences
 
 
@@ -347,11 +347,13 @@ def _doubt(counts, values, metric, allowed, best, index, low):
             f"OPT_BOUNDS = {OPT_BOUNDS} at the top of models.py exclude the optimum: {metric.name} is at most "
             f"{values[index]:.9g} within them, and {values[k]:.9g} at {THRESHOLDS[k]!s}; widen them"
         )
-    lowest, highest = np.flatnonzero(best)[[0, -1]]
-    holds_all = tn[index] < USELESS * negatives or (lowest == low and fp[low] > fp[index])
-    if not holds_all and tp[highest] >= USELESS * positives:
+    # Some metrics are best where nearly all of the image is in the mask, or nearly nothing of the class.
+    first_best, last_best = np.flatnonzero(best)[[0, -1]]
+    holds_all = tn[index] < USELESS * negatives or (first_best == low and fp[low] > fp[index])
+    holds_nothing = tp[last_best] < USELESS * positives
+    if not holds_all and not holds_nothing:
         return None
-    k = lowest if holds_all else highest
+    k = first_best if holds_all else last_best
     return (
         f"no threshold has a better {metric.name} than {THRESHOLDS[k]!s}, where the mask holds "
         f"{100 * tp[k] / positives:.3g} % of the class and {100 * fp[k] / negatives:.3g} % of the other pixels: the "

@@ -24,9 +24,9 @@ from counts import BLOCK_STEP, THRESHOLDS
 from errors import BucketError
 
 IN_CURVES = range(0, len(THRESHOLDS), 2 * BLOCK_STEP)  # indices of the rows in the file of the curves; 0.5 is one
-LOWEST_IN_CURVES = 1e-6  # no row is below, except where the trained threshold is near
+LOWEST_IN_CURVES = 1e-6  # of the rows; a tenth of the trained threshold, where that is lower
 TABLE_WIDTH = 80
-UNEQUAL = 0.8  # stacks that are worth less than this part of their number differ so much that the screen says so
+UNEQUAL = 0.8  # where stacks are worth less than this part of their number, the screen says what they are worth
 
 # What the field calls a metric, on axes and in the table; the others go by their own names.
 LABELS = {
@@ -438,7 +438,7 @@ def upload(bucket, model_id, description, files, folder):
         try:
             for name, content in contents.items():
                 bucket.create(f"models/{model_id}/{name}", content)
-            return f"models/{model_id}/{name}"
+            return f"models/{model_id}/model_thresholds_{timestamp}.yaml"
         except FileExistsError:  # of another run
             created += timedelta(seconds=1)
         except BucketError as error:

@@ -88,8 +88,8 @@ def run(args):
     np.random.seed(args.numpy_random_global_seed)
     inputs = find_inputs(args)
     counts = count_images(inputs, args)
-    trained = train_thresholds(inputs, counts, args.optimizing_class_metric)
-    publish(vars(args), inputs, counts, trained, start)
+    class_results = train_thresholds(inputs, counts, args.optimizing_class_metric)
+    publish(vars(args), inputs, counts, class_results, start)
 
 
 class Inputs(NamedTuple):
@@ -251,11 +251,11 @@ def train_thresholds(inputs, counts, metric):
     for sentence in models.swapped_classes(counts, inputs.class_titles, inputs.class_folders):
         warn(sentence)
     low, high = models.optimisation_range()
-    trained = []
+    class_results = []
     for i, title in enumerate(inputs.class_titles):
         show(f"Training the threshold of {title}.")
         with terminal.updating_line() as update:
-            threshold, curve = models.train_prediction_threshold(
+            trained, curve = models.train_prediction_threshold(
                 counts.histogram[i],
                 title,
                 metric,
@@ -264,38 +264,44 @@ def train_thresholds(inputs, counts, metric):
                 ),
             )
         of_class = THRESHOLDS, counts.histogram[i], counts.block_histograms[:, i]
-        confidence = assess(*of_class, metric, threshold.index, low, high, inputs.blocks.kind)
         guaranteed = None
         if metric.constraint_name == "recall":
-            guaranteed = guarantee_recall(*of_class, float(metric.level), low, high, inputs.blocks.names)
-        stacks = stack_results(*of_class, inputs.blocks, metric, threshold.index, low, high)
-        name, folder = inputs.class_names[i], inputs.class_folders[i]
-        trained.append(
-            results.ClassResult(name, folder, threshold, curve, confidence, guaranteed, stacks, inputs.blocks.kind)
+            guaranteed = guarantee_recall(*of_class, metric.level, low, high, inputs.blocks.names)
+        class_results.append(
+            results.ClassResult(
+                name=inputs.class_names[i],
+                folder=inputs.class_folders[i],
+                trained=trained,
+                curve=curve,
+                confidence=assess(*of_class, metric, trained.index, low, high, inputs.blocks.kind),
+                guaranteed_recall=guaranteed,
+                stacks=stack_results(*of_class, inputs.blocks, metric, trained.index, low, high),
+                kind=inputs.blocks.kind,
+            )
         )
-    return trained
+    return class_results
 
 
-def publish(arguments, inputs, counts, trained, start):
+def publish(arguments, inputs, counts, class_results, start):
     """Show the table, draw the figures, and put all into the model's folder; `arguments` is a dictionary."""
     metric, model_id = arguments["optimizing_class_metric"], arguments["model_id"]
-    for line in results.table(trained, metric):
+    for line in results.table(class_results, metric):
         show(line)
     for line in results.about_split(arguments["dataset_directory"]):
         warn(line)
-    for result in trained:
+    for result in class_results:
         for line in results.explanations(result, metric):
             show(line)
         for line in results.doubts(result, metric):
             warn(line)
-    for line in results.influence(trained):
+    for line in results.influence(class_results):
         show(line)
     title = f"{model_id} on {arguments['dataset_directory']} ({images_text(counts.images)})"
-    files, problems = figures.draw(trained, counts, metric, title, results.what_intervals_rest_on(inputs.blocks))
+    files, problems = figures.draw(class_results, counts, metric, title, results.what_intervals_rest_on(inputs.blocks))
     for line in problems:
         warn(line)
-    files |= {"_curves.csv": results.curves_csv(trained), "_stacks.csv": results.stacks_csv(trained)}
-    description = results.describe(arguments, inputs, counts, trained, start, terminal.warned)
+    files |= {"_curves.csv": results.curves_csv(class_results), "_stacks.csv": results.stacks_csv(class_results)}
+    description = results.describe(arguments, inputs, counts, class_results, start, terminal.warned)
     name = results.upload(inputs.bucket, model_id, description, files, TMP / "results")
     show(f"Result: {inputs.bucket.url(name)}")
     show(f"Your testing and inference tools take it as --trained-thresholds-id {name.rpartition('/')[2]}")
