@@ -292,7 +292,7 @@ def _write(page, x, y, text, room, size=13, bold=False):
 def change_text(truth, prediction, at_half):
     """What differs from the prediction at 0.5, in numbers of pixels. The masks are bool arrays of one shape."""
     if not (truth | prediction | at_half).any():
-        return "none"
+        return "class not here"
     hits, false_alarms = (
         np.count_nonzero(prediction & part) - np.count_nonzero(at_half & part) for part in (truth, ~truth)
     )
