@@ -36,7 +36,7 @@ SETTINGS = {
     "chunks.LOOK_SECONDS": 0.2,
 }
 SLOW = """
-import time, inference
+import os, time, inference
 add = inference.Counter.__dict__.get("real_add", inference.Counter.add)  # this module is loaded several times
 inference.Counter.real_add = add
 def slow(self, batch):
@@ -99,7 +99,7 @@ def command(cluster, bucket, folder, settings=None, **given):
     """Start the documented command on a cluster, from a folder of its own."""
     folder.mkdir(exist_ok=True)
     given = arguments(bucket, **{"batch_size": 4} | given)
-    environment = {"DASK_SCHEDULER_ADDRESS": cluster.address}
+    environment = cluster.environment | {"DASK_SCHEDULER_ADDRESS": cluster.address}
     return start(*given, cwd=folder, settings=SETTINGS | (settings or {}), environment=environment)
 
 
@@ -203,9 +203,11 @@ def test_there_is_no_worker(cluster, bucket, tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_named(cluster, bucket, tmp_path):
-    cluster.worker("hanging", SLOW.replace("SECONDS", "1000"))
-    process = command(cluster, bucket, tmp_path / "command", {"chunks.GIVE_UP_SECONDS": 12})
+    pause = "3 if os.path.getsize('counted') < 96 else 1000"  # first it counts for longer than the patience
+    _, folder = cluster.worker("hanging", SLOW.replace("SECONDS", pause))
+    process = command(cluster, bucket, tmp_path / "command", {"chunks.GIVE_UP_SECONDS": 30})
     assert_one_error_line(finish(process), CLUSTER, "no chunk was counted", "tcp://127.0.0.1:")
+    assert counted(folder) >= 96
 
 
 @pytest.mark.slow
@@ -281,21 +283,24 @@ def certificate(folder, name, authority=None):
     return {"KEY": key, "CERT": cert}
 
 
-def test_over_tls(bucket, tmp_path, alone):
+def test_two_jobs_at_once_over_tls(bucket, tmp_path, alone):
     certificate(tmp_path, "authority")
     own = certificate(tmp_path, "cluster", "authority")
     tls = {"DASK_DISTRIBUTED__COMM__TLS__CA_FILE": tmp_path / "authority.pem"}
     for role in ("SCHEDULER", "WORKER", "CLIENT"):
         tls |= {f"DASK_DISTRIBUTED__COMM__TLS__{role}__{kind}": path for kind, path in own.items()}
     tls["DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION"] = "true"
-    given = arguments(bucket, batch_size=4)
+    given = arguments("bucket", batch_size=4)
     cluster = Cluster(tmp_path, "tls", **tls)
     cluster.worker()
     named = {"DASK_SCHEDULER_ADDRESS": cluster.address}
     process = run_tool(*given, cwd=tmp_path, settings=SETTINGS, **named)
     assert_one_error_line(process, CLUSTER, cluster.address, "no certificate")
+    beside = Path(shutil.copytree(bucket, tmp_path / "beside"))
     process = start(*given, cwd=tmp_path, settings=SETTINGS, environment=named | tls)
+    other = command(cluster, beside, tmp_path / "command", dataset_downsample_factor=0.5)
     same(process, bucket, alone)
+    assert finish(other).returncode == 0 and results(beside)[0]["metadata"]["num_images"] == 60
 
 
 def test_dask_is_imported_only_where_a_scheduler_is_named(tiny_bucket, tmp_path):

@@ -96,6 +96,7 @@ def test_the_bin_of_every_probability_is_exact(tf):
     masks = (rng.random(p.shape) < 0.3).astype(np.uint8)
     names = [f"class{i}" for i in range(p.shape[2])]
     counts, _ = count(constant_network(tf, p), [("image", masks[..., 0], masks, 0)], 1, names)
+    assert counts.shown[0].pixels == masks[..., 0].sum() > 2**16
     np.testing.assert_array_equal(counts.shown[0].bins, np.searchsorted(THRESHOLDS, p, side="left"))
     np.testing.assert_array_equal(counts.overlap, np.einsum("hwi,hwj->ij", p > 0.5, masks.astype(int)))
     lists = ((THRESHOLDS, counts.histogram), (BLOCK_THRESHOLDS, counts.block_histograms[0]))
@@ -166,6 +167,10 @@ def test_the_network_has_the_next_batch_before_the_last_is_added_also_where_a_ch
         events.append(f"chunk {counted.number}")
     order = "start a, start c, add a, start e, add c, chunk 0, start g, add e, all started, add g, chunk 1"
     assert events == order.split(", ")
+
+    parts, decoded = in_chunks(data)
+    spoiled = (one._replace(problems=[("a", "b")] * (i == 0)) for i, one in enumerate(decoded))
+    assert len(list(chunks.count_chunks(parts, spoiled, counter, *told))) == 3 and events[-1] == "all started"
 
 
 # ---------------------------------------------------------------------------------------------------------------

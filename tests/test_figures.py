@@ -65,7 +65,7 @@ NOTHING = dict.fromkeys(UNKNOWN.split()) | {"why_no_interval": "too few stacks",
 
 
 def stack(name, own_x, own_metric, x_without=0.6, metric_without=0.8):
-    return StackResult(name, 5, 1000, own_metric, 0.5, own_x, own_metric, x_without, metric_without)
+    return StackResult(name, 5, 1000, 0.9 * own_metric, 0.5, own_x, own_metric, x_without, metric_without)
 
 
 def decode(png):
@@ -141,12 +141,16 @@ def test_panels_have_the_same_vertical_axis_except_where_a_curve_would_be_flat()
 def test_a_level_a_guarantee_the_next_stack_and_a_narrow_peak_are_drawn():
     guaranteed = GuaranteedRecall(0.9, 11, None, 0.2, 0.5, 0.97)
     metric = np.where(np.arange(len(T)) == index_of(0.61) + 1, 0.9, 0.4)  # a peak of one threshold
-    shown = result("class7", "cracks", metric, None, guaranteed, next_stack_interval=(0.35, 0.95), gain=None)
+    known = {"guaranteed": guaranteed, "stacks": [stack("S", 0.3, 0.7)], "next_stack_interval": (0.35, 0.95)}
+    shown = result("class7", "cracks", metric, gain=None, **known)
     figure, (axes,) = panels([shown], "precision_at_recall_0.9")
     assert [shown.trained.x, 0.9] in line(axes, "precision").get_xydata().tolist()
     assert line(axes, "recall asked for").get_ydata()[0] == 0.9
     assert line(axes, "recall 0.9 guaranteed").get_xdata()[0] == 0.2
     assert line(axes, "next stack (95 % range)").get_xydata().tolist() == [[shown.trained.x, y] for y in (0.35, 0.95)]
+    assert line(axes, "stacks, each at its own best").get_xydata().tolist() == [[0.3, 0.7]]
+    (span,) = axes.patches
+    assert (span.get_x(), span.get_x() + span.get_width()) == pytest.approx(shown.confidence.x_interval)
     assert [artist.get_label() for artist in axes.lines].count("precision") == 1  # the metric is not drawn twice
     assert any("0.5 does not reach" in text.get_text() for text in axes.texts)
     assert NOTE.split() == figure.get_suptitle().split()[1:]

@@ -10,6 +10,7 @@ import resource
 import socket
 import subprocess
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import parse_qs, urlsplit
 
@@ -132,6 +133,12 @@ def test_create_is_seen_by_all_and_never_overwrites(bucket):
         assert bucket.read(bucket.stat(name)) == data
 
 
+def test_a_browser_shows_a_figure_as_one(gs, server, bucket_name):
+    gs.create("x.png", b"x")
+    with urllib.request.urlopen(f"{server}/storage/v1/b/{bucket_name}/o/x.png") as answer:
+        assert json.load(answer)["contentType"] == "image/png"
+
+
 def test_a_version_changes_with_the_content(bucket, server, bucket_name, tmp_path):
     before = bucket.stat("dataset/config.yaml")
     fake_gcs.put_object(server, bucket_name, "dataset/config.yaml", b"dataset_config: []\n")
@@ -178,6 +185,7 @@ def test_what_is_skipped_may_be_whatever_it_is(gs, directory, server, bucket_nam
     for bucket in (gs, directory):
         assert [blob.name for blob in bucket.list("dataset", skip=skipped.__contains__)] == expected
         assert "Icon\\r" in error_of(bucket.list, "dataset")
+    assert "cannot be listed (File name too long)" in error_of(directory.list, 256 * "x")
     assert ".packed: is stored gzip-encoded" in error_of(gs.list, "dataset/train/images")
 
 
@@ -202,6 +210,7 @@ def test_a_later_run_fetches_what_has_changed_or_is_damaged_and_nothing_else(gs,
     paths = {blob.name: gs.fetch(blob) for blob in gs.list("")}
     assert sum(at_first) == sum(map(len, IN_THE_BUCKET.values())) and max(at_first) < 200_000  # in parts
     assert len(set(paths.values())) == len(IN_THE_BUCKET) == len(os.listdir(tmp_path / "cache"))
+    assert gs.bytes_to_fetch(gs.list("")) == 0
     fake_gcs.put_object(server, bucket_name, "model.hdf5", b"retrained")
     paths["dataset/config.yaml"].write_bytes(b"dataset_config: {]\n")
     proxy.requests.clear()

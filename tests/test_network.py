@@ -299,6 +299,7 @@ def test_an_inner_layer_of_another_kind_or_order_is_named_and_its_code_is_not_ex
     code = {"class_name": "Lambda", "config": {"name": "conv1", "function": ["__import__('os').mkdir('owned')"]}}
     for words, change in (
         ("class of layer 'conv1' is 'Lambda'", lambda layers: layers["conv1"].update(code)),
+        ("of 144 x 48", lambda layers: [*layers.values()][0]["config"].update(batch_input_shape=[None, 48, 144, 1])),
         ("input of layer 'psp_concat'", lambda layers: layers["psp_concat"]["inbound_nodes"][0].reverse()),
     ):
         shutil.copy(files / "whole.hdf5", "model.hdf5")
@@ -330,7 +331,7 @@ def test_weights_alone_fit_another_size(files):
 def test_another_preprocessing_is_warned_of(files):
     for more, warned in (
         ({"preprocessing": "resnet18"}, "preprocessing: resnet18"),
-        ({"data": {"function": "sm.get_preprocessing"}}, "sm.get_preprocessing"),
+        ({"data": {"Preprocessing": "sm"}}, "Preprocessing: sm"),
         ({"preprocessing": None, "preprocess": "None", "preprocess_input": False}, None),
     ):
         warnings = []

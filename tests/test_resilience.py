@@ -198,6 +198,7 @@ def obey_permissions():
 def allow_no_large_file():
     """The kernel lets no file grow beyond 1 MB: the nearest to a full disk that needs no mount. Counts are larger."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+    os.close(1)  # as some schedulers of jobs do
 
 
 @pytest.mark.parametrize(

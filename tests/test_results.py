@@ -141,6 +141,8 @@ def test_the_git_hash_is_of_a_checkout_even_of_another_user_or_from_a_file_or_no
         for path in (folder, folder / ".git"):
             shutil.chown(path, 12345)
     assert git_hash() == head
+    (folder / "chunks.py").write_text("edited")
+    assert git_hash() == f"{head}-dirty"
 
 
 # The upload
@@ -196,6 +198,8 @@ def test_a_failed_upload_keeps_the_result_and_says_how_to_upload_it(tmp_path, mo
     assert not kept.is_absolute()
     assert {path.name.rpartition("Z")[2] for path in kept.iterdir()} == {".png", "_curves.csv", ".yaml"}
 
-    Path("file").touch()
-    with pytest.raises(BucketError, match="no permission; the result cannot be kept in file/0a1b either"):
-        upload(FullBucket(), Path("file"))
+    Path("models").touch()
+    with pytest.raises(BucketError, match="no permission; the result cannot be kept in models/0a1b either"):
+        upload(FullBucket(), Path("models"))
+    with pytest.raises(BucketError, match=r"cannot be written.* upload it with: cp -n here/0a1b/\* models/m$"):
+        upload(open_bucket(".", None), Path("here"))

@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT, assert_one_error_line, finish, run_tool, start_program
 
 import terminal
-from errors import USAGE
+from errors import USAGE, first_line
 
 STATES = {  # what the main thread does when the signal comes; it prints "here" first
     "wait": "print('here', flush=True)\nimport time\nwhile True: time.sleep(60)",
@@ -22,7 +22,7 @@ STATES = {  # what the main thread does when the signal comes; it prints "here" 
 
 def start(code, **options):
     program = f"import sys\nimport terminal\nterminal.prepare()\n{code}"
-    environment = {"PYTHONPATH": ROOT, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {"PYTHONPATH": ROOT, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONIOENCODING": "ascii"}
     process = start_program(sys.executable, "-c", program, cwd=ROOT, environment=environment, **options)
     assert process.stdout.readline() == "here\n"
     return process
@@ -43,10 +43,10 @@ def test_a_signal_ends_the_process_in_any_state(state):
 
 
 def test_nohup_protects_from_sighup():
-    code = "print('here', flush=True)\nsys.stdin.read()\nprint('done')"
+    code = "print('here', flush=True)\nsys.stdin.read()\nprint('d\u00f6ne')"
     process = start(code, stdin=subprocess.PIPE, signals="--ignore-signal=HUP")
     process.send_signal(signal.SIGHUP)
-    assert process.communicate("", timeout=60) == ("done\n", "")
+    assert process.communicate("", timeout=60) == ("d\\xf6ne\n", "")  # in a terminal that lacks it
 
 
 def test_a_signal_ends_a_process_whose_stderr_is_gone():
@@ -61,6 +61,10 @@ def test_a_signal_ends_a_process_whose_stderr_is_gone():
 def test_characters_that_steer_a_terminal_are_escaped(capsys):
     terminal.show("a\x1b[2Jb\u202ec")
     assert capsys.readouterr().out == "a\\x1b[2Jb\\u202ec\n"
+
+
+def test_the_first_line_of_an_error_is_not_blank():
+    assert first_line(ValueError("\n \nsecond\nthird")) == "second" and first_line(TimeoutError()) == "TimeoutError"
 
 
 def test_a_missing_package_is_one_error_line(tmp_path):
