@@ -19,8 +19,9 @@ def prepare():
     """End with one line on a signal or a missing package; never fail on a character that the terminal lacks."""
     if not sys.platform.startswith("linux"):
         sys.exit(_end(USAGE, f"this program runs on Linux, not on {sys.platform}: use a VM, a container or WSL"))
-    if sys.stdout is None:  # closed, as some schedulers of jobs do
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as some schedulers of jobs do
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding does not have
     sys.excepthook = _explain_missing_package
     ends = {signal.SIGINT, signal.SIGTERM}

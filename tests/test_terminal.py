@@ -20,10 +20,10 @@ STATES = {  # what the main thread does when the signal comes; it prints "here" 
 }
 
 
-def start(code, **options):
+def start(code, *before, **options):
     program = f"import sys\nimport terminal\nterminal.prepare()\n{code}"
     environment = {"PYTHONPATH": ROOT, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONIOENCODING": "ascii"}
-    process = start_program(sys.executable, "-c", program, cwd=ROOT, environment=environment, **options)
+    process = start_program(*before, sys.executable, "-c", program, cwd=ROOT, environment=environment, **options)
     assert process.stdout.readline() == "here\n"
     return process
 
@@ -49,9 +49,10 @@ def test_nohup_protects_from_sighup():
     assert process.communicate("", timeout=60) == ("d\\xf6ne\n", "")  # in a terminal that lacks it
 
 
-def test_a_signal_ends_a_process_whose_stderr_is_gone():
+@pytest.mark.parametrize("before", [(), ("sh", "-c", 'exec "$@" 2>&-', "sh")])
+def test_a_signal_ends_a_process_whose_stderr_is_gone(before):
     reader, writer = os.pipe()
-    process = start(STATES["wait"], stderr=writer)
+    process = start(STATES["wait"], *before, stderr=writer)
     os.close(reader)
     os.close(writer)
     process.send_signal(signal.SIGTERM)
