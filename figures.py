@@ -37,6 +37,9 @@ CHANGES = {  # of the outcome at 0.5: first to none of the outcomes, then to eac
     "new false alarm": (255, 0, 0, 1),
 }
 MARKS = np.array([(0, 0, 0, 0), *OUTCOMES.values(), *CHANGES.values()])  # the first is for none of the outcomes
+# The colour of each mark over each grey level: uint8, shape (marks, 256, 3).
+COLOURS = np.arange(256)[:, None] * (1 - MARKS[:, None, 3:]) + MARKS[:, None, :3] * MARKS[:, None, 3:]
+COLOURS = np.rint(COLOURS).astype(np.uint8)
 SHOWN_PIXELS = 4_900_000  # at most, in all panels of slices together: keeps the file below 7 MB even for noisy images
 PANEL_SIDE = 384  # pixels; a panel of slices is at most this wide and high
 COLUMN = 190  # pixels; room for the numbers of a slice where a panel is narrower
@@ -87,12 +90,14 @@ def draw_curves(results, metric, title, note):
     level of a constraint. `note` is a text below the title: where the intervals come from. Returns a PNG.
     """
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     file, written = io.BytesIO(), {"compress_level": COMPRESSION, "dpi": (PRINTED_DPI, PRINTED_DPI)}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # instead of the user's matplotlibrc
         matplotlib.rcParams.update(STYLE)
-        curves_figure(results, metric, title, note).savefig(file, metadata={"Software": None}, pil_kwargs=written)
+        canvas = FigureCanvasAgg(curves_figure(results, metric, title, note))
+        canvas.print_png(file, metadata={"Software": None}, pil_kwargs=written)  # savefig would draw it twice
     return file.getvalue()
 
 
@@ -277,7 +282,7 @@ def _draw_legend(page):
     for y, before, entries, first in ((GAP + LINE, "", OUTCOMES, 1), (GAP + 2 * LINE, changed, CHANGES, 4)):
         x = GAP + _write(page, GAP, y, before, page.width)
         for mark, name in enumerate(entries, first):
-            page.paste(tuple(_marked(127, mark).tolist()), (x, y + 4, x + 12, y + 16))
+            page.paste(tuple(COLOURS[mark, 127].tolist()), (x, y + 4, x + 12, y + 16))
             x += 20 + _write(page, x + 20, y, name, page.width) + 24
 
 
@@ -303,13 +308,7 @@ def _panel(image, truth, prediction, at_half, shrink):
     """A slice with one class marked: uint8, shape (ceil(height / shrink), ceil(width / shrink), 3)."""
     outcome, before = (_outcomes(truth, predicted, shrink) for predicted in (prediction, at_half))
     grey = np.asarray(Image.fromarray(image).reduce(shrink))
-    return _marked(grey[..., None], outcome + 4 * (outcome != before))
-
-
-def _marked(grey, marks):
-    """Colours, uint8, shape (..., 3), of grey levels, shape (..., 1), that are marked with these rows of MARKS."""
-    colors, opacity = np.split(MARKS[marks], [3], axis=-1)
-    return np.rint(grey * (1 - opacity) + colors * opacity).astype(np.uint8)
+    return COLOURS[outcome + 4 * (outcome != before), grey]
 
 
 def _outcomes(truth, prediction, shrink):
