@@ -173,10 +173,10 @@ def _set_axes(axes, result, metric, shared):
 
     On a linear axis, a trained threshold close to 0 or 1 would lie on the frame: a logit axis spreads these thresholds.
     """
-    axes.set_xlabel("threshold", labelpad=2)
     if 0.02 <= result.trained.x <= 0.98:
         axes.set_xlim(-0.02, 1.02)
         axes.set_xticks(np.linspace(0, 1, 5))
+        axes.set_xlabel("threshold", labelpad=2)
     else:
         shown = [result.trained.x, *(result.confidence.x_interval or ()), *(x for x, _ in _own_bests(result))]
         axes.set_xscale("logit")

@@ -251,12 +251,11 @@ class Counter:
             tensors = zip(*results, strict=True)
         results = []
         for part, (*counted, probabilities) in zip(parts, tensors, strict=True):
-            shown = [
-                one._replace(bins=_bins_of(probabilities[j], *self._cells).numpy().astype(np.int32))
-                for j, (name, *_) in enumerate(part)
-                for one in worth_showing
-                if one.name == name
-            ]
+            shown = []
+            for j, (name, *_) in enumerate(part):
+                if chosen := [one for one in worth_showing if one.name == name]:
+                    bins = _bins_of(probabilities[j], *self._cells).numpy().astype(np.int32)
+                    shown += [one._replace(bins=bins) for one in chosen]
             if part:
                 results.append((part, *(tensor.numpy() for tensor in counted), shown))
         return results
