@@ -93,9 +93,7 @@ def draw_curves(results, metric, title, note):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     file, written = io.BytesIO(), {"compress_level": COMPRESSION, "dpi": (PRINTED_DPI, PRINTED_DPI)}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # instead of the user's matplotlibrc
-        matplotlib.rcParams.update(STYLE)
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):  # whatever the user's matplotlibrc says
         canvas = FigureCanvasAgg(curves_figure(results, metric, title, note))
         canvas.print_png(file, metadata={"Software": None}, pil_kwargs=written)  # savefig would draw it twice
     return file.getvalue()
@@ -224,7 +222,8 @@ def _write_numbers(axes, result, metric, wide):
         f"{tp[0] + fn[0]:,} positives{f' in {result.worth_text}' if result.worth_text else ''}",
     ]
     title = _fitted(result.title, 9, wide, bold=True)
-    axes.set_title(title, loc="left", size=9, weight="bold", pad=9 + 9 * len(lines))
+    # With y, matplotlib does not look for a place for it each time it draws.
+    axes.set_title(title, loc="left", size=9, weight="bold", pad=9 + 9 * len(lines), y=1)
     text = "\n".join(_fitted(line, 7.5, wide) for line in lines)
     axes.annotate(text, (0, 1), (0, 5.5), xycoords="axes fraction", textcoords="offset points", size=7.5)
 

@@ -105,6 +105,7 @@ class DirectoryBucket:
     def __init__(self, gcp_bucket):
         self._root = Path(gcp_bucket)
         self.address = os.path.abspath(gcp_bucket)
+        self._shown = self.url("")
         with disk_errors_named(gcp_bucket, "cannot be used as a bucket; name a directory or gs://name[/folder]"):
             os.scandir(gcp_bucket).close()
 
@@ -112,7 +113,7 @@ class DirectoryBucket:
         return printable(self._root / name)
 
     def list(self, prefix, skip=None):
-        root, blobs = folder_prefix(prefix, self.url("")), []
+        root, blobs = folder_prefix(prefix, self._shown), []
         top = os.path.join(self._root, root)
         for folder, subfolders, files in os.walk(top, onerror=self._refuse, followlinks=True):
             below = f"{folder[len(top) :]}/".lstrip("/")
@@ -122,16 +123,16 @@ class DirectoryBucket:
         return sorted(blobs)
 
     def folders(self, prefix):
-        top = self._root / folder_prefix(prefix, self.url(""))
+        top = self._root / folder_prefix(prefix, self._shown)
         _, folders, _ = next(os.walk(top, onerror=self._refuse), (top, [], []))
         return sorted(folders)
 
     def stat(self, name):
-        path = self._root / checked_name(name, self.url(""))
+        path = os.path.join(self._root, checked_name(name, self._shown))  # quicker than Path, for a million files
         with disk_errors_named(path, "cannot be read"):
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise BlobNotFoundError(f"{self.url(name)}: there is no such file")
-            found = path.stat()
+            found = os.stat(path)
         return Blob(name, found.st_size, mtime=found.st_mtime_ns, ctime=found.st_ctime_ns)
 
     def read(self, blob):
@@ -151,7 +152,7 @@ class DirectoryBucket:
         return self._root / blob.name
 
     def create(self, name, data):
-        path = self._root / checked_name(name, self.url(""))
+        path = self._root / checked_name(name, self._shown)
         with disk_errors_named(path, "cannot be written; check the permissions and the room on the disk"):
             path.parent.mkdir(parents=True, exist_ok=True)
             is_there = _create_file(path, data) or path.read_bytes() == data

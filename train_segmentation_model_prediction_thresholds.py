@@ -5,6 +5,7 @@
         --model-id segmentation-model-composite_0123_20200321T154533Z
 """
 
+import gc
 import os
 import sys
 
@@ -14,6 +15,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's sums are small: mo
 import terminal
 
 if __name__ == "__main__":
+    # The imports make many objects that stay, and the collector looks through them again and again: that is 6 % of a
+    # job of 400 small images (tests/benchmark.py --rows whole_job).
+    gc.set_threshold(1_000_000)
     terminal.prepare()
 
 import argparse
