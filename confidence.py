@@ -241,12 +241,8 @@ def _best_columns(values, counts, metric, columns):
         choice = np.where(allowed, choice, -np.inf)
         choice[nowhere] = metric.constraint(*counts[:, nowhere])
     best = choice == choice.max(axis=1, keepdims=True)
-    first = best.argmax(axis=1)
-    last = first.copy()
     thresholds = columns.thresholds[columns.points].astype(np.float64)
-    for row in np.flatnonzero(best.sum(axis=1) > 1):
-        first[row], _, last[row] = widest_stretch(thresholds[columns.within], best[row])
-    first, last = columns.within[first], columns.within[last]
+    first, last = (columns.within[ends] for ends in widest_stretch(thresholds[columns.within], best))
     return first, last, np.searchsorted(columns.thresholds, (thresholds[first] + thresholds[last]) / 2)
 
 

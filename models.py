@@ -244,7 +244,9 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     # reported is the exact optimum among them all; it is the last evaluation in the history.
     outcome = _minimize(evaluate, class_name, low, high, worst=loss.max() + 1)
     best = candidates & (values >= values[candidates].max() - TIE)
-    first, index, last = widest_stretch(THRESHOLDS, best)
+    [first], [last] = widest_stretch(THRESHOLDS, best[None])
+    stretch = THRESHOLDS[first : last + 1].astype(np.float64)
+    index = int(first + np.argmin(np.abs(stretch - (stretch[0] + stretch[-1]) / 2)))  # of two as near, the lower
     evaluate(index)
 
     doubt = _doubt(counts, values, metric, allowed, best, index, low)
@@ -289,26 +291,25 @@ def _minimize(evaluate, class_name, low, high, worst):
 
 
 def widest_stretch(thresholds, chosen):
-    """The stretch of neighbouring chosen thresholds whose last and first threshold differ most.
+    """For each row, the stretch of neighbouring chosen thresholds whose last and first threshold differ most.
 
     Parameters
     ----------
     thresholds : float32 array, shape (N,), increasing
-    chosen : bool array, shape (N,), at least one true
+    chosen : bool array, shape (rows, N), at least one true in each row
 
     Returns
     -------
-    first, middle, last : int
-        Indices. Of equally wide stretches it is the lowest. `middle` is the threshold of the stretch nearest to the
-        mean of first and last; of two equally near ones, the lower.
+    first, last : int arrays, shape (rows,)
+        Indices. Of equally wide stretches of a row it is the lowest.
     """
     thresholds = thresholds.astype(np.float64)
-    change = np.diff(chosen.astype(np.int8), prepend=0, append=0)
-    firsts, lasts = np.flatnonzero(change == 1), np.flatnonzero(change == -1) - 1
-    widest = np.argmax(thresholds[lasts] - thresholds[firsts])
-    first, last = int(firsts[widest]), int(lasts[widest])
-    mean = (thresholds[first] + thresholds[last]) / 2
-    return first, first + int(np.argmin(np.abs(thresholds[first : last + 1] - mean))), last
+    change = np.diff(chosen.astype(np.int8), axis=1, prepend=0, append=0)
+    rows, first = np.nonzero(change == 1)
+    last = np.nonzero(change == -1)[1] - 1
+    order = np.lexsort((thresholds[first] - thresholds[last], rows))  # in each row the widest first, then the lowest
+    widest = order[np.unique(rows, return_index=True)[1]]
+    return first[widest], last[widest]
 
 
 def _level_not_reached(metric, class_name, counts, low, high):

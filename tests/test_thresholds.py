@@ -100,6 +100,8 @@ def test_the_correlation_of_billions_of_pixels():
 def test_the_widest_stretch_spans_the_largest_range_not_the_most_thresholds():
     histogram = pixels({0.4: 2, 2**-20: 2}, {0.3: 4})  # IoU 1/2 from 2**-40 to 2**-20 and from 0.3 to 0.4
     assert train(histogram).x == pytest.approx(0.35, abs=1e-5)
+    first, last = models.widest_stretch(np.arange(6), np.array([[1, 1, 0, 0, 1, 1], [0, 1, 0, 1, 1, 0]], bool))
+    assert first.tolist() == [0, 3] and last.tolist() == [1, 4]  # of equally wide ones the lowest
 
 
 @pytest.mark.parametrize("shift", [-20, 0, 14])
