@@ -3,6 +3,7 @@
 The same input gives the same bytes on every machine. pyplot is not used: it looks for a screen.
 """
 
+import functools
 import io
 import logging
 import math
@@ -105,23 +106,36 @@ def curves_figure(results, metric, title, note):
 
     columns = len(results) if len(results) <= 3 else min(4, math.ceil(math.sqrt(len(results))))
     rows = math.ceil(len(results) / columns)
-    width, height = (3.8 * columns, 3.45 * rows) if len(results) > 1 else (7.1, 4.4)
-    figure = Figure((width, height + 0.8), DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
-    panels = figure.subplots(rows, columns, squeeze=False)
+    wide, high = (2.9, 2.1) if len(results) > 1 else (6.2, 3.2)
+    left, right, above, below = 0.65, 0.25, 0.95, 0.4  # room around a panel; all is in inches
+    width = columns * (left + wide + right)
+    head = [_fitted(title, 8, width - 0.9), *textwrap.wrap(note, int(14 * width))]
+    in_row = max(3, 2 * columns)  # entries of the legend, of 11 at most
+    head_high, legend_high = 0.12 * (1 + len(head)), 0.15 + 0.16 * math.ceil(11 / in_row)
+    height = head_high + rows * (above + high + below) + legend_high
+    # By hand, because matplotlib's constrained layout takes 6 % of a rerun with 3 classes, and more with more.
+    edges = {
+        "left": left / width,
+        "right": 1 - right / width,
+        "top": 1 - (head_high + above) / height,
+        "bottom": (legend_high + below) / height,
+        "wspace": (left + right) / wide,
+        "hspace": (above + below) / high,
+    }
+    figure = Figure((width, height), DPI)
+    panels = figure.subplots(rows, columns, squeeze=False, gridspec_kw=edges)
     shared = _vertical_range(results, metric)
     entries = {}
     for axes, result in zip(panels.flat, results, strict=False):
         _draw_panel(axes, result, metric)
         _set_axes(axes, result, metric, shared)
-        _write_numbers(axes, result, metric, width / columns - 0.8)
+        _write_numbers(axes, result, metric, wide + right)
         entries |= {entry.get_label(): entry for entry in axes.get_legend_handles_labels()[0]}
     for empty in panels.flat[len(results) :]:
         empty.remove()
-    head = [_fitted(title, 8, width - 0.9), *textwrap.wrap(note, int(14 * width))]
-    figure.suptitle("\n".join(head), x=0.4 / width, ha="left", size=8)
+    figure.suptitle("\n".join(head), x=0.4 / width, y=1 - 0.1 / height, ha="left", va="top", size=8)
     style = {"frameon": False, "handlelength": 2.6, "columnspacing": 1.6}
-    figure.legend(handles=entries.values(), loc="outside lower center", ncols=max(3, 2 * columns), **style)
+    figure.legend(handles=entries.values(), loc="lower center", ncols=in_row, **style)
     return figure
 
 
@@ -207,7 +221,7 @@ def _vertical_range(results, metric):
 
 
 def _write_numbers(axes, result, metric, wide):
-    """Write name and numbers of a class above its panel, which is `wide` inches wide."""
+    """Write name and numbers of a class above its panel, in at most `wide` inches."""
     trained, confidence = result.trained, result.confidence
     tp, _, fn, _ = result.curve.counts
     values = trained.metric, trained.metric_at_half, confidence.expected_metric
@@ -324,6 +338,7 @@ def _outcomes(truth, prediction, shrink):
     return np.where(np.any(shares, axis=0), outcome, 0)
 
 
+@functools.cache
 def _font(size, bold):
     """The font of both figures, for Pillow."""
     import matplotlib

@@ -304,9 +304,10 @@ def widest_stretch(thresholds, chosen):
         Indices. Of equally wide stretches of a row it is the lowest.
     """
     thresholds = thresholds.astype(np.float64)
-    change = np.diff(chosen.astype(np.int8), axis=1, prepend=0, append=0)
-    rows, first = np.nonzero(change == 1)
-    last = np.nonzero(change == -1)[1] - 1
+    width = len(thresholds) + 2  # of a row with a false at both ends, so that no stretch goes on in the next row
+    change = np.diff(np.pad(chosen, ((0, 0), (1, 1))).ravel().astype(np.int8))
+    rows, first = np.divmod(np.flatnonzero(change == 1), width)
+    last = np.flatnonzero(change == -1) % width - 1
     order = np.lexsort((thresholds[first] - thresholds[last], rows))  # in each row the widest first, then the lowest
     widest = order[np.unique(rows, return_index=True)[1]]
     return first[widest], last[widest]
