@@ -236,8 +236,7 @@ def _write_numbers(axes, result, metric, wide):
         f"{tp[0] + fn[0]:,} positives{f' in {result.worth_text}' if result.worth_text else ''}",
     ]
     title = _fitted(result.title, 9, wide, bold=True)
-    # With y, matplotlib does not look for a place for it each time it draws.
-    axes.set_title(title, loc="left", size=9, weight="bold", pad=9 + 9 * len(lines), y=1)
+    axes.set_title(title, loc="left", size=9, weight="bold", pad=9 + 9 * len(lines))
     text = "\n".join(_fitted(line, 7.5, wide) for line in lines)
     axes.annotate(text, (0, 1), (0, 5.5), xycoords="axes fraction", textcoords="offset points", size=7.5)
 

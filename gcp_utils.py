@@ -105,7 +105,6 @@ class DirectoryBucket:
     def __init__(self, gcp_bucket):
         self._root = Path(gcp_bucket)
         self.address = os.path.abspath(gcp_bucket)
-        self._shown = self.url("")
         with disk_errors_named(gcp_bucket, "cannot be used as a bucket; name a directory or gs://name[/folder]"):
             os.scandir(gcp_bucket).close()
 
@@ -113,7 +112,7 @@ class DirectoryBucket:
         return printable(self._root / name)
 
     def list(self, prefix, skip=None):
-        root, blobs = folder_prefix(prefix, self._shown), []
+        root, blobs = folder_prefix(prefix, self.url), []
         top = os.path.join(self._root, root)
         for folder, subfolders, files in os.walk(top, onerror=self._refuse, followlinks=True):
             below = f"{folder[len(top) :]}/".lstrip("/")
@@ -123,12 +122,12 @@ class DirectoryBucket:
         return sorted(blobs)
 
     def folders(self, prefix):
-        top = self._root / folder_prefix(prefix, self._shown)
+        top = self._root / folder_prefix(prefix, self.url)
         _, folders, _ = next(os.walk(top, onerror=self._refuse), (top, [], []))
         return sorted(folders)
 
     def stat(self, name):
-        path = os.path.join(self._root, checked_name(name, self._shown))  # quicker than Path, for a million files
+        path = os.path.join(self._root, checked_name(name, self.url))  # quicker than Path, for a million files
         with disk_errors_named(path, "cannot be read"):
             if not os.path.isfile(path):
                 raise BlobNotFoundError(f"{self.url(name)}: there is no such file")
@@ -152,7 +151,7 @@ class DirectoryBucket:
         return self._root / blob.name
 
     def create(self, name, data):
-        path = self._root / checked_name(name, self._shown)
+        path = self._root / checked_name(name, self.url)
         with disk_errors_named(path, "cannot be written; check the permissions and the room on the disk"):
             path.parent.mkdir(parents=True, exist_ok=True)
             is_there = _create_file(path, data) or path.read_bytes() == data
@@ -185,20 +184,20 @@ def _create_file(path, data):
         partial.unlink(missing_ok=True)
 
 
-def checked_name(name, place):
-    """Return the name if it is safe; raises BucketError, which begins with the bucket `place`, if it is not."""
+def checked_name(name, url):
+    """Return the name if it is safe; raises BucketError, which begins with `url("")`, the bucket's, if it is not."""
     if UNSAFE_NAME.search(name):
         raise BucketError(
-            f"{place}: '{printable(name)}' is refused as a name (control characters, not UTF-8, or parts that are "
+            f"{url('')}: '{printable(name)}' is refused as a name (control characters, not UTF-8, or parts that are "
             "empty, '.' or '..'); rename it"
         )
     return name
 
 
-def folder_prefix(prefix, place):
+def folder_prefix(prefix, url):
     """What the names in the folder `prefix` begin with; raises BucketError like `checked_name`."""
     prefix = prefix.strip("/")
-    return checked_name(prefix, place) + "/" if prefix else ""
+    return checked_name(prefix, url) + "/" if prefix else ""
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ class GoogleBucket:
         self._bucket, _, folder = gcp_bucket.removeprefix("gs://").partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", self._bucket):
             raise BucketError(f"{without_password(gcp_bucket)}: no bucket can have this name; write gs://name[/folder]")
-        self._folder = folder_prefix(folder, printable(gcp_bucket))
+        self._folder = folder_prefix(folder, lambda _: printable(gcp_bucket))
         self.address = f"gs://{self._bucket}/{self._folder}".rstrip("/")
         self.on_bytes = lambda number: None
         self._cache = cache.absolute()
@@ -101,7 +101,7 @@ class GoogleBucket:
         return printable(f"gs://{self._bucket}/{self._folder}{name}")
 
     def list(self, prefix, skip=None):
-        root = self._folder + folder_prefix(prefix, self.url(""))
+        root = self._folder + folder_prefix(prefix, self.url)
 
         def is_wanted(name):
             return not (skip and skip(name.removeprefix(root).rstrip("/")))
@@ -119,12 +119,12 @@ class GoogleBucket:
         return sorted(blobs)
 
     def folders(self, prefix):
-        root = self._folder + folder_prefix(prefix, self.url(""))
+        root = self._folder + folder_prefix(prefix, self.url)
         _, folders = self._list_folder(root, lambda name: False)
         return sorted(name.removeprefix(root).rstrip("/") for name in folders)
 
     def stat(self, name):
-        path = self._folder + checked_name(name, self.url(""))
+        path = self._folder + checked_name(name, self.url)
         found = self._with_retries(
             "get", name, lambda bucket: bucket.get_blob(path, timeout=SOCKET_SECONDS, retry=None)
         )
@@ -164,7 +164,7 @@ class GoogleBucket:
         return path
 
     def create(self, name, data):
-        path = self._folder + checked_name(name, self.url(""))
+        path = self._folder + checked_name(name, self.url)
 
         def upload(bucket):
             bucket.blob(path).upload_from_string(
@@ -189,7 +189,7 @@ class GoogleBucket:
 
     def _blob(self, found):
         """Make a `Blob` of google-cloud-storage's."""
-        name = checked_name(found.name[len(self._folder) :], self.url(""))
+        name = checked_name(found.name[len(self._folder) :], self.url)
         if found.content_encoding == "gzip":  # its size and checksum are those of the compressed bytes
             raise BucketError(f"{self.url(name)}: is stored gzip-encoded; upload it without 'gsutil cp -z' or '-j'")
         return Blob(name, int(found.size), int(found.generation), found.crc32c or "")
