@@ -397,8 +397,7 @@ def _replicates(columns, metric):
     weights = _weights(len(tp))
     totals = weights @ np.stack([tp + fn, fp + tn])
     telling = (totals > 0).all(axis=(0, 2))
-    positive = weights[telling] @ columns.counts[:2]
-    counts = np.concatenate([positive, totals[:, telling] - positive])
+    counts = weights[telling] @ columns.counts
     values = metric(*counts)
     first, _, middle = _best_columns(values, counts, metric, columns)
     return values, first, middle, counts[:, np.arange(len(first)), first]
@@ -447,7 +446,7 @@ def _percentiles(replicates, value, worth):
     tail = ndtr(-math.sqrt(k / (k - 1)) * stdtrit(k - 1, (1 + LEVEL) / 2))
     last = replicates.shape[-1] - 1
     lower, upper = int(tail * last), last - int(tail * last)
-    ordered = np.partition(replicates, [lower, upper], axis=-1)
+    ordered = np.sort(replicates)
     return np.minimum(ordered[..., lower], value), np.maximum(ordered[..., upper], value)
 
 

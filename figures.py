@@ -34,15 +34,19 @@ OUTCOMES = {  # without colour, a false alarm is dark, a hit grey, a miss light
 CHANGES = {  # of the outcome at 0.5: first to none of the outcomes, then to each in their order
     "false alarm gone": (0, 170, 80, 1),
     "new hit": (0, 220, 255, 1),
-    "new miss": (255, 205, 60, 1),
+    "new miss": (255, 160, 0, 1),
     "new false alarm": (255, 0, 0, 1),
 }
 MARKS = np.array([(0, 0, 0, 0), *OUTCOMES.values(), *CHANGES.values()])  # the first is for none of the outcomes
-# The colour of each mark over each grey level: uint8, shape (marks, 256, 3).
-COLOURS = np.arange(256)[:, None] * (1 - MARKS[:, None, 3:]) + MARKS[:, None, :3] * MARKS[:, None, 3:]
-COLOURS = np.rint(COLOURS).astype(np.uint8)
-SHOWN_PIXELS = 4_900_000  # at most, in all panels of slices together: keeps the file below 7 MB even for noisy images
+# A palette holds 256 colours. The slice shines through a mark, but with less contrast: fewer colours of a mark will do.
+LEVELS = np.maximum(np.rint(160 * (1 - MARKS[:, 3])), 1).astype(int)  # of each mark, from over black to over white
+FIRST = np.cumsum(LEVELS) - LEVELS  # where the colours of each mark begin
+WHITE = int(LEVELS[0]) - 1
+SHADES = [np.linspace(0, 255, number)[:, None] for number in LEVELS]
+PALETTE = np.concatenate([grey * (1 - mark[3]) + mark[:3] * mark[3] for grey, mark in zip(SHADES, MARKS, strict=True)])
+SHOWN_PIXELS = 4_900_000  # at most, in all panels of slices together: keeps the file below 5 MB even for noisy images
 PANEL_SIDE = 384  # pixels; a panel of slices is at most this wide and high
+GROWN_SIDE = 300  # pixels; small slices are enlarged up to this, so that six of them fit side by side on a screen
 COLUMN = 190  # pixels; room for the numbers of a slice where a panel is narrower
 LINE, GAP = 20, 8  # pixels: the height of a line of text, and what lies between panels
 COMPRESSION = 1  # of PNG: faster than the default, and hardly larger
@@ -52,6 +56,7 @@ PRINTED_DPI = 300  # written into the file: printed at this resolution, these 11
 STYLE = {
     "font.size": 8,
     "text.parse_math": False,  # the name of a folder may have a $ in it
+    "text.hinting": "none",  # takes time, and cannot be seen at this resolution
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
@@ -93,10 +98,15 @@ def draw_curves(results, metric, title, note):
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    file, written = io.BytesIO(), {"compress_level": COMPRESSION, "dpi": (PRINTED_DPI, PRINTED_DPI)}
     with matplotlib.rc_context(matplotlib.rcParamsDefault | STYLE):  # whatever the user's matplotlibrc says
         canvas = FigureCanvasAgg(curves_figure(results, metric, title, note))
-        canvas.print_png(file, metadata={"Software": None}, pil_kwargs=written)  # savefig would draw it twice
+        canvas.draw()
+    return _png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), dpi=(PRINTED_DPI, PRINTED_DPI))
+
+
+def _png(page, **options):
+    file = io.BytesIO()
+    page.save(file, "PNG", compress_level=COMPRESSION, **options)
     return file.getvalue()
 
 
@@ -236,7 +246,7 @@ def _write_numbers(axes, result, metric, wide):
         f"{tp[0] + fn[0]:,} positives{f' in {result.worth_text}' if result.worth_text else ''}",
     ]
     title = _fitted(result.title, 9, wide, bold=True)
-    axes.set_title(title, loc="left", size=9, weight="bold", pad=9 + 9 * len(lines))
+    axes.set_title(title, loc="left", y=1, size=9, weight="bold", pad=9 + 9 * len(lines))
     text = "\n".join(_fitted(line, 7.5, wide) for line in lines)
     axes.annotate(text, (0, 1), (0, 5.5), xycoords="axes fraction", textcoords="offset points", size=7.5)
 
@@ -266,10 +276,10 @@ def draw_slices(shown, indices, titles, title):
     slices = [one for one in different if one.truth.any() or (one.bins > indices).any()] or different
     height, width = slices[0].image.shape
     side = min(PANEL_SIDE, math.isqrt(SHOWN_PIXELS // (len(slices) * len(titles))))
-    shrink, grow = math.ceil(max(height, width) / side), max(side // max(height, width), 1)
+    shrink, grow = math.ceil(max(height, width) / side), max(min(side, GROWN_SIDE) // max(height, width), 1)
     high, wide = (math.ceil(length / shrink) * grow for length in (height, width))
     top, row, column = GAP + 4 * LINE + GAP, 2 * LINE + high + GAP, max(wide, COLUMN) + GAP
-    page = Image.new("RGB", (max(GAP + len(slices) * column, 1020), top + len(titles) * row), "white")
+    page = Image.new("L", (max(GAP + len(slices) * column, 1020), top + len(titles) * row), WHITE)
     room = page.width - 2 * GAP
     _write(page, GAP, GAP, title, room, size=15)
     _draw_legend(page)
@@ -283,9 +293,8 @@ def draw_slices(shown, indices, titles, title):
             _write(page, GAP + i * column, y + LINE, change_text(*masks), column - GAP, size=12)
             panel = Image.fromarray(_panel(one.image, *masks, shrink))
             page.paste(panel.resize((wide, high), Image.Resampling.NEAREST), (GAP + i * column, y + 2 * LINE))
-    file = io.BytesIO()
-    page.save(file, "PNG", compress_level=COMPRESSION)
-    return file.getvalue()
+    page.putpalette(np.rint(PALETTE).astype(np.uint8).tobytes())
+    return _png(page)
 
 
 def _draw_legend(page):
@@ -294,7 +303,7 @@ def _draw_legend(page):
     for y, before, entries, first in ((GAP + LINE, "", OUTCOMES, 1), (GAP + 2 * LINE, changed, CHANGES, 4)):
         x = GAP + _write(page, GAP, y, before, page.width)
         for mark, name in enumerate(entries, first):
-            page.paste(tuple(COLOURS[mark, 127].tolist()), (x, y + 4, x + 12, y + 16))
+            page.paste(int(FIRST[mark] + LEVELS[mark] // 2), (x, y + 4, x + 12, y + 16))
             x += 20 + _write(page, x + 20, y, name, page.width) + 24
 
 
@@ -302,7 +311,7 @@ def _write(page, x, y, text, room, size=13, bold=False):
     """Write a line of text, at most `room` pixels wide; returns its width."""
     font = _font(size, bold)
     text = _drawable(text, room, font)
-    ImageDraw.Draw(page).text((x, y + LINE / 2), text, fill="black", font=font, anchor="lm")
+    ImageDraw.Draw(page).text((x, y + LINE / 2), text, fill=0, font=font, anchor="lm")
     return math.ceil(font.getlength(text))
 
 
@@ -317,10 +326,11 @@ def change_text(truth, prediction, at_half):
 
 
 def _panel(image, truth, prediction, at_half, shrink):
-    """A slice with one class marked: uint8, shape (ceil(height / shrink), ceil(width / shrink), 3)."""
+    """A slice with one class marked, in colours of PALETTE: uint8, (ceil(height / shrink), ceil(width / shrink))."""
     outcome, before = (_outcomes(truth, predicted, shrink) for predicted in (prediction, at_half))
     grey = np.asarray(Image.fromarray(image).reduce(shrink))
-    return COLOURS[outcome + 4 * (outcome != before), grey]
+    mark = outcome + 4 * (outcome != before)
+    return (FIRST[mark] + LEVELS[mark] * grey // 256).astype(np.uint8)
 
 
 def _outcomes(truth, prediction, shrink):

@@ -271,9 +271,10 @@ def _minimize(evaluate, class_name, low, high, worst):
     """
     thresholds = THRESHOLDS[low : high + 1].astype(np.float64)
     start, end = thresholds[[0, -1]]
+    middles = (thresholds[:-1] + thresholds[1:]) / 2  # between neighbours, to find the threshold nearest to x
 
     def objective(x):
-        return evaluate(low + int(np.argmin(np.abs(thresholds - x)))) if start <= x <= end else worst
+        return evaluate(low + int(np.searchsorted(middles, x))) if start <= x <= end else worst
 
     if OPT_METHOD == "bounded":
         within = {"bounds": (start, end)}

@@ -23,7 +23,7 @@ from confidence import FEWEST_BLOCKS, LEVEL, REPLICATES, Confidence, GuaranteedR
 from counts import BLOCK_STEP, THRESHOLDS
 from errors import BucketError
 
-IN_CURVES = range(0, len(THRESHOLDS), 2 * BLOCK_STEP)  # indices of the rows in the file of the curves; 0.5 is one
+IN_CURVES = range(0, len(THRESHOLDS), 4 * BLOCK_STEP)  # indices of the rows in the file of the curves; 0.5 is one
 LOWEST_IN_CURVES = 1e-6  # of the rows; a tenth of the trained threshold, where that is lower
 TABLE_WIDTH = 80
 UNEQUAL = 0.8  # where stacks are worth less than this part of their number, the screen says what they are worth
@@ -378,7 +378,7 @@ def influence(results):
 
 
 def curves_csv(results):
-    """The curves as CSV: for each class a row per threshold, at some 800 thresholds and the trained one.
+    """The curves as CSV: for each class a row per threshold, at some 400 thresholds and the trained one.
 
     `trained` is 1 in the row of the trained threshold. The limits of the 95 % band of the metric that was optimised are
     empty where there is none. Returns bytes.
