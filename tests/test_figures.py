@@ -70,7 +70,7 @@ def stack(name, own_x, own_metric, x_without=0.6, metric_without=0.8):
 
 def decode(png):
     image = Image.open(io.BytesIO(png))
-    assert image.format == "PNG"
+    assert image.format == "PNG" and image.info.get("dpi", (300, 300)) == pytest.approx((300, 300), abs=0.1)
     return np.asarray(image.convert("RGB")).astype(int)
 
 
@@ -166,11 +166,11 @@ def test_names_are_drawn_literally():
 
 
 def draw_both():
-    """Hashes of both figures by the ends of their names, and the number of warnings."""
+    """Shapes and hashes of both figures by the ends of their names, and the number of warnings."""
     mask = np.ones((64, 64, 1), bool)
     counts = SimpleNamespace(shown=[slice_of("slice_0", mask, index_of(0.55) * mask)])
     files, problems = figures.draw([result()], counts, class_metric("iou_score"), "title", NOTE)
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}, len(problems)
+    return {name: (decode(data).shape, hashlib.sha256(data).hexdigest()) for name, data in files.items()}, len(problems)
 
 
 def test_the_users_matplotlib_settings_change_nothing(tmp_path):
@@ -246,12 +246,12 @@ def test_what_changed_from_one_half_is_marked_and_counted():
 
 
 def test_rows_are_classes_and_columns_are_slices():
-    masks = np.zeros((2, 100, 80, 2), bool)
+    masks = np.zeros((2, 90, 80, 2), bool)
     masks[0, :, :, 1] = masks[1, :, :, 0] = True
     slices = [slice_of(f"slice {i}", masks[i], ABOVE * masks[i], grey=40 * i) for i in range(2)]
     picture = decode(figures.draw_slices(slices, [HIGH, LOW], ["a", "b"], "title"))
     found = [positions(picture, tint(0, 40 * i)) for i in range(2)]
-    assert [len(pixels) for pixels in found] == 2 * [300 * 240]  # enlarged three times
+    assert [len(pixels) for pixels in found] == 2 * [270 * 240]  # enlarged three times
     (first_row, first_column), (second_row, second_column) = (pixels.mean(axis=0) for pixels in found)
     assert first_row > second_row and first_column < second_column
 

@@ -188,6 +188,8 @@ def test_every_method_works_with_all_bounds_and_shows_each_evaluation(method, bo
         assert trained.metric == iou[within].max()
         assert 2 <= len(trained.history) < 120 and list(trained.outcome.values())[:2] == [True, 0]
         assert all(t in T[within] and m == iou[t == T] for t, m in trained.history)
+        first = T[within][0] + (3 - 5**0.5) / 2 * np.ptp(T[within])  # that a bounded search tries; here, the nearest
+        assert method != "bounded" or trained.history[0][0] == T[within][np.abs(T[within] - first).argmin()]
         assert shown == [(n, *point) for n, point in enumerate(trained.history)]
 
 
