@@ -246,7 +246,7 @@ def train_prediction_threshold(histogram, class_name, metric, on_evaluation):
     best = candidates & (values >= values[candidates].max() - TIE)
     [first], [last] = widest_stretch(THRESHOLDS, best[None])
     stretch = THRESHOLDS[first : last + 1].astype(np.float64)
-    index = int(first + np.argmin(np.abs(stretch - (stretch[0] + stretch[-1]) / 2)))  # of two as near, the lower
+    index = int(first) + _nearest(stretch, (stretch[0] + stretch[-1]) / 2)
     evaluate(index)
 
     doubt = _doubt(counts, values, metric, allowed, best, index, low)
@@ -271,10 +271,9 @@ def _minimize(evaluate, class_name, low, high, worst):
     """
     thresholds = THRESHOLDS[low : high + 1].astype(np.float64)
     start, end = thresholds[[0, -1]]
-    middles = (thresholds[:-1] + thresholds[1:]) / 2  # between neighbours, to find the threshold nearest to x
 
     def objective(x):
-        return evaluate(low + int(np.searchsorted(middles, x))) if start <= x <= end else worst
+        return evaluate(low + _nearest(thresholds, x)) if start <= x <= end else worst
 
     if OPT_METHOD == "bounded":
         within = {"bounds": (start, end)}
@@ -289,6 +288,12 @@ def _minimize(evaluate, class_name, low, high, worst):
             "the top of models.py and run again"
         )
     return {"success": bool(result.success), "status": result.get("status", 0), "message": message}
+
+
+def _nearest(thresholds, x):
+    """The index of the threshold nearest to x, of two as near the lower; `thresholds`, float64, increase."""
+    middles = (thresholds[:-1] + thresholds[1:]) / 2
+    return int(np.searchsorted(middles, x))
 
 
 def widest_stretch(thresholds, chosen):

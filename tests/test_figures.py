@@ -206,11 +206,11 @@ def tint(outcome, grey):
 
 
 def positions(picture, color):
-    """Rows and columns of the pixels of a colour, as near to it as the palette has one."""
-    return np.argwhere((np.abs(picture - color) <= 2).all(axis=-1))
+    """Rows and columns of the pixels of a colour."""
+    return np.argwhere((picture == color).all(axis=-1))
 
 
-def slice_of(name, truth, bins, grey=12):
+def slice_of(name, truth, bins, grey=0):
     return ShownSlice(0, name, 0, 0, np.full(truth.shape[:2], grey, np.uint8), truth, bins)
 
 
@@ -218,15 +218,16 @@ def test_hits_misses_and_false_alarms_are_drawn_at_their_places():
     truth, prediction = np.zeros((2, 256, 256, 1), bool)
     truth[50:70, 30:40] = prediction[50:70, 30:40] = True  # hits
     truth[50:55, 40:50] = prediction[70:90, 30:33] = True  # misses right of them, false alarms below them
-    picture = decode(figures.draw_slices([slice_of("slice_0", truth, ABOVE * prediction)], [HIGH], ["class0"], "title"))
-    hits, misses, false_alarms = (positions(picture, tint(i, 12)) for i in range(3))
+    greys = np.clip(2 * np.arange(256) - 200, 0, 255)  # of the columns; black where the marks are
+    picture = decode(figures.draw_slices([slice_of("s", truth, ABOVE * prediction, greys)], [HIGH], ["a"], "title"))
+    hits, misses, false_alarms = (positions(picture, tint(i, 0)) for i in range(3))
     assert (len(hits), len(misses), len(false_alarms)) == (20 * 10, 5 * 10, 20 * 3)
     corner = hits.min(axis=0)
     assert (misses.min(axis=0) - corner).tolist() == [0, 10]
     assert (false_alarms.min(axis=0) - corner).tolist() == [20, 0]
-    slice_corner = corner - (50, 30)
-    assert (np.abs(picture[tuple(slice_corner)] - 12) <= 2).all()
-    assert (picture[tuple(slice_corner - 1)] == 255).all()
+    top, left = corner - (50, 30)
+    assert np.abs(picture[top, left : left + 256] - greys[:, None]).max() <= 2
+    assert (picture[top - 1, left - 1] == 255).all()
 
 
 def test_what_changed_from_one_half_is_marked_and_counted():
@@ -248,9 +249,9 @@ def test_what_changed_from_one_half_is_marked_and_counted():
 def test_rows_are_classes_and_columns_are_slices():
     masks = np.zeros((2, 90, 80, 2), bool)
     masks[0, :, :, 1] = masks[1, :, :, 0] = True
-    slices = [slice_of(f"slice {i}", masks[i], ABOVE * masks[i], grey=40 * i) for i in range(2)]
+    slices = [slice_of(f"slice {i}", masks[i], ABOVE * masks[i], grey=255 * i) for i in range(2)]
     picture = decode(figures.draw_slices(slices, [HIGH, LOW], ["a", "b"], "title"))
-    found = [positions(picture, tint(0, 40 * i)) for i in range(2)]
+    found = [positions(picture, tint(0, 255 * i)) for i in range(2)]
     assert [len(pixels) for pixels in found] == 2 * [270 * 240]  # enlarged three times
     (first_row, first_column), (second_row, second_column) = (pixels.mean(axis=0) for pixels in found)
     assert first_row > second_row and first_column < second_column
@@ -268,6 +269,6 @@ def test_cracks_one_pixel_wide_have_no_gaps_in_large_slices():
     truth = np.zeros((2048, 2048, 1), bool)
     truth[777] = truth[np.arange(2048), np.arange(2048)] = truth[1500, 3] = True
     picture = decode(figures.draw_slices([slice_of("s", truth, 0 * truth)], [HIGH], ["a"], "title"))
-    found = positions(picture, tint(1, 12))
+    found = positions(picture, tint(1, 0))
     expected = {(777 // 6, i) for i in range(342)} | {(i, i) for i in range(342)} | {(1500 // 6, 0)}
     assert set(map(tuple, (found - found.min(axis=0)).tolist())) == expected
